@@ -1,0 +1,161 @@
+"""Everything that can go wrong and is not a bug.
+
+::
+
+    QuotepushError
+    ├── PeerError       a client broke a rule; it is told so and keeps or loses its connection
+    └── OperatorError   a setting, the lock, Redis or a port; printed in one line, no traceback
+        ├── SettingsError     exit 2   a wrong setting: starting again cannot help
+        ├── LockError         exit 1   the lock file cannot be made
+        ├── AlreadyRunning    exit 3   another main holds the lock
+        ├── RedisUnavailable  exit 1   no answer, or not the answer we may have
+        ├── PortUnavailable   exit 1   somebody else listens there
+        └── WorkerUnfit       exit 3   a worker says that it can never run here
+
+Anything else that is raised is a bug and keeps its traceback.
+"""
+
+__all__ = [
+    "AlreadyRunning",
+    "LockError",
+    "OperatorError",
+    "PeerError",
+    "PortUnavailable",
+    "QuotepushError",
+    "RedisUnavailable",
+    "SettingsError",
+    "WorkerUnfit",
+]
+
+
+class QuotepushError(Exception):
+    """The root of both families."""
+
+
+class PeerError(QuotepushError):
+    """A client broke a rule of the protocol.
+
+    Args:
+        error: the word on the wire, e.g. ``bad_code`` (docs/protocol.md lists them).
+        message: one sentence for the human who reads the client's log.
+        close_code: close the connection with this WebSocket code; None keeps it open.
+        retry_after_ms: the same request can succeed after so long; None: it never will.
+    """
+
+    def __init__(
+        self, error: str, message: str, *, close_code: int | None = None, retry_after_ms: int | None = None
+    ) -> None:
+        super().__init__(error, message)
+        self.error = error
+        self.message = message
+        self.close_code = close_code
+        self.retry_after_ms = retry_after_ms
+
+    def __str__(self) -> str:
+        return f"{self.error}: {self.message}"
+
+
+class OperatorError(QuotepushError):
+    """Something only the operator can put right. The text ends with the remedy.
+
+    ``exit_code`` is main's: 1 try again, 2 wrong setting, 3 cannot run here at all.
+    """
+
+    exit_code = 1
+
+
+class SettingsError(OperatorError):
+    """One or more settings are wrong.
+
+    Args:
+        faults: one line each; all of them, so that nobody has to start ten times.
+    """
+
+    exit_code = 2
+
+    def __init__(self, faults: list[str]) -> None:
+        super().__init__(faults)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        return "\n".join(self.faults)
+
+
+class LockError(OperatorError):
+    """The lock file cannot be created or opened."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot open the lock file {self.path}: {self.reason}; choose another with --lock-file"
+
+
+class AlreadyRunning(OperatorError):
+    """Another main holds the lock.
+
+    Args:
+        path: the lock file.
+        pid: the holder as the file names it, 0 if it has not written it yet.
+    """
+
+    exit_code = 3
+
+    def __init__(self, path: str, pid: int) -> None:
+        super().__init__(path, pid)
+        self.path = path
+        self.pid = pid
+
+    def __str__(self) -> str:
+        return (
+            f"Process already exist: pid {self.pid or 'unknown'} holds {self.path}; "
+            "stop it first, or give this one its own --node or --lock-file"
+        )
+
+
+class RedisUnavailable(OperatorError):
+    """Redis does not answer, or refuses us.
+
+    Args:
+        role: ``feed_redis`` or ``registry_redis``.
+        where: the address without its password.
+        reason: what the connection said.
+    """
+
+    def __init__(self, role: str, where: str, reason: str) -> None:
+        super().__init__(role, where, reason)
+        self.role = role
+        self.where = where
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot use Redis at {self.where} ({self.role}): {self.reason}; start it or set --redis"
+
+
+class PortUnavailable(OperatorError):
+    """A listening socket cannot be opened."""
+
+    def __init__(self, host: str, port: int, reason: str, flag: str) -> None:
+        super().__init__(host, port, reason, flag)
+        self.host = host
+        self.port = port
+        self.reason = reason
+        self.flag = flag
+
+    def __str__(self) -> str:
+        return f"cannot listen on {self.host}:{self.port}: {self.reason}; choose another with {self.flag}"
+
+
+class WorkerUnfit(OperatorError):
+    """A worker ended with exit code 3: it cannot run on this machine at all."""
+
+    exit_code = 3
+
+    def __init__(self, worker: int) -> None:
+        super().__init__(worker)
+        self.worker = worker
+
+    def __str__(self) -> str:
+        return f"worker {self.worker} cannot run here; its last lines in the log say why"

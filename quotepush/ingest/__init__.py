@@ -1,0 +1,1 @@
+"""Ticks in from Redis. Runs in main."""

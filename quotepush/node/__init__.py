@@ -1,0 +1,1 @@
+"""One machine: main, its workers, and what holds them together."""

@@ -1,0 +1,1 @@
+"""Rows out to clients. Runs in the workers."""

@@ -1,0 +1,1 @@
+"""What is said to clients, and its bytes. Pure, no I/O."""
