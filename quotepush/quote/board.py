@@ -1,0 +1,206 @@
+"""The newest row of every code, numbered.
+
+Laws: a code's ``seq`` rises by one with each accepted tick and never falls while
+this board lives; memory is bounded (``max_codes`` rows of ``max_row_bytes``); a
+refused tick is counted by reason and changes nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import datetime, time, timedelta
+from typing import Any
+from zoneinfo import ZoneInfo
+
+import orjson
+
+from quotepush.quote.code import BadCode, parse_code
+from quotepush.quote.tick import BadTick, check_tick, decode_tick, merge_fields
+
+__all__ = ["Board", "Quote", "TradingDays"]
+
+_NEVER_MS = 1 << 62
+_DAY_MS = 86_400_000
+
+
+class Quote:
+    """What the board knows of one code.
+
+    Attributes:
+        code: canonical.
+        seq: number of the newest row; 0 before the first tick.
+        row: fields in wire order, ``code``, ``seq`` and ``ts`` first; without the book.
+        book: ``bids`` and ``asks``, up to five ``[price, size]`` each.
+        arrived_ms: when the newest tick arrived here.
+        day_end_ms: a tick with this ``ts`` or a later one begins a new trading day.
+    """
+
+    __slots__ = ("_encoded", "arrived_ms", "book", "code", "day_end_ms", "row", "row_bound", "seq")
+
+    def __init__(self, code: str, seq: int) -> None:
+        self.code = code
+        self.seq = seq
+        self.row: dict[str, Any] = {"code": code, "seq": seq, "ts": 0}
+        self.book: dict[str, Any] = {}
+        self.arrived_ms = 0
+        self.day_end_ms = _NEVER_MS
+        self.row_bound = 0  # the row with its book is at most this long, encoded
+        self._encoded: bytes | None = None
+
+    def encoded(self) -> bytes:
+        """Return the row as JSON text, made once per tick."""
+        text = self._encoded
+        if text is None:
+            text = self._encoded = orjson.dumps(self.row)
+        return text
+
+    def _measure(self) -> int:
+        self.row_bound = len(orjson.dumps(self.row)) + (len(orjson.dumps(self.book)) if self.book else 0)
+        return self.row_bound
+
+
+class TradingDays:
+    """When a code's trading day ends, by the market that its code names.
+
+    Args:
+        zones: market suffix to IANA zone; the key "" is for codes without a suffix.
+    """
+
+    def __init__(self, zones: Mapping[str, str]) -> None:
+        self._zones = {market: ZoneInfo(zone) for market, zone in zones.items()}
+        self._last: dict[str, tuple[int, int]] = {}  # market to the day it was last asked about
+
+    def end_ms(self, code: str, ts_ms: int) -> int:
+        """Return the local midnight that ends the day of ``ts_ms``; far away for unlisted markets."""
+        market = code.rpartition(".")[2] if "." in code else ""
+        begin, end = self._last.get(market, (0, 0))
+        if begin <= ts_ms < end:
+            return end
+        zone = self._zones.get(market)
+        if zone is None:
+            return _NEVER_MS
+        day = datetime.fromtimestamp(ts_ms / 1000, zone).date()
+        begin, end = (int(datetime.combine(d, time(), zone).timestamp() * 1000) for d in (day, day + timedelta(days=1)))
+        self._last[market] = begin, end
+        return end
+
+
+class Board:
+    """Merges ticks into rows.
+
+    Args:
+        days: ends of trading days; a later day's first tick replaces the row.
+        drop_older: refuse a tick whose ``ts`` is below the row's.
+    """
+
+    def __init__(
+        self,
+        *,
+        days: TradingDays,
+        max_codes: int = 200_000,
+        max_row_bytes: int = 16_384,
+        max_tick_bytes: int = 8_192,
+        drop_older: bool = False,
+    ) -> None:
+        self.quotes: dict[str, Quote] = {}
+        self.accepted = 0
+        self.refused: Counter[str] = Counter()
+        self.last_fault = ""
+        self._days = days
+        self._max_codes = max_codes
+        self._max_row_bytes = max_row_bytes
+        self._max_tick_bytes = max_tick_bytes
+        self._drop_older = drop_older
+        self._retired_seq = 0  # highest seq of a row that left: a code that returns goes on above it
+
+    def seq(self, code: str) -> int:
+        """Return the seq of a code's newest row, 0 when there is none."""
+        quote = self.quotes.get(code)
+        return quote.seq if quote else 0
+
+    def apply(self, code: str | None, payload: bytes, now_ms: int) -> Quote | None:  # hot
+        """Take in one plain tick.
+
+        Args:
+            code: canonical, from the channel; None: the tick's own ``code`` counts.
+            payload: JSON text.
+            now_ms: arrival, epoch milliseconds.
+
+        Returns:
+            The quote when its row has something new to show; None when the tick was
+            refused (see ``refused``) or changed nothing but ``ts``.
+        """
+        try:
+            if len(payload) > self._max_tick_bytes:
+                raise BadTick("too_large", f"a tick has at most {self._max_tick_bytes} bytes")
+            tick = decode_tick(payload)
+            own = tick.get("code")
+            if own is not None or code is None:
+                if type(own) is not str:
+                    raise BadTick("wrong_type", "code must be a text")
+                try:
+                    own = parse_code(own)
+                except BadCode as e:
+                    raise BadTick("bad_code", str(e)) from None
+                if code is None:
+                    code = own
+                elif own != code:
+                    raise BadTick("wrong_channel", f"{own} came on the channel of {code}")
+            check_tick(tick)
+            return self._merge(code, tick, len(payload), now_ms)
+        except BadTick as e:
+            self.refused[e.reason] += 1
+            self.last_fault = f"{code or '?'}: {e}"
+            return None
+
+    def _merge(self, code: str, tick: dict[str, Any], size: int, now_ms: int) -> Quote | None:  # hot
+        ts = tick.get("ts")
+        if ts is None:
+            ts = now_ms
+        quote = self.quotes.get(code)
+        if quote is None:
+            quote = self._admit(code)
+        elif self._drop_older and ts < quote.row["ts"]:
+            raise BadTick("older", f"ts {ts} is before the row's {quote.row['ts']}")
+        fresh = not quote.arrived_ms or ts >= quote.day_end_ms or tick.get("reset") is True
+        if fresh:
+            self._replace(quote, tick, size)
+            quote.day_end_ms = self._days.end_ms(code, ts)
+        elif quote.row_bound + size > self._max_row_bytes and quote._measure() + size > self._max_row_bytes:
+            raise BadTick("row_too_large", f"the row of {code} would pass {self._max_row_bytes} bytes")
+        row = quote.row
+        changed = merge_fields(row, quote.book, tick)
+        row["ts"] = ts
+        quote.seq = row["seq"] = quote.seq + 1
+        quote.row_bound += size
+        quote.arrived_ms = now_ms
+        quote._encoded = None
+        self.accepted += 1
+        return quote if changed or fresh else None
+
+    def _admit(self, code: str) -> Quote:
+        if len(self.quotes) >= self._max_codes:
+            raise BadTick("board_full", f"the board holds {self._max_codes} codes")
+        quote = self.quotes[code] = Quote(code, self._retired_seq)
+        return quote
+
+    def _replace(self, quote: Quote, tick: dict[str, Any], size: int) -> None:
+        if size + len(quote.code) + 128 > self._max_row_bytes:
+            if not quote.arrived_ms:
+                del self.quotes[quote.code]
+            raise BadTick("row_too_large", f"the row of {quote.code} would pass {self._max_row_bytes} bytes")
+        quote.row = {"code": quote.code, "seq": quote.seq, "ts": 0}
+        quote.book = {}
+        quote.row_bound = len(quote.code) + 128  # code, seq, ts, change and change_pct with their names
+
+    def expire(self, older_than_ms: int, keep: Iterable[str] = ()) -> int:
+        """Drop the rows whose newest tick arrived before ``older_than_ms``; return how many.
+
+        Args:
+            keep: codes that somebody watches; they stay.
+        """
+        kept = set(keep)
+        old = [q for q in self.quotes.values() if q.arrived_ms < older_than_ms and q.code not in kept]
+        for quote in old:
+            self._retired_seq = max(self._retired_seq, quote.seq)
+            del self.quotes[quote.code]
+        return len(old)

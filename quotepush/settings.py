@@ -1,0 +1,469 @@
+"""Every setting of the server: its default, its unit, what happens at the limit.
+
+One frozen dataclass is the whole truth. ``--help``, ``docs/settings.md`` and
+``quotepush.example.toml`` are generated from it, and no other module reads the
+environment. Sources, the later ones win: the TOML file, ``QUOTEPUSH_<NAME>``
+in the environment, flags. All faults of all sources are found at once.
+
+Passwords may come in the Redis URL, or from ``QUOTEPUSH_FEED_REDIS_PASSWORD`` and
+``QUOTEPUSH_REGISTRY_REDIS_PASSWORD``, or from a file (``feed_redis_password_file``,
+``registry_redis_password_file``: for secrets that a supervisor mounts).
+"""
+
+import dataclasses
+import ipaddress
+import os
+import re
+import socket
+import tempfile
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit, urlunsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from quotepush.errors import SettingsError
+
+__all__ = ["ENV_PREFIX", "Settings", "default_node", "example_toml", "load", "markdown", "without_password"]
+
+ENV_PREFIX = "QUOTEPUSH_"
+_NODE = re.compile(r"[A-Za-z0-9-]{1,32}\Z")
+_PASSWORDS = ("feed_redis_password", "registry_redis_password")
+
+
+def _setting(default: Any, doc: str, *, unit: str = "", at_least: float | None = None) -> Any:
+    """Declare one setting: its sentence, its unit and its lowest value."""
+    metadata = {"doc": doc, "unit": unit, "at_least": at_least}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The settings of one node, checked. Made by :func:`load`."""
+
+    # Where clients connect.
+    host: str = _setting("127.0.0.1", "Address of the public listener; 0.0.0.0 or :: for every interface.")
+    port: int = _setting(8008, "Port of the public listener; 0 takes any free one.", at_least=0)
+    base_path: str = _setting("", "Path in front of everything public, e.g. /quotes, when a proxy does not strip it.")
+    ws_path: str = _setting("/ws", "Path of the WebSocket below base_path.")
+    allowed_origins: list[str] = _setting(
+        [], 'Origins of pages that may connect; empty: only pages of the server\'s own host; ["*"]: all.'
+    )
+    backlog: int = _setting(4096, "Connections the kernel holds until a worker accepts them.", at_least=1)
+    tls_cert: str = _setting("", "PEM file with the certificate chain; with tls_key the public listener speaks TLS.")
+    tls_key: str = _setting("", "PEM file with the private key of tls_cert.")
+
+    # The private listener.
+    admin_host: str = _setting("127.0.0.1", "Address of the private listener (health, metrics).")
+    admin_port: int = _setting(8009, "Port of the private listener; 0 takes any free one.", at_least=0)
+
+    # This node.
+    node: str = _setting("", "Name of this node in its cluster, [A-Za-z0-9-]{1,32}; empty: the host name.")
+    lock_file: str = _setting(
+        "", "One main per lock file; empty: quotepush-<node>.lock in $XDG_RUNTIME_DIR or the temporary directory."
+    )
+    workers: int = _setting(0, "Worker processes that serve clients; 0: one per core this process may use.", at_least=0)
+    drain_timeout_s: float = _setting(10.0, "How long a stop waits for connections to close.", unit="s", at_least=0)
+    log_level: str = _setting("info", "debug, info, warning or error; debug adds a line per opened session.")
+
+    # Redis.
+    feed_redis: str = _setting("redis://127.0.0.1:6379/0", "URL of the Redis that ticks come from.")
+    registry_redis: str = _setting("", "URL of the Redis that holds the registry; empty: feed_redis.")
+    feed_redis_password_file: str = _setting("", "File with the password for feed_redis.")
+    registry_redis_password_file: str = _setting("", "File with the password for registry_redis.")
+    redis_prefix: str = _setting("qp:", "What every key and channel of the server's own begins with.")
+    redis_timeout_s: float = _setting(5.0, "Longest wait for an answer of Redis.", unit="s", at_least=0.1)
+    feed_channels: list[str] = _setting(
+        ["quote.{code}"],
+        "Channels of ticks; {code} stands for the code, * for anything; without {code} the tick names it.",
+    )
+    probe_interval_s: float = _setting(
+        0.5, "How often the feed link is asked for a sign of life.", unit="s", at_least=0.05
+    )
+    probe_timeout_s: float = _setting(
+        1.5, "A feed link that does not answer for so long is cut and made anew.", unit="s", at_least=0.1
+    )
+
+    # Ticks and the board.
+    max_tick_bytes: int = _setting(8192, "A larger tick is refused (at most 1 MiB).", unit="bytes", at_least=64)
+    max_row_bytes: int = _setting(
+        16384, "A tick that would make its row larger is refused.", unit="bytes", at_least=256
+    )
+    max_board_codes: int = _setting(200_000, "A tick of one more code is refused.", at_least=1)
+    last_max_age_s: int = _setting(864_000, "A row without a tick for so long leaves the board.", unit="s", at_least=60)
+    drop_older: bool = _setting(False, "Refuse a tick whose ts is older than the row's (redundant feeds).")
+    trading_day_zones: dict[str, str] = _setting(
+        {"SH": "Asia/Shanghai", "SZ": "Asia/Shanghai", "BJ": "Asia/Shanghai", "HK": "Asia/Hong_Kong"},
+        "Time zone per market suffix; the first tick of a later day there replaces the row. A code without a listed "
+        'suffix is never reset by the clock; the key "" stands for codes without a market.',
+    )
+    feed_stale_s: float = _setting(
+        10.0, "Without any tick for so long the feed is called stale.", unit="s", at_least=0.1
+    )
+
+    # Limits of clients, checked before the upgrade where they can be.
+    max_connections: int = _setting(
+        0, "Connections of this machine; more get HTTP 503. 0: the open-file limit less a reserve.", at_least=0
+    )
+    max_codes: int = _setting(1000, "Codes of one connection; more are rejected with code_limit.", at_least=1)
+    codes_per_request: int = _setting(1000, "Codes in one request; more get bad_request.", at_least=1)
+    requests_per_s: float = _setting(
+        10.0, "Requests of one connection; more get rate_limited.", unit="1/s", at_least=0.1
+    )
+    message_bytes: int = _setting(
+        131_072, "A larger message of a client closes it with 1009.", unit="bytes", at_least=1024
+    )
+    symbol_file: str = _setting("", "Text file with one known code a line; others are refused with unknown_code.")
+
+    # Pushing.
+    max_flush_delay_ms: float = _setting(
+        5.0, "Longest wait of a row for company in one write, under load only.", unit="ms", at_least=0
+    )
+    merge_above_rows: int = _setting(
+        1000, "A session with more rows waiting gets the newest per code only.", at_least=1
+    )
+    merge_above_bytes: int = _setting(262_144, "The same, in bytes waiting.", unit="bytes", at_least=1024)
+    stall_timeout_s: float = _setting(
+        30.0, "A socket that takes nothing at all for so long is aborted.", unit="s", at_least=1
+    )
+    heartbeat_ms: int = _setting(5000, "Every session gets a heartbeat so often.", unit="ms", at_least=100)
+    ping_interval_s: float = _setting(15.0, "A WebSocket ping goes out so often.", unit="s", at_least=0.1)
+    ping_timeout_s: float = _setting(30.0, "A peer silent for so long after a ping is dropped.", unit="s", at_least=0.1)
+
+    # The registry.
+    registry_interval_s: float = _setting(0.1, "How far the sets in Redis may lag when idle.", unit="s", at_least=0.01)
+    registry_ttl_s: int = _setting(
+        7200, "Registry keys expire so long after their node last renewed them.", unit="s", at_least=60
+    )
+    registry_check_s: float = _setting(
+        5.0, "How often a part of the sets is compared with the truth.", unit="s", at_least=0.1
+    )
+
+    # Supervision.
+    worker_silence_s: float = _setting(
+        10.0, "A worker silent for so long is killed and replaced.", unit="s", at_least=1
+    )
+
+    @property
+    def registry_url(self) -> str:
+        """URL of the registry Redis, password included."""
+        return self.registry_redis or self.feed_redis
+
+    @property
+    def worker_count(self) -> int:
+        """How many workers to run."""
+        return self.workers or _cores()
+
+    @property
+    def ws_url_path(self) -> str:
+        """Where the WebSocket is, e.g. ``/ws``."""
+        return self.base_path + self.ws_path
+
+
+def _cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        return os.cpu_count() or 1
+
+
+def default_node() -> str:
+    """Return the host's name in the letters a node may have."""
+    return re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname().split(".")[0]).strip("-")[:32] or "node"
+
+
+def without_password(url: str) -> str:
+    """Return a Redis URL that may be printed: the password is replaced by ``***``."""
+    try:
+        parts = urlsplit(url)
+        if parts.password is None:
+            return url
+        host = parts.netloc.rpartition("@")[2]
+    except ValueError:
+        return re.sub(r"//[^@/]*@", "//***@", url)
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+
+
+def _with_password(url: str, password: str) -> str:
+    parts = urlsplit(url)
+    if parts.password is not None or not password:
+        return url
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:{quote(password, safe='')}@{host}"))
+
+
+def load(
+    file: str | None = None,
+    env: Mapping[str, str] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Settings:
+    """Read, merge and check the settings.
+
+    Args:
+        file: path of a TOML file; None: no file.
+        env: the environment; None: this process's.
+        flags: values by setting name; None values are ignored.
+
+    Raises:
+        SettingsError: with every fault that was found, one line each.
+    """
+    env = os.environ if env is None else env
+    faults: list[str] = []
+    values: dict[str, Any] = {}
+    kinds = typing.get_type_hints(Settings)
+    for source, raw in (
+        (file or "", _read_file(file, faults)),
+        ("environment", _read_env(env, kinds, faults)),
+        ("flags", {name: value for name, value in (flags or {}).items() if value is not None}),
+    ):
+        for name, value in raw.items():
+            if name not in kinds:
+                faults.append(f"{source}: there is no setting called {name!r}{_nearest(name, kinds)}")
+                continue
+            try:
+                values[name] = _coerce(value, kinds[name])
+            except ValueError as e:
+                faults.append(f"{source}: {name} {e}")
+    settings = _resolve(Settings(**values), env, faults)
+    faults += _faults(settings)
+    if faults:
+        raise SettingsError(faults)
+    return settings
+
+
+def _read_file(file: str | None, faults: list[str]) -> dict[str, Any]:
+    if not file:
+        return {}
+    try:
+        with open(file, "rb") as f:
+            return tomllib.load(f)
+    except OSError as e:
+        faults.append(f"{file}: cannot be read: {e.strerror}")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        faults.append(f"{file}: is not TOML: {e}")
+    return {}
+
+
+def _read_env(env: Mapping[str, str], kinds: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, text in env.items():
+        name = key[len(ENV_PREFIX) :].lower()
+        if not key.startswith(ENV_PREFIX) or name in _PASSWORDS or name == "config":
+            continue
+        if name not in kinds:
+            faults.append(f"environment: there is no setting called {key}{_nearest(name, kinds)}")
+            continue
+        found[name] = text
+    return found
+
+
+def _nearest(name: str, kinds: Mapping[str, Any]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, kinds, 1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _coerce(value: Any, kind: Any) -> Any:
+    """Turn what a file, the environment or a flag said into the setting's type, or raise ValueError."""
+    origin = typing.get_origin(kind) or kind
+    if isinstance(value, str) and origin is not str:
+        return _parse(value, origin)
+    if origin is float and type(value) is int:
+        return float(value)
+    if type(value) is not origin:
+        raise ValueError(f"must be {_called(origin)}, not {value!r}")
+    if origin is list and not all(isinstance(item, str) for item in value):
+        raise ValueError(f"must be a list of texts, not {value!r}")
+    if origin is dict and not all(isinstance(item, str) for item in value.values()):
+        raise ValueError(f"must be a table of texts, not {value!r}")
+    return value
+
+
+def _parse(text: str, origin: Any) -> Any:
+    if origin is bool:
+        word = text.strip().lower()
+        if word in ("1", "true", "yes", "on"):
+            return True
+        if word in ("0", "false", "no", "off"):
+            return False
+        raise ValueError(f"must be true or false, not {text!r}")
+    if origin is list:
+        return [item.strip() for item in text.split(",") if item.strip()]
+    if origin is dict:
+        pairs = [item.partition("=") for item in text.split(",") if item.strip()]
+        if not all(equals for _, equals, _ in pairs):
+            raise ValueError(f"must be like SH=Asia/Shanghai,HK=Asia/Hong_Kong, not {text!r}")
+        return {key.strip(): value.strip() for key, _, value in pairs}
+    try:
+        return origin(text)
+    except ValueError:
+        raise ValueError(f"must be {_called(origin)}, not {text!r}") from None
+
+
+def _called(origin: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a table"}.get(
+        origin, "a text"
+    )
+
+
+def _resolve(settings: Settings, env: Mapping[str, str], faults: list[str]) -> Settings:
+    """Fill in what depends on the machine: node, lock file, passwords."""
+    node = settings.node or default_node()
+    lock_file = settings.lock_file or str(
+        Path(env.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"quotepush-{node}.lock"
+    )
+    urls: dict[str, Any] = {}
+    for role in ("feed_redis", "registry_redis"):
+        url = getattr(settings, role)
+        password = env.get(f"{ENV_PREFIX}{role.upper()}_PASSWORD", "")
+        password_file = getattr(settings, f"{role}_password_file")
+        if password_file:
+            try:
+                password = Path(password_file).read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as e:
+                faults.append(f"{role}_password_file: {password_file} cannot be read: {e}")
+        if url:
+            try:
+                urls[role] = _with_password(url, password)
+            except ValueError:
+                continue  # _faults names the broken URL
+        elif password:
+            faults.append(f"{role}: a password is set, but no {role}")
+    return dataclasses.replace(settings, node=node, lock_file=lock_file, **urls)
+
+
+def _faults(s: Settings) -> list[str]:
+    """Name everything that is wrong with the values, one line each."""
+    found = []
+    for f in dataclasses.fields(s):
+        lowest = f.metadata["at_least"]
+        value = getattr(s, f.name)
+        if lowest is not None and not value >= lowest:
+            found.append(f"{f.name} must be at least {lowest:g}, not {value!r}")
+    if not _NODE.match(s.node):
+        found.append(f"node must be 1 to 32 letters, digits or hyphens, not {s.node!r}")
+    for name in ("port", "admin_port"):
+        if getattr(s, name) > 65535:
+            found.append(f"{name} must be at most 65535, not {getattr(s, name)}")
+    if s.port and s.port == s.admin_port and s.host == s.admin_host:
+        found.append(f"port and admin_port are both {s.port}; the private listener needs its own")
+    if s.admin_host not in ("localhost",) and not _is_loopback(s.admin_host):
+        found.append(
+            f"admin_host must be a loopback address, not {s.admin_host!r}: the private listener has no password"
+        )
+    for name in ("feed_redis", "registry_redis"):
+        url = getattr(s, name)
+        if url and (fault := _redis_url_fault(url)):
+            found.append(f"{name}: {fault}")
+    found += [f"feed_channels: {fault}" for fault in _channel_faults(s.feed_channels)]
+    for market, zone in s.trading_day_zones.items():
+        try:
+            ZoneInfo(zone)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            found.append(f"trading_day_zones: {market or 'no market'}: there is no time zone {zone!r}")
+    if s.log_level not in ("debug", "info", "warning", "error"):
+        found.append(f"log_level must be debug, info, warning or error, not {s.log_level!r}")
+    if s.max_tick_bytes > 1 << 20:
+        found.append(f"max_tick_bytes must be at most 1048576, not {s.max_tick_bytes}")
+    for name in ("base_path", "ws_path"):
+        path = getattr(s, name)
+        if (path or name == "ws_path") and not re.match(r"(/[A-Za-z0-9._~-]+)+\Z", path):
+            found.append(f"{name} must look like /quotes, without a slash at its end, not {path!r}")
+    if bool(s.tls_cert) != bool(s.tls_key):
+        found.append("tls_cert and tls_key go together")
+    for name in ("tls_cert", "tls_key", "symbol_file"):
+        path = getattr(s, name)
+        if path and not os.access(path, os.R_OK):
+            found.append(f"{name}: {path} cannot be read")
+    return found
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _redis_url_fault(url: str) -> str:
+    shown = without_password(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return f"{shown!r} is not a URL"
+    if parts.scheme not in ("redis", "rediss", "unix"):
+        return f"{shown!r} must begin with redis://, rediss:// or unix://"
+    if parts.scheme != "unix" and not parts.hostname:
+        return f"{shown!r} names no host"
+    return ""
+
+
+def _channel_faults(templates: list[str]) -> list[str]:
+    found = [] if templates else ["must name at least one channel"]
+    for template in templates:
+        if template.count("{code}") > 1:
+            found.append(f"{template!r} has {{code}} more than once")
+        elif not template or re.search(r"[\[\]?\\\s]", template) or re.search(r"[{}]", template.replace("{code}", "")):
+            found.append(f"{template!r} may have one {{code}} and *, and no other pattern")
+    return found
+
+
+def _shown_default(f: "dataclasses.Field[Any]") -> Any:
+    if f.default is not dataclasses.MISSING:
+        return f.default
+    assert f.default_factory is not dataclasses.MISSING
+    return f.default_factory()
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float)):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + " }"
+    return '"' + str(value).replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def example_toml() -> str:
+    """Return ``quotepush.example.toml``: every setting with its default, commented out."""
+    lines = ["# quotepush: every setting with its default. Uncomment what you change.", ""]
+    for f in dataclasses.fields(Settings):
+        unit = f" [{f.metadata['unit']}]" if f.metadata["unit"] else ""
+        lines += [f"# {f.metadata['doc']}{unit}", f"#{f.name} = {_toml(_shown_default(f))}", ""]
+    return "\n".join(lines)
+
+
+def markdown() -> str:
+    """Return ``docs/settings.md``."""
+    lines = [
+        "# Settings",
+        "",
+        "Generated from `quotepush/settings.py`; `quotepush check` names every fault of a configuration at once.",
+        "A setting comes from the TOML file (`--config`), from the environment (`QUOTEPUSH_` and its name in capitals;",
+        "lists with commas) or from a flag (`--name`, hyphens for underscores). Flags win over the environment, which wins over the file.",
+        "The passwords of Redis may also come from `QUOTEPUSH_FEED_REDIS_PASSWORD` and `QUOTEPUSH_REGISTRY_REDIS_PASSWORD`.",
+        "",
+        "| setting | default | unit | meaning |",
+        "| --- | --- | --- | --- |",
+    ]
+    for f in dataclasses.fields(Settings):
+        lines.append(f"| `{f.name}` | `{_toml(_shown_default(f))}` | {f.metadata['unit']} | {f.metadata['doc']} |")
+    return "\n".join(lines) + "\n"
+
+
+def flag_type(name: str) -> Any:
+    """Return the plain type of a setting: str, int, float, bool, list or dict."""
+    kind = typing.get_type_hints(Settings)[name]
+    assert not isinstance(kind, types.UnionType)
+    return typing.get_origin(kind) or kind
