@@ -68,7 +68,7 @@ class Settings:
     lock_file: str = _setting(
         "", "One main per lock file; empty: quotepush-<node>.lock in $XDG_RUNTIME_DIR or the temporary directory."
     )
-    workers: int = _setting(0, "Worker processes that serve clients; 0: one per core this process may use.", at_least=0)
+    workers: int = _setting(0, "Worker processes that serve clients; 0 or auto: one per core this process may use.", at_least=0)
     drain_timeout_s: float = _setting(10.0, "How long a stop waits for connections to close.", unit="s", at_least=0)
     log_level: str = _setting("info", "debug, info, warning or error; debug adds a line per opened session.")
 
@@ -226,6 +226,8 @@ def load(
             if name not in kinds:
                 faults.append(f"{source}: there is no setting called {name!r}{_nearest(name, kinds)}")
                 continue
+            if name == "workers" and value == "auto":
+                value = 0
             try:
                 values[name] = _coerce(value, kinds[name])
             except ValueError as e:

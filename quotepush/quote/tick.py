@@ -78,9 +78,13 @@ def check_tick(tick: dict[str, Any]) -> None:  # hot
     whole: list[str] | None = None
     for name, value in tick.items():
         kind = kinds.get(name)
-        if kind is None or kind == _OURS or value is None:
-            continue
         t = type(value)
+        if kind is None:
+            if t is dict or t is list:
+                _check_depth(name, value)
+            continue
+        if kind == _OURS or value is None:
+            continue
         if kind == _PRICE:
             if t is not float and t is not int:
                 raise BadTick("wrong_type", f"{name} must be a number")
@@ -103,6 +107,14 @@ def check_tick(tick: dict[str, Any]) -> None:  # hot
             _check_levels(name, value)
     for name in whole or ():
         tick[name] = int(tick[name])
+
+
+def _check_depth(name: str, value: Any) -> None:
+    # orjson reads 1,024 levels, but writes 254: what cannot be sent on must not come in.
+    try:
+        orjson.dumps([value])
+    except orjson.JSONEncodeError:
+        raise BadTick("too_deep", f"{name} is nested too deep") from None
 
 
 def _check_levels(name: str, levels: Any) -> None:

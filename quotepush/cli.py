@@ -1,0 +1,94 @@
+"""The command line: ``quotepush serve | demo | check | watch | publish``.
+
+Flags, the environment and the file are described in docs/settings.md. A fault of the user's
+gets one line that says what to do, never a traceback.
+"""
+
+import asyncio
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from quotepush import __version__
+from quotepush import settings as settings_module
+from quotepush.errors import OperatorError, SettingsError
+from quotepush.settings import Settings, flag_type
+
+__all__ = ["main"]
+
+# Flags with another name than their setting.
+_FLAG_NAMES = {"feed_redis": ("--redis", "--feed-redis")}
+_HOME_FLAGS = ("host", "port", "workers", "feed_redis", "node", "lock_file", "admin_host", "admin_port")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="quotepush")
+def cli() -> None:
+    """Self-hosted stock-quote push server: ticks from Redis to everybody who watches the code."""
+
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command --config and one flag per setting; the best known ones first."""
+    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    order = [*_HOME_FLAGS, *(name for name in fields if name not in _HOME_FLAGS)]
+    for name in reversed(order):
+        metadata = fields[name].metadata
+        flags = _FLAG_NAMES.get(name, ("--" + name.replace("_", "-"),))
+        unit = f" [{metadata['unit']}]" if metadata["unit"] else ""
+        metavar = "YES/NO" if flag_type(name) is bool else name.rpartition("_")[2].upper()
+        command = click.option(*flags, name, metavar=metavar, help=metadata["doc"] + unit)(command)
+    return click.option("--config", metavar="FILE", envvar="QUOTEPUSH_CONFIG", help="TOML file with settings.")(command)
+
+
+@cli.command()
+@_with_settings
+def serve(config: str | None, **flags: Any) -> None:
+    """Run the server in the foreground.
+
+    Prints one line beginning with "quotepush ready" when every worker accepts connections. Exit codes: 1 try
+    again (Redis, port), 2 a setting is wrong, 3 another one is running already.
+    """
+    from quotepush.node.main import serve as run_server
+
+    run_server(settings_module.load(config, flags=flags), lambda line: print(line, flush=True))
+
+
+@cli.command()
+@_with_settings
+def check(config: str | None, **flags: Any) -> None:
+    """Name every fault of a configuration at once; start nothing."""
+    settings = settings_module.load(config, flags=flags)
+    click.echo(f"the configuration is right: node {settings.node}, {settings.worker_count} workers, ", nl=False)
+    click.echo(f"Redis at {settings_module.without_password(settings.feed_redis)}")
+
+
+@cli.command()
+@click.option("--format", "form", type=click.Choice(["toml", "markdown"]), default="toml", show_default=True)
+def settings(form: str) -> None:
+    """Print every setting with its default: an example file, or the table of the docs."""
+    click.echo(settings_module.example_toml() if form == "toml" else settings_module.markdown(), nl=False)
+
+
+def main() -> None:
+    """Run the command line; the process's entry point."""
+    try:
+        cli.main(standalone_mode=False)
+    except click.exceptions.Exit as e:
+        sys.exit(e.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as e:
+        e.show()
+        sys.exit(2)
+    except SettingsError as e:
+        for fault in e.faults:
+            print(f"quotepush: {fault}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except OperatorError as e:
+        print(f"quotepush: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        sys.exit(130)

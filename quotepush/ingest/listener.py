@@ -1,0 +1,218 @@
+"""Ticks in from Redis: one subscription per machine.
+
+Laws:
+
+1. The listener never waits for anything but Redis: a subscriber that lags is cut off by
+   Redis (32 MB, or 8 MB for 60 s) without a word.
+2. Whatever happens to the link, the listener makes a new one, for ever.
+3. A message that several patterns match counts once.
+
+redis-py makes the connection (address, AUTH, TLS); the read loop is ours: its pub/sub costs
+6 µs a message, ``hiredis.Reader`` on the connection's stream less than one.
+"""
+
+import asyncio
+import logging
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import hiredis
+from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import RedisError
+
+from quotepush.ingest.probe import LinkProbe
+from quotepush.quote.code import BadCode, parse_code
+
+__all__ = ["ChannelTable", "FeedListener"]
+
+log = logging.getLogger("quotepush.feed")
+
+_READ_BYTES = 1 << 18
+_MAX_CHANNELS = 400_000
+
+
+class ChannelTable:
+    """Which code a channel speaks of, by templates like ``quote.{code}``.
+
+    Args:
+        templates: each with at most one ``{code}``; ``*`` stands for anything. Of several that
+            match a channel the first one counts.
+    """
+
+    def __init__(self, templates: list[str]) -> None:
+        self._templates = [(self._glob(t).encode(), self._regex(t)) for t in templates]
+        self._known: dict[bytes, tuple[bytes, str | None] | None] = {}
+
+    @property
+    def patterns(self) -> list[bytes]:
+        """What to ``PSUBSCRIBE``."""
+        return list(dict.fromkeys(glob for glob, _ in self._templates))
+
+    @staticmethod
+    def _glob(template: str) -> str:
+        return template.replace("{code}", "*")
+
+    @staticmethod
+    def _regex(template: str) -> "re.Pattern[str]":
+        parts = re.split(r"(\*|\{code\})", template)
+        return re.compile("".join({"*": ".*", "{code}": "(?P<code>.+)"}.get(part, re.escape(part)) for part in parts))
+
+    def code_of(self, pattern: bytes, channel: bytes) -> str | bool | None:
+        """Return the code; None: the tick names it; False: this message does not count."""
+        try:
+            found = self._known[channel]
+        except KeyError:
+            found = self._look_up(channel)
+        if found is None or found[0] != pattern:
+            return False
+        return found[1]
+
+    def _look_up(self, channel: bytes) -> tuple[bytes, str | None] | None:
+        found: tuple[bytes, str | None] | None = None
+        text = channel.decode("utf-8", "replace")
+        for glob, regex in self._templates:
+            if match := regex.fullmatch(text):
+                try:
+                    found = glob, parse_code(match["code"]) if "code" in regex.groupindex else None
+                except BadCode:
+                    found = None
+                break
+        if len(self._known) >= _MAX_CHANNELS:
+            self._known.clear()
+        self._known[channel] = found
+        return found
+
+
+class FeedListener:
+    """Reads ticks for ever.
+
+    Args:
+        pool: makes the connection; nothing else uses it.
+        on_tick: called per message with its code (None: the tick names it) and payload.
+        on_batch: called after the messages of one read.
+        on_link: called with True when subscribed, with False when the link is lost.
+
+    Attributes:
+        is_up: subscribed, and the link has not been found dead.
+        links: how many times a link was made.
+        ignored: messages on channels that yield no code.
+    """
+
+    def __init__(
+        self,
+        pool: ConnectionPool,
+        templates: list[str],
+        *,
+        on_tick: Callable[[str | None, bytes], None],
+        on_batch: Callable[[], None],
+        on_link: Callable[[bool], None],
+        probe_interval_s: float,
+        probe_timeout_s: float,
+        timeout_s: float,
+    ) -> None:
+        self._pool = pool
+        self._channels = ChannelTable(templates)
+        self._on_tick = on_tick
+        self._on_batch = on_batch
+        self._on_link = on_link
+        self._probe_interval_s = probe_interval_s
+        self._probe_timeout_s = probe_timeout_s
+        self._timeout_s = timeout_s
+        self._probe = LinkProbe(probe_timeout_s)
+        self.is_up = False
+        self.links = 0
+        self.ignored = 0
+
+    @property
+    def lag_s(self) -> float:
+        """How far the newest tick that was taken is behind Redis."""
+        if not self.is_up:
+            return 0.0
+        return max(self._probe.lag_s, self._probe.waiting_s(asyncio.get_running_loop().time()))
+
+    async def run(self) -> None:
+        """Listen until cancelled; make the link again whenever it is lost."""
+        wait_s = 0.0
+        while True:
+            await asyncio.sleep(wait_s)
+            try:
+                await self._run_link()
+            except* (RedisError, OSError, EOFError, TimeoutError, hiredis.HiredisError) as group:
+                fault: BaseException = group
+                while isinstance(fault, BaseExceptionGroup):
+                    fault = fault.exceptions[0]
+                if self.is_up or not wait_s:
+                    log.warning("feed link lost: %s; trying again until it is back", fault)
+                # Full jitter, at most 2 s: a quote server has nothing better to do than to be back.
+                wait_s = random.uniform(0.02, 0.1) if self.is_up else random.uniform(0.05, min(2.0, wait_s * 2 + 0.1))
+            if self.is_up:
+                self.is_up = False
+                self._on_link(False)
+
+    async def _run_link(self) -> None:
+        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await connection.connect()  # type: ignore[no-untyped-call]
+                await connection.send_command("PSUBSCRIBE", *self._channels.patterns)
+            self._probe = LinkProbe(self._probe_timeout_s)
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._read(connection))
+                group.create_task(self._keep_probing(connection))
+        finally:
+            await connection.disconnect(nowait=True)
+
+    async def _keep_probing(self, connection: AbstractConnection) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            # Bounded by the probe itself: a PING that cannot be sent is not answered either.
+            async with asyncio.timeout(self._probe_timeout_s):
+                await connection.send_command("PING", self._probe.next(loop.time()))
+            await asyncio.sleep(self._probe_interval_s)
+            if self._probe.is_dead(loop.time()):
+                raise TimeoutError(f"no answer for {self._probe.waiting_s(loop.time()):.1f} s")
+
+    async def _read(self, connection: AbstractConnection) -> None:
+        # redis-py has no public way to read raw replies; _reader is the asyncio stream (5.0 to 8.1).
+        stream: asyncio.StreamReader = connection._reader  # type: ignore[assignment]
+        reader = hiredis.Reader()
+        while True:
+            # No timeout of its own: the probe ends a link that says nothing.
+            chunk = await stream.read(_READ_BYTES)
+            if not chunk:
+                raise EOFError("closed by Redis")
+            reader.feed(chunk)
+            self._take_replies(reader)
+            self._on_batch()
+
+    def _take_replies(self, reader: "hiredis.Reader") -> None:  # hot
+        gets = reader.gets
+        code_of = self._channels.code_of
+        on_tick = self._on_tick
+        while (reply := gets()) is not False:
+            if type(reply) is list and len(reply) == 4 and reply[0] == b"pmessage":
+                code = code_of(reply[1], reply[2])
+                if code is False:
+                    if reply[1] == self._channels.patterns[0]:
+                        self.ignored += 1
+                else:
+                    on_tick(code, reply[3])  # type: ignore[arg-type]
+            else:
+                self._take_other(reply)
+
+    def _take_other(self, reply: Any) -> None:
+        if isinstance(reply, hiredis.ReplyError):
+            raise ConnectionError(str(reply))
+        if type(reply) is not list:
+            return
+        if reply[0] == b"pong":
+            self._probe.answered(reply[1], asyncio.get_running_loop().time())
+        elif reply[0] == b"psubscribe" and not self.is_up:
+            self.is_up = True
+            self.links += 1
+            if self.links > 1:
+                log.info("feed link is back")
+            self._on_link(True)

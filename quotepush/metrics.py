@@ -1,0 +1,65 @@
+"""The vocabulary of what is counted: name, kind and meaning of every metric, in one place.
+
+Main gathers plain numbers (its own and its workers'); :func:`exposition` turns them into
+Prometheus' text. A number whose name is not declared here is a bug and raises.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+__all__ = ["METRICS", "Sample", "exposition"]
+
+# (value, labels)
+Sample = tuple[float, Mapping[str, str]]
+
+# name: (kind, meaning, labels)
+METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "ticks_accepted": ("counter", "Ticks that were merged into the board.", ()),
+    "ticks_refused": ("counter", "Ticks that were refused, by reason.", ("reason",)),
+    "ticks_ignored": ("counter", "Messages on channels that yield no code.", ()),
+    "board_codes": ("gauge", "Codes on the board.", ()),
+    "feed_up": ("gauge", "1 while the feed link answers.", ()),
+    "feed_links": ("counter", "How many times the feed link was made.", ()),
+    "feed_age_seconds": ("gauge", "Time since the newest tick arrived.", ()),
+    "feed_lag_seconds": ("gauge", "How far main is behind Redis.", ()),
+    "rows_merged_main": ("counter", "Rows that main merged because it, or a worker, lagged.", ()),
+    "codes_watched": ("gauge", "Codes that somebody here watches.", ()),
+    "workers_ready": ("gauge", "Workers that accept connections.", ()),
+    "worker_restarts": ("counter", "Workers that ended and were replaced.", ("worker",)),
+    "connections": ("gauge", "Open connections.", ("worker",)),
+    "connections_opened": ("counter", "Connections that were opened.", ("worker",)),
+    "connections_closed": ("counter", "Connections that have ended, by reason.", ("worker", "reason")),
+    "connections_refused": ("counter", "Connections that found no place.", ()),
+    "subscriptions": ("gauge", "Subscriptions of all connections.", ("worker",)),
+    "rows_in": ("counter", "Rows that a worker was sent.", ("worker",)),
+    "rows_out": ("counter", "Rows that were handed to sockets.", ("worker",)),
+    "rows_merged": ("counter", "Rows that were merged for slow sessions.", ("worker",)),
+    "writes": ("counter", "Writes of rows to sockets.", ("worker",)),
+    "registry_pending": ("gauge", "Connections whose sets in Redis are not written yet.", ("worker",)),
+    "registry_lag_seconds": ("gauge", "Age of the oldest change that is not written yet.", ("worker",)),
+    "registry_repairs": ("counter", "Differences between the sets and the truth that were repaired.", ("worker",)),
+}
+
+
+class _Gathered(Collector):
+    def __init__(self, samples: Mapping[str, Iterable[Sample]]) -> None:
+        self._samples = samples
+
+    def collect(self) -> Iterable[Metric]:
+        for name, found in self._samples.items():
+            kind, meaning, labels = METRICS[name]
+            family_of = CounterMetricFamily if kind == "counter" else GaugeMetricFamily
+            family = family_of(f"quotepush_{name}", meaning, labels=labels)
+            for value, by_label in found:
+                family.add_metric([by_label[label] for label in labels], value)
+            yield family
+
+
+def exposition(samples: Mapping[str, Iterable[Sample]]) -> bytes:
+    """Return Prometheus' text for these numbers, by metric name without ``quotepush_``."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Gathered(samples))
+    return generate_latest(registry)

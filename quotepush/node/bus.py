@@ -1,0 +1,223 @@
+"""What main and a worker say to each other over their socketpair.
+
+A frame is a 4-byte length and a MessagePack list of messages: one frame per loop turn and
+direction. Interest, the rows of codes and their later ticks travel in this one ordered
+stream, so a row that answers a question can never be older than a tick behind it.
+
+Both sides come from the same installation; ``Setup`` carries a version all the same, for
+the moment in which an upgrade has replaced the files under a running main: a worker that
+finds another version than its own ends with 3.
+"""
+
+import asyncio
+import struct
+from collections.abc import Callable
+from typing import Any, cast
+
+import msgspec
+
+__all__ = [
+    "BUS_VERSION", "Admit", "Admitted", "Answered", "Ask", "BusEnd", "Drain", "Feed", "Figures", "Hello", "Left",
+    "Ready", "RegistryClient", "Rows", "Setup", "ToMain", "ToWorker", "Unwatch",
+]  # fmt: skip
+
+BUS_VERSION = 1
+_LENGTH = struct.Struct("!I")
+_READ_MAX = 1 << 28
+
+
+class _Message(msgspec.Struct, array_like=True, gc=False):
+    """One message; told apart by its tag."""
+
+
+# From main
+
+
+class Setup(_Message, tag="setup"):
+    """The first message to a worker: everything it must know."""
+
+    version: int
+    settings: dict[str, Any]
+    node: str
+    epoch: str
+    server: str
+
+
+class Rows(_Message, tag="rows"):
+    """Newest rows, in order: code, seq, JSON text without ``prev``."""
+
+    rows: list[tuple[str, int, bytes]]
+
+
+class Answered(_Message, tag="answered"):
+    """The answer to :class:`Ask`."""
+
+    question: int
+    rows: list[tuple[str, int, bytes | None]]
+    refused: dict[str, str]
+
+
+class Admitted(_Message, tag="admitted"):
+    """The answer to :class:`Admit`."""
+
+    question: int
+    is_welcome: bool
+
+
+class Feed(_Message, tag="feed"):
+    """How the feed is."""
+
+    state: str
+    last_tick_ms: int
+
+
+class Drain(_Message, tag="drain"):
+    """Close every session, clear the registry and end."""
+
+    timeout_s: float
+    retry_after_ms: int
+
+
+# From a worker
+
+
+class Hello(_Message, tag="hello"):
+    """The first message of a worker: what its life is called in the registry."""
+
+    life: str
+
+
+class Ready(_Message, tag="ready"):
+    """It accepts connections."""
+
+
+class Ask(_Message, tag="ask"):
+    """The newest rows of these codes; with ``watch`` also their later ticks."""
+
+    question: int
+    codes: list[str]
+    watch: bool
+
+
+class Unwatch(_Message, tag="unwatch"):
+    """Nobody here watches these codes any more."""
+
+    codes: list[str]
+
+
+class Admit(_Message, tag="admit"):
+    """May one more connection come in? With ``take`` it then counts."""
+
+    question: int
+    take: bool
+
+
+class Left(_Message, tag="left"):
+    """So many connections have gone."""
+
+    count: int
+
+
+class RegistryClient(_Message, tag="registry_client"):
+    """The CLIENT ID through which this worker writes the registry, before the first write."""
+
+    client_id: int
+
+
+class Figures(_Message, tag="figures"):
+    """Sign of life with what the worker has counted."""
+
+    figures: dict[str, Any]
+
+
+ToWorker = Setup | Rows | Answered | Admitted | Feed | Drain
+ToMain = Hello | Ready | Ask | Unwatch | Admit | Left | RegistryClient | Figures
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class BusEnd(asyncio.Protocol):
+    """One end of the socketpair.
+
+    Args:
+        inbound: the type of message that comes in (:data:`ToMain` or :data:`ToWorker`).
+        on_message: called for each, in order.
+        on_turn: called after the messages of one read.
+        on_lost: called once when the other side is gone.
+        on_drained: called when everything written has been taken.
+    """
+
+    def __init__(
+        self,
+        inbound: Any,
+        on_message: Callable[[Any], None],
+        on_lost: Callable[[], None],
+        on_turn: Callable[[], None] = lambda: None,
+        on_drained: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._decoder = msgspec.msgpack.Decoder(list[inbound])
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._on_turn = on_turn
+        self._on_drained = on_drained
+        self._transport: asyncio.Transport | None = None
+        self._received = bytearray()
+        self._queue: list[Any] = []
+        self._is_scheduled = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports only look like one
+
+    def data_received(self, data: bytes) -> None:
+        received = self._received
+        received += data
+        at = 0
+        while len(received) - at >= 4:
+            (length,) = _LENGTH.unpack_from(received, at)
+            if length > _READ_MAX:
+                raise ValueError(f"a bus frame of {length} bytes")
+            if len(received) - at - 4 < length:
+                break
+            frame = bytes(memoryview(received)[at + 4 : at + 4 + length])
+            at += 4 + length
+            for message in self._decoder.decode(frame):
+                self._on_message(message)
+        if at:
+            del received[:at]
+            self._on_turn()
+
+    def resume_writing(self) -> None:
+        self._on_drained()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._on_lost()
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What the other side has not taken yet."""
+        return self._transport.get_write_buffer_size() if self._transport else 0
+
+    def send(self, message: Any) -> None:
+        """Send with everything else of this loop turn."""
+        self._queue.append(message)
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Send what is queued now."""
+        self._is_scheduled = False
+        queue = self._queue
+        if not queue:
+            return
+        self._queue = []
+        if self._transport is not None:
+            body = _encoder.encode(queue)
+            self._transport.write(_LENGTH.pack(len(body)) + body)
+
+    def close(self) -> None:
+        """Send what is queued and close."""
+        self.flush()
+        if self._transport is not None:
+            self._transport.close()

@@ -1,0 +1,366 @@
+"""Main: one machine's lock, ticks, board and workers.
+
+Start: 1 lock, 2 listening sockets, 3 Redis answers, 4 what an earlier life left in the registry is
+cleared, 5 private listener, 6 feed listener, 7 workers, 8 ready.
+Stop: 1 not ready, 2 workers close their sessions and clear the registry, 3 what they left is
+cleared, 4 the lock is released.
+"""
+
+import asyncio
+import contextlib
+import logging
+import resource
+import secrets
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from aiohttp import web
+from redis.asyncio import ConnectionPool, Redis
+from redis.exceptions import RedisError
+from setproctitle import setproctitle
+
+from quotepush.cluster.registry import purge_node, registry_client
+from quotepush.errors import OperatorError, PortUnavailable, RedisUnavailable, SettingsError
+from quotepush.ingest.listener import FeedListener
+from quotepush.metrics import Sample
+from quotepush.node import lock
+from quotepush.node.admin import make_admin_app
+from quotepush.node.logs import set_up_logging
+from quotepush.node.notify import notify, watchdog_interval_s
+from quotepush.node.relay import Relay
+from quotepush.node.sockets import inherited_sockets, open_sockets
+from quotepush.node.supervisor import Supervisor
+from quotepush.quote.board import Board, TradingDays
+from quotepush.quote.code import BadCode, parse_code
+from quotepush.settings import Settings, without_password
+
+__all__ = ["serve"]
+
+log = logging.getLogger("quotepush.main")
+
+# Descriptors that are not clients: Redis, bus, files, listening sockets, the private listener.
+_FILE_RESERVE = 256
+# A link whose probe takes so long is behind: rows are merged before they are encoded.
+_LAGGING_S = 0.25
+_EXPIRE_EVERY_S = 60.0
+_PORT_PATIENCE_S = 3.0
+_RETRY_AFTER_MS = 1000
+_REPORT_EVERY_S = 60.0
+
+
+def serve(settings: Settings, announce: Callable[[str], None]) -> None:
+    """Run the server in the foreground until SIGTERM or SIGINT.
+
+    Args:
+        announce: gets the one line that says that every worker accepts connections.
+
+    Raises:
+        OperatorError: it cannot start, or cannot go on; ``exit_code`` is the process's.
+    """
+    set_up_logging(settings.log_level, "main")
+    setproctitle(f"quotepush[{settings.node}]: main")
+    with lock.hold(settings.lock_file) as held, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_Main(settings, held, announce).run())
+
+
+class _Main:
+    def __init__(self, settings: Settings, held: lock.Lock, announce: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._lock = held
+        self._announce = announce
+        self._epoch = secrets.token_hex(8)
+        self._stop = asyncio.Event()
+        self._is_ready = False
+        self._last_tick_ms = 0
+        self._now_ms = 0  # arrival of the batch that is being taken; 0: ask the clock
+        self._bugs = 0
+        self._board = Board(
+            days=TradingDays(settings.trading_day_zones),
+            max_codes=settings.max_board_codes,
+            max_row_bytes=settings.max_row_bytes,
+            max_tick_bytes=settings.max_tick_bytes,
+            drop_older=settings.drop_older,
+        )
+        self._relay = Relay(self._board, _symbol_check(settings.symbol_file))
+        self._listener: FeedListener
+        self._supervisor: Supervisor
+        self._addresses = ""
+
+    async def run(self) -> None:
+        settings = self._settings
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+        max_connections = _raise_file_limit(settings.max_connections)
+        sockets = inherited_sockets() or await _open_public(settings)
+        feed_pool = _feed_pool(settings)
+        registry = registry_client(settings.registry_url, timeout_s=settings.redis_timeout_s)
+        try:
+            await _check_redis(Redis(connection_pool=feed_pool), "feed_redis", settings.feed_redis, settings)
+            await _check_redis(registry, "registry_redis", settings.registry_url, settings)
+            removed = await purge_node(registry, settings.redis_prefix, settings.node)
+            if removed:
+                log.info("registry: %d connections of an earlier life removed", removed)
+            self._listener = FeedListener(
+                feed_pool,
+                settings.feed_channels,
+                on_tick=self._take_tick,
+                on_batch=self._end_batch,
+                on_link=lambda up: None,
+                probe_interval_s=settings.probe_interval_s,
+                probe_timeout_s=settings.probe_timeout_s,
+                timeout_s=settings.redis_timeout_s,
+            )
+            self._supervisor = Supervisor(
+                settings, sockets, self._relay, registry, self._epoch, max_connections, self._feed_news,
+                self._tell_readiness,
+            )  # fmt: skip
+            async with self._admin_site() as admin_address:
+                self._lock.write(admin_address)
+                self._addresses = f"{_public_url(settings, sockets[0])} admin=http://{admin_address}"
+                await self._serve_until_stopped()
+            await purge_node(registry, settings.redis_prefix, settings.node)
+        finally:
+            for s in sockets:
+                s.close()
+            with contextlib.suppress(RedisError, OSError, TimeoutError):
+                await registry.aclose()
+                await feed_pool.aclose()
+
+    async def _serve_until_stopped(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                helpers = [
+                    group.create_task(self._listener.run(), name="feed"),
+                    group.create_task(self._expire_rows(), name="expire"),
+                    group.create_task(self._report_faults(), name="faults"),
+                    group.create_task(self._feed_watchdog(), name="watchdog"),
+                ]
+                workers = group.create_task(self._supervisor.run(), name="workers")
+                stopped = group.create_task(self._stop.wait(), name="stop")
+                await asyncio.wait([workers, stopped], return_when=asyncio.FIRST_COMPLETED)
+                if stopped.done():
+                    log.info("stopping: %d connections are closed", self._supervisor.connections)
+                    notify(STOPPING="1", STATUS="stopping")
+                    await self._supervisor.stop(self._settings.drain_timeout_s, _RETRY_AFTER_MS)
+                    await workers
+                for task in (*helpers, stopped):
+                    task.cancel()
+        except* OperatorError as found:
+            fault: BaseException = found
+            while isinstance(fault, BaseExceptionGroup):
+                fault = fault.exceptions[0]
+            raise fault from None
+
+    # Ticks
+
+    def _take_tick(self, code: str | None, payload: bytes) -> None:  # hot
+        try:
+            now_ms = self._now_ms
+            if not now_ms:
+                now_ms = self._now_ms = time.time_ns() // 1_000_000
+            accepted = self._board.accepted
+            quote = self._board.apply(code, payload, now_ms)
+            if quote is not None:
+                self._relay.offer(quote)
+            if self._board.accepted != accepted:
+                self._last_tick_ms = now_ms
+        except Exception:
+            # A tick that hits a bug of ours is lost, the next one is not.
+            self._bugs += 1
+            if self._bugs == 1:
+                log.exception("a tick could not be taken; further ones of this kind are counted only")
+
+    def _end_batch(self) -> None:  # hot
+        self._now_ms = 0
+        self._relay.flush()
+        self._relay.is_lagging = self._listener.lag_s > _LAGGING_S
+
+    def _feed_news(self) -> tuple[str, int]:
+        if not self._listener.is_up:
+            return "down", self._last_tick_ms
+        age_s = time.time() - self._last_tick_ms / 1000
+        return "ok" if age_s < self._settings.feed_stale_s else "stale", self._last_tick_ms
+
+    async def _expire_rows(self) -> None:
+        while True:
+            await asyncio.sleep(_EXPIRE_EVERY_S)
+            oldest = time.time_ns() // 1_000_000 - self._settings.last_max_age_s * 1000
+            self._board.expire(oldest, keep=self._relay.codes)
+
+    async def _report_faults(self) -> None:
+        """One line a minute about ticks that were refused, with the newest example."""
+        told = 0
+        while True:
+            await asyncio.sleep(_REPORT_EVERY_S)
+            refused = self._board.refused.total()
+            if refused != told:
+                log.warning("%d ticks refused in a minute; the newest: %s", refused - told, self._board.last_fault)
+                told = refused
+
+    # How we are
+
+    def _tell_readiness(self) -> None:
+        ready, count = self._supervisor.ready, len(self._supervisor.slots)
+        notify(STATUS=f"{ready} of {count} workers ready")
+        if ready == count and not self._is_ready:
+            self._is_ready = True
+            self._announce(f"quotepush ready {self._addresses} node={self._settings.node} workers={count}")
+            notify(READY="1")
+
+    async def _feed_watchdog(self) -> None:
+        interval_s = watchdog_interval_s()
+        while interval_s:
+            notify(WATCHDOG="1")
+            await asyncio.sleep(interval_s)
+
+    def _readiness(self) -> tuple[list[str], Mapping[str, Any]]:
+        supervisor, listener = self._supervisor, self._listener
+        state, last_tick_ms = self._feed_news()
+        reasons = []
+        if supervisor.ready < len(supervisor.slots):
+            reasons.append(f"{supervisor.ready} of {len(supervisor.slots)} workers are ready")
+        if not listener.is_up:
+            reasons.append("the feed link is down")
+        if self._stop.is_set():
+            reasons.append("stopping")
+        facts: dict[str, Any] = {
+            "feed": state,
+            "feed_lag_ms": round(listener.lag_s * 1000),
+            "workers": supervisor.ready,
+            "connections": supervisor.connections,
+            "max_connections": supervisor.max_connections,
+            "codes": len(self._board.quotes),
+            "registry_lag_ms": round(1000 * max([s.figures.get("registry_lag_seconds", 0) for s in supervisor.slots])),
+        }
+        if last_tick_ms:
+            facts["feed_age_ms"] = max(0, time.time_ns() // 1_000_000 - last_tick_ms)
+        return reasons, facts
+
+    def _samples(self) -> Mapping[str, Iterable[Sample]]:
+        board, listener, supervisor = self._board, self._listener, self._supervisor
+        nothing: dict[str, str] = {}
+        samples: dict[str, list[Sample]] = {
+            "ticks_accepted": [(board.accepted, nothing)],
+            "ticks_refused": [(count, {"reason": reason}) for reason, count in board.refused.items()],
+            "ticks_ignored": [(listener.ignored, nothing)],
+            "board_codes": [(len(board.quotes), nothing)],
+            "feed_up": [(listener.is_up, nothing)],
+            "feed_links": [(listener.links, nothing)],
+            "feed_lag_seconds": [(listener.lag_s, nothing)],
+            "rows_merged_main": [(self._relay.merged + sum(s.rows_merged for s in supervisor.slots), nothing)],
+            "codes_watched": [(len(list(self._relay.codes)), nothing)],
+            "workers_ready": [(supervisor.ready, nothing)],
+            "connections_refused": [(supervisor.refused, nothing)],
+            "worker_restarts": [(s.restarts, {"worker": str(s.index)}) for s in supervisor.slots],
+        }
+        if self._last_tick_ms:
+            samples["feed_age_seconds"] = [(max(0.0, time.time() - self._last_tick_ms / 1000), nothing)]
+        for slot in supervisor.slots:
+            worker = {"worker": str(slot.index)}
+            for name, value in slot.figures.items():
+                if isinstance(value, dict):
+                    samples.setdefault(name, []).extend((n, {**worker, "reason": r}) for r, n in value.items())
+                else:
+                    samples.setdefault(name, []).append((value, worker))
+        return samples
+
+    @contextlib.asynccontextmanager
+    async def _admin_site(self) -> AsyncIterator[str]:
+        host, port = self._settings.admin_host, self._settings.admin_port
+        runner = web.AppRunner(make_admin_app(self._readiness, self._samples), access_log=None, handle_signals=False)
+        await runner.setup()
+        try:
+            (listening,) = await _patiently(lambda: open_sockets(host, port, 1, 64), host, port, "--admin-port")
+            await web.SockSite(runner, listening).start()
+            yield _address(listening)
+        finally:
+            await runner.cleanup()
+
+
+async def _open_public(settings: Settings) -> list[socket.socket]:
+    def attempt() -> list[socket.socket]:
+        return open_sockets(settings.host, settings.port, settings.worker_count, settings.backlog)
+
+    return await _patiently(attempt, settings.host, settings.port, "--port")
+
+
+async def _patiently(
+    attempt: Callable[[], list[socket.socket]], host: str, port: int, flag: str
+) -> list[socket.socket]:
+    """Open sockets; wait a moment for workers of a main that has just died to let go of the port."""
+    deadline = time.monotonic() + _PORT_PATIENCE_S
+    while True:
+        try:
+            return attempt()
+        except OSError as e:
+            if time.monotonic() > deadline or isinstance(e, socket.gaierror):
+                raise PortUnavailable(host, port, e.strerror or str(e), flag) from None
+            await asyncio.sleep(0.1)
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _public_url(settings: Settings, listening: socket.socket) -> str:
+    return f"{'https' if settings.tls_cert else 'http'}://{_address(listening)}{settings.base_path}/"
+
+
+def _feed_pool(settings: Settings) -> ConnectionPool:
+    # RESP 2: in its push messages the listener's read loop finds lists, whatever redis-py prefers.
+    return ConnectionPool.from_url(
+        settings.feed_redis,
+        protocol=2,
+        socket_connect_timeout=settings.redis_timeout_s,
+        socket_keepalive=True,
+        client_name=f"quotepush-{settings.node}-feed",
+    )
+
+
+async def _check_redis(redis: Redis, role: str, url: str, settings: Settings) -> None:
+    shown = without_password(url)
+    try:
+        async with asyncio.timeout(settings.redis_timeout_s):
+            await redis.ping()
+    except TimeoutError:
+        raise RedisUnavailable(role, shown, f"no answer within {settings.redis_timeout_s:g} s") from None
+    except (RedisError, OSError) as e:
+        raise RedisUnavailable(role, shown, str(e) or type(e).__name__) from None
+
+
+def _raise_file_limit(wanted: int) -> int:
+    """Raise the open-file limit as far as allowed; return how many connections that leaves room for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    room = max(1, soft - _FILE_RESERVE)
+    if wanted > room:
+        log.warning("max_connections is lowered from %d to %d: only %d files may be open", wanted, room, soft)
+    return min(wanted, room) if wanted else room
+
+
+def _symbol_check(path: str) -> Callable[[str], bool]:
+    if not path:
+        return lambda code: True
+    faults = []
+    known = set()
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        text = line.partition("#")[0].strip()
+        if text:
+            try:
+                known.add(parse_code(text))
+            except BadCode as e:
+                faults.append(f"symbol_file: {path}:{number}: {e}")
+    if faults:
+        raise SettingsError(faults[:20])
+    return known.__contains__

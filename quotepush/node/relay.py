@@ -1,0 +1,150 @@
+"""Which worker wants which code, and the rows on their way there.
+
+Laws: a worker gets the rows of a code from the answer to its question until it gives the code
+up, without a hole and in order; a worker that reads too slowly is held the newest row per code
+and nothing else; a row is encoded at most once, and not at all when nobody wants its code.
+"""
+
+from collections.abc import Callable, Iterable
+
+from quotepush.node.bus import Answered, Ask, BusEnd, Rows
+from quotepush.quote.board import Board, Quote
+
+__all__ = ["Relay", "WorkerFeed"]
+
+# Above so much unsent, a worker is slow: about 20,000 rows, some tens of milliseconds of its time.
+_SLOW_BYTES = 4 << 20
+
+_Entry = tuple[str, int, bytes]
+
+
+class WorkerFeed:
+    """The rows for one worker.
+
+    Attributes:
+        codes: what it wants.
+        merged: rows that were merged because it was slow.
+    """
+
+    def __init__(self, bus: BusEnd) -> None:
+        self._bus = bus
+        self.codes: set[str] = set()
+        self.rows: list[_Entry] = []
+        self.merged = 0
+        self._held: dict[str, _Entry] | None = None
+
+    def push(self) -> None:
+        """Send what waits, or hold the newest of it while the worker is slow."""
+        rows = self.rows
+        if not rows:
+            return
+        self.rows = []
+        if self._held is None and self._bus.unsent_bytes > _SLOW_BYTES:
+            self._held = {}
+        if self._held is None:
+            self._bus.send(Rows(rows))
+            return
+        for entry in rows:
+            if entry[0] in self._held:
+                self.merged += 1
+            self._held[entry[0]] = entry
+
+    def drained(self) -> None:
+        """The worker has taken everything: what is held may go."""
+        held, self._held = self._held, None
+        if held:
+            self._bus.send(Rows(list(held.values())))
+
+    def answer(self, question: int, rows: list[tuple[str, int, bytes | None]], refused: dict[str, str]) -> None:
+        """Answer behind every row that is older than the answer."""
+        self.push()
+        self._bus.send(Answered(question, rows, refused))
+
+    def flush(self) -> None:
+        """Send now."""
+        self.push()
+        self._bus.flush()
+
+
+class Relay:
+    """Hands the board's changes to the workers that want them.
+
+    Args:
+        is_known: whether a code may be subscribed to.
+
+    Attributes:
+        is_lagging: main is behind the feed: per batch only a code's newest row is sent.
+        merged: rows that were merged for this reason.
+    """
+
+    def __init__(self, board: Board, is_known: Callable[[str], bool]) -> None:
+        self._board = board
+        self._is_known = is_known
+        self._wanted: dict[str, list[WorkerFeed]] = {}
+        self._dirty: list[WorkerFeed] = []
+        self._late: dict[str, Quote] = {}
+        self.is_lagging = False
+        self.merged = 0
+
+    @property
+    def codes(self) -> Iterable[str]:
+        """The codes that somebody on this machine watches."""
+        return self._wanted.keys()
+
+    def offer(self, quote: Quote) -> None:  # hot
+        """Queue a code's newest row for the workers that want it."""
+        feeds = self._wanted.get(quote.code)
+        if feeds is None:
+            return
+        if self.is_lagging:
+            if quote.code in self._late:
+                self.merged += 1
+            self._late[quote.code] = quote
+            return
+        entry = (quote.code, quote.seq, quote.encoded())
+        for feed in feeds:
+            if not feed.rows:
+                self._dirty.append(feed)
+            feed.rows.append(entry)
+
+    def flush(self) -> None:  # hot
+        """Send what one batch of ticks has changed."""
+        if self._late:
+            late, self._late = self._late, {}
+            lagging, self.is_lagging = self.is_lagging, False
+            for quote in late.values():
+                self.offer(quote)
+            self.is_lagging = lagging
+        dirty = self._dirty
+        if dirty:
+            self._dirty = []
+            for feed in dirty:
+                feed.flush()
+
+    def ask(self, feed: WorkerFeed, question: Ask) -> None:
+        """Answer a worker's question; with ``watch`` also note what it wants from now on."""
+        refused = {code: "unknown_code" for code in question.codes if not self._is_known(code)}
+        rows: list[tuple[str, int, bytes | None]] = []
+        for code in question.codes:
+            if code in refused:
+                continue
+            if question.watch and code not in feed.codes:
+                feed.codes.add(code)
+                self._wanted.setdefault(code, []).append(feed)
+            quote = self._board.quotes.get(code)
+            rows.append((code, quote.seq, quote.encoded()) if quote is not None else (code, 0, None))
+        feed.answer(question.question, rows, refused)
+
+    def unwatch(self, feed: WorkerFeed, codes: Iterable[str]) -> None:
+        """A worker no longer wants these codes."""
+        for code in codes:
+            if code in feed.codes:
+                feed.codes.discard(code)
+                feeds = self._wanted[code]
+                feeds.remove(feed)
+                if not feeds:
+                    del self._wanted[code]
+
+    def forget(self, feed: WorkerFeed) -> None:
+        """A worker is gone."""
+        self.unwatch(feed, list(feed.codes))

@@ -1,0 +1,315 @@
+"""The workers of one machine: started, named, watched, replaced.
+
+Laws:
+
+1. Each slot has its own listening socket, opened once by main and inherited, so that a worker's
+   restart loses no pending connection. A systemd socket is shared by all slots.
+2. A worker is started by exec with just the descriptors it needs, never by fork.
+3. What a dead worker had in the registry is removed only after its Redis connection is cut, so that
+   no write of the dead comes behind the clean-up.
+4. A worker that ends is replaced, with backoff; one that ends with 3 can never run and ends main.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from quotepush import __version__
+from quotepush.cluster.registry import cut_connection, purge_life
+from quotepush.errors import WorkerUnfit
+from quotepush.node import bus
+from quotepush.node.relay import Relay, WorkerFeed
+from quotepush.settings import Settings
+
+__all__ = ["Supervisor", "WorkerSlot"]
+
+log = logging.getLogger("quotepush.main")
+
+UNFIT = 3
+_BACKOFF_FIRST_S, _BACKOFF_MOST_S = 0.1, 10.0
+# A worker that has lived so long was fit: the next death starts the backoff anew.
+_HEALTHY_AFTER_S = 30.0
+_FEED_NEWS_S = 0.05
+_KILL_AFTER_S = 3.0
+_PURGE_AGAIN_S = 2.0
+
+
+class WorkerSlot:
+    """A worker's place: it outlives the workers that fill it.
+
+    Attributes:
+        places: connections that this worker was allowed and has not given back.
+        figures: what the worker last counted.
+    """
+
+    def __init__(self, index: int, listening: socket.socket) -> None:
+        self.index = index
+        self.listening = listening
+        self.process: asyncio.subprocess.Process | None = None
+        self.bus: bus.BusEnd | None = None
+        self.feed: WorkerFeed | None = None
+        self.life = ""
+        self.registry_client = 0
+        self.is_ready = False
+        self.places = 0
+        self.restarts = 0
+        self.rows_merged = 0
+        self.heard_s = 0.0
+        self.figures: dict[str, Any] = {}
+
+
+class Supervisor:
+    """Keeps ``settings.worker_count`` workers running.
+
+    Args:
+        listening: one socket per worker, or one for all.
+        registry: for cleaning up after dead workers.
+        feed_news: the feed's state and the arrival of its newest tick.
+        on_ready: called whenever the number of ready workers changes.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        listening: list[socket.socket],
+        relay: Relay,
+        registry: Redis,
+        epoch: str,
+        max_connections: int,
+        feed_news: Callable[[], tuple[str, int]],
+        on_ready: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._relay = relay
+        self._registry = registry
+        self._epoch = epoch
+        self._feed_news = feed_news
+        self._on_ready = on_ready
+        self.max_connections = max_connections
+        self.refused = 0
+        self.slots = [WorkerSlot(i, listening[i % len(listening)]) for i in range(settings.worker_count)]
+        self._is_stopping = False
+        self._unpurged: list[tuple[str, int]] = []  # dead lives that the registry still holds
+
+    @property
+    def ready(self) -> int:
+        """Workers that accept connections."""
+        return sum(slot.is_ready for slot in self.slots)
+
+    @property
+    def connections(self) -> int:
+        """Connections of this machine."""
+        return sum(slot.places for slot in self.slots)
+
+    async def run(self) -> None:
+        """Keep the workers running until :meth:`stop` has ended them.
+
+        Raises:
+            WorkerUnfit: a worker can never run here.
+        """
+        try:
+            async with asyncio.TaskGroup() as group:
+                helpers = [group.create_task(self._tell_news()), group.create_task(self._purge_later())]
+                async with asyncio.TaskGroup() as workers:
+                    for slot in self.slots:
+                        workers.create_task(self._fill(slot))
+                for helper in helpers:
+                    helper.cancel()
+        finally:
+            for slot in self.slots:
+                if slot.process is not None and slot.process.returncode is None:
+                    slot.process.kill()
+
+    async def stop(self, timeout_s: float, retry_after_ms: int) -> None:
+        """Let every worker close its sessions and end; kill the ones that do not."""
+        self._is_stopping = True
+        running = [slot for slot in self.slots if slot.process is not None]
+        for slot in running:
+            if slot.bus is not None:
+                slot.bus.send(bus.Drain(timeout_s, retry_after_ms))
+        deadline = time.monotonic() + timeout_s + _KILL_AFTER_S
+        for slot in running:
+            assert slot.process is not None
+            try:
+                async with asyncio.timeout(max(0.1, deadline - time.monotonic())):
+                    await slot.process.wait()
+            except TimeoutError:
+                log.warning("worker %d did not end in %.0f s and is killed", slot.index, timeout_s)
+                slot.process.kill()
+
+    # One slot
+
+    async def _fill(self, slot: WorkerSlot) -> None:
+        backoff_s = _BACKOFF_FIRST_S
+        while not self._is_stopping:
+            began = time.monotonic()
+            status = await self._run_worker(slot)
+            lived_s = time.monotonic() - began
+            if status == UNFIT:
+                raise WorkerUnfit(slot.index)
+            if self._is_stopping:
+                return
+            slot.restarts += 1
+            if lived_s >= _HEALTHY_AFTER_S:
+                backoff_s = _BACKOFF_FIRST_S
+            log.warning("worker %d %s after %.1f s; a new one follows", slot.index, _ended(status), lived_s)
+            await self._bury(slot)
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(_BACKOFF_MOST_S, backoff_s * 2)
+
+    async def _run_worker(self, slot: WorkerSlot) -> int:
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        try:
+            slot.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "quotepush.node.worker",
+                f"--index={slot.index}", f"--bus={theirs.fileno()}", f"--listen={slot.listening.fileno()}",
+                stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(), slot.listening.fileno()),
+            )  # fmt: skip
+        except OSError as e:
+            log.error("worker %d cannot be started: %s", slot.index, e)
+            ours.close()
+            return 1
+        finally:
+            theirs.close()
+        ours.setblocking(False)
+        end = bus.BusEnd(
+            bus.ToMain,
+            lambda message: self._receive(slot, message),
+            on_lost=lambda: None,
+            on_drained=lambda: slot.feed.drained() if slot.feed is not None else None,
+        )
+        await loop.create_unix_connection(lambda: end, sock=ours)
+        slot.bus = end
+        slot.feed = WorkerFeed(end)
+        slot.heard_s = loop.time()
+        end.send(
+            bus.Setup(
+                bus.BUS_VERSION, dataclasses.asdict(self._settings), self._settings.node, self._epoch, __version__
+            )
+        )
+        end.send(bus.Feed(*self._feed_news()))
+        try:
+            return await self._watch(slot)
+        finally:
+            slot.is_ready = False
+            slot.places = 0
+            slot.figures = {}
+            slot.rows_merged += slot.feed.merged
+            self._relay.forget(slot.feed)
+            slot.bus = slot.feed = None
+            end.close()
+            self._on_ready()
+
+    async def _watch(self, slot: WorkerSlot) -> int:
+        """Wait for the end of a worker; bring it about when the worker is silent."""
+        loop = asyncio.get_running_loop()
+        assert slot.process is not None
+        ended = asyncio.ensure_future(slot.process.wait())
+        try:
+            while True:
+                asked = loop.time()
+                done, _ = await asyncio.wait([ended], timeout=1.0)
+                if done:
+                    return ended.result()
+                now = loop.time()
+                if now - asked > 2.0:  # it was us who slept: whoever is silent gets his time again
+                    slot.heard_s = now
+                elif now - slot.heard_s >= self._settings.worker_silence_s:
+                    log.error("worker %d has been silent for %.0f s and is killed", slot.index, now - slot.heard_s)
+                    slot.process.kill()
+                    return await ended
+        finally:
+            if not ended.done():
+                slot.process.kill()
+                ended.cancel()
+
+    async def _bury(self, slot: WorkerSlot) -> None:
+        """Remove what the dead worker had in the registry; a Redis that is away is tried again later."""
+        if slot.life:
+            self._unpurged.append((slot.life, slot.registry_client))
+        slot.life, slot.registry_client = "", 0
+        await self._purge()
+
+    async def _purge(self) -> None:
+        node, prefix = self._settings.node, self._settings.redis_prefix
+        while self._unpurged:
+            life, client_id = self._unpurged[0]
+            try:
+                async with asyncio.timeout(self._settings.redis_timeout_s):
+                    if client_id:
+                        await cut_connection(self._registry, node, life, client_id)
+                    removed = await purge_life(self._registry, prefix, node, life)
+            except (RedisError, OSError, TimeoutError) as e:
+                log.warning("registry: dead worker %s is not cleared yet: %s", life, e)
+                return
+            log.info("registry: %d connections of dead worker %s removed", removed, life)
+            if (life, client_id) in self._unpurged:
+                self._unpurged.remove((life, client_id))
+
+    async def _purge_later(self) -> None:
+        """Clear the dead whom Redis would not let us clear at once."""
+        while True:
+            await asyncio.sleep(_PURGE_AGAIN_S)
+            await self._purge()
+
+    # What workers say
+
+    def _receive(self, slot: WorkerSlot, message: Any) -> None:
+        slot.heard_s = asyncio.get_running_loop().time()
+        assert slot.bus is not None and slot.feed is not None
+        match message:
+            case bus.Ask():
+                self._relay.ask(slot.feed, message)
+            case bus.Unwatch():
+                self._relay.unwatch(slot.feed, message.codes)
+            case bus.Admit():
+                slot.bus.send(bus.Admitted(message.question, self._admit(slot, message.take)))
+            case bus.Left():
+                slot.places -= message.count
+            case bus.Figures():
+                slot.figures = message.figures
+            case bus.RegistryClient():
+                slot.registry_client = message.client_id
+            case bus.Hello():
+                slot.life = message.life
+            case bus.Ready():
+                slot.is_ready = True
+                self._on_ready()
+
+    def _admit(self, slot: WorkerSlot, take: bool) -> bool:
+        if self.connections >= self.max_connections:
+            self.refused += take
+            return False
+        slot.places += take
+        return True
+
+    async def _tell_news(self) -> None:
+        """Tell the workers how the feed is, whenever that changes; the sleep bounds how old their knowledge is."""
+        told: tuple[str, int] | None = None
+        while True:
+            await asyncio.sleep(_FEED_NEWS_S)
+            news = self._feed_news()
+            if news != told:
+                told = news
+                for slot in self.slots:
+                    if slot.bus is not None:
+                        slot.bus.send(bus.Feed(*news))
+
+
+def _ended(status: int) -> str:
+    if status < 0:
+        try:
+            return f"was killed by {signal.Signals(-status).name}"
+        except ValueError:
+            return f"was killed by signal {-status}"
+    return f"ended with {status}"

@@ -1,0 +1,303 @@
+"""The worker process: wires sessions to main (over the bus) and to the registry (in Redis).
+
+Started by main as ``python -m quotepush.node.worker``; nothing secret stands in its arguments.
+
+Start: 1 bus, 2 settings from main, 3 registry mirror, 4 HTTP on the inherited socket, 5 ready.
+Stop, when main says so: 1 no new connection, 2 sessions are closed, 3 the registry is cleared,
+4 the bus is closed. When main is gone: at once, the next main clears the registry.
+"""
+
+import argparse
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import uvloop
+from aiohttp import web
+from setproctitle import setproctitle
+
+from quotepush.cluster.registry import RegistryMirror, registry_client
+from quotepush.node import bus
+from quotepush.node.logs import set_up_logging
+from quotepush.push.session import Answer, Desk, Limits
+from quotepush.push.site import make_app
+from quotepush.push.subscriptions import Subscriptions
+from quotepush.push.worker import FeedState, Outside, PushWorker, clock_ms
+from quotepush.settings import Settings
+
+__all__ = ["main"]
+
+log = logging.getLogger("quotepush.worker")
+
+_FIGURES_S = 1.0
+_SETUP_TIMEOUT_S = 10.0
+_KEEPALIVE_S = 30.0
+_UNFIT = 3
+_FINISH_TIMEOUT_S = 5.0
+
+
+class WorkerProcess:
+    """One worker, from its first message to its last."""
+
+    def __init__(self, index: int, bus_socket: socket.socket, listening: socket.socket) -> None:
+        self._index = index
+        self._bus_socket = bus_socket
+        self._listening = listening
+        self._setup: asyncio.Future[bus.Setup] = asyncio.get_running_loop().create_future()
+        self._stop: asyncio.Future[bus.Drain | None] = asyncio.get_running_loop().create_future()
+        self._questions: dict[int, Callable[[Any], None]] = {}
+        self._next_question = 0
+        self._worker: PushWorker | None = None
+        self._unwatched: list[str] = []
+        self._left = 0
+        self._feed = FeedState()
+        self._bus = bus.BusEnd(bus.ToWorker, self._receive, self._lost, on_turn=self._turn)
+
+    async def run(self) -> int:
+        """Serve until told to stop; return the exit status."""
+        loop = asyncio.get_running_loop()
+        await loop.create_unix_connection(lambda: self._bus, sock=self._bus_socket)
+        async with asyncio.timeout(_SETUP_TIMEOUT_S):
+            setup = await self._setup
+        if setup.version != bus.BUS_VERSION:
+            set_up_logging("info", f"worker {self._index}")
+            log.error("main speaks another version of the bus than the files installed now: restart main")
+            return _UNFIT
+        settings = Settings(**setup.settings)
+        set_up_logging(settings.log_level, f"worker {self._index}")
+        setproctitle(f"quotepush[{setup.node}]: worker {self._index}")
+        life = f"{self._index}.{time.time_ns() // 1000}"
+        self._bus.send(bus.Hello(life))
+        redis = registry_client(settings.registry_url, timeout_s=settings.redis_timeout_s)
+        mirror = RegistryMirror(
+            redis,
+            prefix=settings.redis_prefix,
+            node=setup.node,
+            life=life,
+            interval_s=settings.registry_interval_s,
+            ttl_s=settings.registry_ttl_s,
+            check_interval_s=settings.registry_check_s,
+            on_client_id=self._tell_client_id,
+        )
+        worker = self._worker = self._make_worker(setup, settings, life, mirror)
+        runner = web.AppRunner(
+            make_app(settings, worker, self._admit, self._leave), access_log=None, keepalive_timeout=_KEEPALIVE_S,
+            handle_signals=False,
+        )  # fmt: skip
+        await runner.setup()
+        site = web.SockSite(runner, self._listening, ssl_context=_tls(settings), backlog=settings.backlog)
+        await site.start()
+        # What is here now stays: the collector need not look at it again, and looks rarely at the rest.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
+        tasks = [
+            asyncio.create_task(mirror.run(), name="registry"),
+            asyncio.create_task(worker.turn_wheel(), name="wheel"),
+            asyncio.create_task(self._tell_figures(mirror), name="figures"),
+        ]
+        self._bus.send(bus.Ready())
+        drain = await self._until_stopped(tasks)
+        if drain is None:
+            return 0  # main is gone; its successor clears the registry
+        await site.stop()
+        await worker.drain(drain.timeout_s, drain.retry_after_ms)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        try:
+            async with asyncio.timeout(_FINISH_TIMEOUT_S):
+                if not await mirror.finish():
+                    log.warning("registry: not cleared; the next start does it")
+        except TimeoutError:
+            log.warning("registry: not cleared in time; the next start does it")
+        await redis.aclose()
+        await runner.cleanup()
+        self._bus.close()
+        return 0
+
+    async def _until_stopped(self, tasks: Sequence["asyncio.Task[None]"]) -> bus.Drain | None:
+        """Wait for main's word; a task that ends by itself is a bug and ends the worker."""
+        waited: list[asyncio.Future[Any]] = [self._stop, *tasks]
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
+                raise RuntimeError(f"the task {task.get_name()} has ended")
+        return self._stop.result()
+
+    def _make_worker(self, setup: bus.Setup, settings: Settings, life: str, mirror: RegistryMirror) -> PushWorker:
+        desk = Desk(
+            subscriptions=Subscriptions(),
+            limits=Limits(
+                settings.max_codes, settings.codes_per_request, settings.requests_per_s, settings.message_bytes
+            ),
+            server=setup.server,
+            epoch=setup.epoch,
+            heartbeat_ms=settings.heartbeat_ms,
+            watch=lambda codes, then: self._ask(codes, True, then),
+            look=lambda codes, then: self._ask(codes, False, then),
+            unwatch=self._unwatch,
+            subscribed=mirror.touch,
+            clock_ms=clock_ms,
+        )
+
+        def closed(fd: str) -> None:
+            mirror.close(fd)
+            self._leave()
+
+        start_us = int(life.partition(".")[2])
+        worker = PushWorker(
+            settings, f"{setup.node}.{self._index}.", start_us, desk, Outside(opened=mirror.open, closed=closed)
+        )
+        worker.feed = self._feed
+        return worker
+
+    # To main
+
+    def _ask(self, codes: Sequence[str], watch: bool, then: Callable[[Answer], None]) -> None:
+        def answered(message: bus.Answered) -> None:
+            then(Answer({code: (seq, row) for code, seq, row in message.rows}, message.refused))
+
+        self._next_question += 1
+        self._questions[self._next_question] = answered
+        self._tell_unwatched()
+        self._bus.send(bus.Ask(self._next_question, list(codes), watch))
+
+    async def _admit(self, take: bool) -> bool:
+        # Waits for main, which answers within a loop turn or has stopped serving altogether.
+        welcome: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def answered(message: bus.Admitted) -> None:
+            if not welcome.done():
+                welcome.set_result(message.is_welcome)
+            elif take and message.is_welcome:
+                self._leave()  # the client went away meanwhile
+
+        self._next_question += 1
+        self._questions[self._next_question] = answered
+        self._bus.send(bus.Admit(self._next_question, take))
+        return await welcome
+
+    def _leave(self) -> None:
+        if not self._left:
+            asyncio.get_running_loop().call_soon(self._tell_left)
+        self._left += 1
+
+    def _tell_left(self) -> None:
+        left, self._left = self._left, 0
+        self._bus.send(bus.Left(left))
+
+    def _unwatch(self, codes: Iterable[str]) -> None:
+        if not self._unwatched:
+            asyncio.get_running_loop().call_soon(self._tell_unwatched)
+        self._unwatched.extend(codes)
+
+    def _tell_unwatched(self) -> None:
+        # Always before the next question, so that main sees both in the order in which they happened.
+        if self._unwatched:
+            codes, self._unwatched = self._unwatched, []
+            self._bus.send(bus.Unwatch(codes))
+
+    def _tell_client_id(self, client_id: int) -> None:
+        self._bus.send(bus.RegistryClient(client_id))
+        self._bus.flush()
+
+    async def _tell_figures(self, mirror: RegistryMirror) -> None:
+        while True:
+            worker = self._worker
+            assert worker is not None
+            self._bus.send(
+                bus.Figures(
+                    {
+                        "connections": len(worker.links),
+                        "connections_opened": worker.opened_total,
+                        "connections_closed": worker.closed_total,
+                        "subscriptions": worker.subscriptions.count,
+                        "rows_in": worker.hub.rows_in,
+                        "rows_out": worker.hub.rows_out,
+                        "rows_merged": worker.hub.rows_merged,
+                        "writes": worker.hub.writes,
+                        "registry_pending": mirror.pending,
+                        "registry_lag_seconds": mirror.lag_ms / 1000,
+                        "registry_repairs": mirror.repairs,
+                    }
+                )
+            )
+            await asyncio.sleep(_FIGURES_S)
+
+    # From main
+
+    def _receive(self, message: Any) -> None:  # hot
+        kind = type(message)
+        if kind is bus.Rows:
+            worker = self._worker
+            if worker is not None:
+                offer = worker.hub.offer
+                for code, seq, row in message.rows:
+                    offer(code, seq, row)
+        elif kind is bus.Answered or kind is bus.Admitted:
+            self._questions.pop(message.question)(message)
+        elif kind is bus.Feed:
+            self._feed.state, self._feed.last_tick_ms = message.state, message.last_tick_ms
+        elif kind is bus.Setup:
+            self._setup.set_result(message)
+        elif kind is bus.Drain and not self._stop.done():
+            self._stop.set_result(message)
+
+    def _turn(self) -> None:
+        if self._worker is not None:
+            self._worker.hub.flush_soon()
+
+    def _lost(self) -> None:
+        if not self._stop.done():
+            log.warning("main is gone")
+            self._stop.set_result(None)
+
+    def ask_to_stop(self) -> None:
+        """SIGTERM to this worker alone: leave in order; main starts another."""
+        if not self._stop.done():
+            self._stop.set_result(bus.Drain(5.0, 500))
+
+
+def _tls(settings: Settings) -> ssl.SSLContext | None:
+    if not settings.tls_cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(settings.tls_cert, settings.tls_key)
+    return context
+
+
+async def _serve(index: int, bus_fd: int, listen_fd: int) -> int:
+    process = WorkerProcess(index, socket.socket(fileno=bus_fd), socket.socket(fileno=listen_fd))
+    loop = asyncio.get_running_loop()
+    # Ctrl-C in a terminal reaches the whole group: main decides, not each for himself.
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)
+    loop.add_signal_handler(signal.SIGTERM, process.ask_to_stop)
+    return await process.run()
+
+
+def main() -> None:
+    """Run one worker; see the module's text."""
+    parser = argparse.ArgumentParser(description="A worker of quotepush; started by quotepush serve.")
+    for name in ("index", "bus", "listen"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    arguments = parser.parse_args()
+    setproctitle(f"quotepush: worker {arguments.index}")
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        status = runner.run(_serve(arguments.index, arguments.bus, arguments.listen))
+    sys.stdout.flush()
+    os._exit(status)  # no finalizers: sockets are closed by the kernel, and main waits for our end
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""The fan-out of one worker: a row comes in, everybody who watches its code gets it.
+
+Laws:
+
+1. Only the loop's thread touches the hub, and nothing between looking up an audience and
+   queueing its rows awaits.
+2. One write per session per flush, whatever came in between; no session is ever waited for.
+   A socket that has not taken its last write is left alone until it says so.
+3. A flush that took ``t`` is followed by a rest of ``min(max_delay, 3 t)``: under load rows
+   share writes, at a low rate nothing waits. No flush holds the loop longer than its budget.
+4. Nobody is closed inside the loop over an audience.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+
+from quotepush.push.outbox import Outbox
+from quotepush.push.subscriptions import Row, Subscriptions
+from quotepush.wire.messages import tick_head
+
+__all__ = ["Hub"]
+
+# A flush of 100,000 sessions goes on in the next turn after so long, so that the loop reads, pings and accepts.
+_BUDGET_S = 0.01
+
+
+class Hub:
+    """Hands rows to outboxes and outboxes to their sockets.
+
+    Args:
+        max_delay_s: longest rest between two flushes.
+        max_rows: rows an outbox holds before it merges.
+        max_bytes: bytes an outbox holds before it merges.
+        on_merging: called once when an outbox begins to merge.
+        on_caught_up: called once when it has been emptied again.
+        clock_ms: epoch milliseconds.
+    """
+
+    def __init__(
+        self,
+        subscriptions: Subscriptions,
+        *,
+        max_delay_s: float,
+        max_rows: int,
+        max_bytes: int,
+        on_merging: Callable[[Outbox], None],
+        on_caught_up: Callable[[Outbox], None],
+        clock_ms: Callable[[], int],
+    ) -> None:
+        self._channels = subscriptions.channels
+        self._max_delay_s = max_delay_s
+        self._max_rows = max_rows
+        self._max_bytes = max_bytes
+        self._on_merging = on_merging
+        self._on_caught_up = on_caught_up
+        self._clock_ms = clock_ms
+        self._dirty: list[Outbox] = []  # have rows that wait for the next flush
+        self._parked: set[Outbox] = set()  # have rows, but their socket is full
+        self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
+        self._next_flush = 0.0
+        self.rows_in = 0
+        self.rows_out = 0
+        self.writes = 0
+        self.rows_merged = 0
+
+    def offer(self, code: str, seq: int, bare: bytes) -> None:  # hot
+        """Queue the newest row of ``code`` for everybody who watches it here.
+
+        Args:
+            bare: the row as JSON text without ``prev``.
+        """
+        channel = self._channels.get(code)
+        if channel is None or seq <= channel.seq:
+            return
+        row = Row(channel, seq, channel.seq, bare)
+        channel.seq = seq
+        channel.row = bare
+        channel.rows += 1
+        self.rows_in += 1
+        dirty = self._dirty
+        for outbox in channel.audience:
+            rows = outbox.rows
+            if not rows:
+                dirty.append(outbox)
+            rows.append(row)
+        if channel.newcomers:
+            first = Row(channel, seq, None, bare)
+            for outbox in channel.newcomers:
+                if not outbox.rows:
+                    dirty.append(outbox)
+                outbox.rows.append(first)
+                outbox.session.note_first_row(code, seq)
+            channel.audience |= channel.newcomers
+            channel.newcomers.clear()
+
+    def flush_soon(self) -> None:
+        """Flush now, or when the rest after the last flush is over."""
+        if self._timer is not None or not self._dirty:
+            return
+        loop = asyncio.get_running_loop()
+        wait = self._next_flush - loop.time()
+        if wait <= 0:
+            self._flush()
+        else:
+            self._timer = loop.call_later(wait, self._flush)
+
+    def _flush(self) -> None:  # hot
+        self._timer = None
+        begin = time.perf_counter()
+        deadline = begin + _BUDGET_S
+        now_ms = self._clock_ms()
+        head = tick_head(now_ms)
+        dirty, self._dirty = self._dirty, []
+        parked = self._parked
+        done = 0
+        for outbox in dirty:
+            done += 1
+            if outbox.is_blocked:
+                if outbox.rows or outbox.held is not None:
+                    parked.add(outbox)
+                continue
+            if outbox.held is not None:
+                self._catch_up(outbox, head)
+            elif outbox.rows:
+                self.rows_out += len(outbox.rows)
+                outbox.write(outbox.take(head, now_ms))
+                self.writes += 1
+            if not done & 63 and time.perf_counter() > deadline:
+                break
+        loop = asyncio.get_running_loop()
+        if done < len(dirty):
+            # Out of budget: the rest goes first in the next turn, before what has come in since.
+            self._dirty[:0] = dirty[done:]
+            self._timer = loop.call_soon(self._flush)
+        if parked:
+            self._merge_parked()
+        if self._timer is None:
+            took = time.perf_counter() - begin
+            self._next_flush = loop.time() + min(self._max_delay_s, 3 * took)
+            if self._dirty:
+                self.flush_soon()
+
+    def _catch_up(self, outbox: Outbox, head: bytes) -> None:
+        """Send a merging session its newest rows, as far as the socket takes them."""
+        merged, sent = outbox.merged, outbox.sent
+        outbox.write(outbox.take(head, 0))
+        self.writes += 1
+        self.rows_out += outbox.sent - sent
+        self.rows_merged += outbox.merged - merged
+        if outbox.held is None:
+            self._on_caught_up(outbox)
+        elif outbox.is_blocked:
+            self._parked.add(outbox)
+        else:
+            self._dirty.append(outbox)
+
+    def _merge_parked(self) -> None:
+        for outbox in self._parked:
+            if outbox.held is not None:
+                if outbox.rows:
+                    self._merge(outbox)
+            elif outbox.rows and outbox.is_above(self._max_rows, self._max_bytes):
+                self._merge(outbox)
+                self._on_merging(outbox)
+
+    def _merge(self, outbox: Outbox) -> None:
+        before = outbox.merged
+        outbox.merge()
+        self.rows_merged += outbox.merged - before
+
+    def unblock(self, outbox: Outbox) -> None:
+        """The socket has taken everything: what waits may go."""
+        self._parked.discard(outbox)
+        if outbox.rows or outbox.held is not None:
+            self._dirty.append(outbox)
+            self.flush_soon()
+
+    def forget(self, outboxes: Iterable[Outbox]) -> None:
+        """These sessions are gone: drop what waits for them."""
+        for outbox in outboxes:
+            outbox.clear()
+            self._parked.discard(outbox)

@@ -1,0 +1,478 @@
+"""One client connection: its rules, its subscriptions, what it is answered.
+
+Laws:
+
+1. ``hello`` first; an ack before the rows it causes; a code's snapshot before its first
+   tick; after the ack of an unsubscribe no row of that code.
+2. Requests of one session are carried out in the order in which they came.
+3. Answers go to the socket at once, never behind rows that wait.
+
+A session knows no socket and no loop: it is handed a :class:`Link` to speak through and a
+:class:`Desk` of what the worker offers. Time is an argument.
+"""
+
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from quotepush.errors import PeerError
+from quotepush.push.outbox import Outbox
+from quotepush.push.subscriptions import Subscription, Subscriptions
+from quotepush.quote.code import BadCode, parse_code
+from quotepush.quote.tick import BOOK_FIELDS, KNOWN_FIELDS
+from quotepush.wire import messages
+from quotepush.wire.frames import text_frame
+from quotepush.wire.messages import CLOSE_CODES, Request, RequestError, parse_request
+
+__all__ = ["Answer", "Desk", "Limits", "Link", "Session"]
+
+log = logging.getLogger("quotepush.session")
+
+# A client that goes on over its rate for so long is closed with 4429.
+_RATE_PATIENCE_MS = 10_000
+
+
+class Link(Protocol):
+    """The socket as a session sees it."""
+
+    def write(self, data: bytes) -> None:
+        """Hand bytes to the socket at once."""
+
+    def close(self, code: int, reason: str) -> None:
+        """Say goodbye and close; nothing is written afterwards."""
+
+    def hold_requests(self, hold: bool) -> None:
+        """Stop, or go on, reading from the client."""
+
+
+class _Gone:
+    """The link of a session that is over."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def close(self, code: int, reason: str) -> None: ...
+
+    def hold_requests(self, hold: bool) -> None: ...
+
+
+_GONE = _Gone()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one connection may do."""
+
+    codes: int
+    codes_per_request: int
+    requests_per_s: float
+    message_bytes: int
+
+    def as_said(self) -> Mapping[str, Any]:
+        """Return them as ``hello`` says them."""
+        rate = self.requests_per_s
+        return {
+            "codes": self.codes,
+            "codes_per_request": self.codes_per_request,
+            "requests_per_s": int(rate) if rate == int(rate) else rate,
+            "message_bytes": self.message_bytes,
+            "max_rate": None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What main says to a question about codes.
+
+    Attributes:
+        rows: per code its seq and its newest row as JSON text (None: no tick yet).
+        refused: per code the error word, e.g. ``unknown_code``.
+    """
+
+    rows: Mapping[str, tuple[int, bytes | None]]
+    refused: Mapping[str, str]
+
+
+@dataclass(slots=True)
+class Desk:
+    """What a worker offers its sessions: the index, main behind it, the registry, the clock.
+
+    Attributes:
+        watch: ask main for these codes and their later ticks; answers through the callback, in
+            the stream of ticks, so that nothing falls between the answer and the next tick.
+        look: the same without their later ticks.
+        unwatch: nobody here watches these codes any more.
+        subscribed: a session's codes have changed (for the registry).
+        clock_ms: epoch milliseconds.
+    """
+
+    subscriptions: Subscriptions
+    limits: Limits
+    server: str
+    epoch: str
+    heartbeat_ms: int
+    watch: Callable[[Sequence[str], Callable[[Answer], None]], None]
+    look: Callable[[Sequence[str], Callable[[Answer], None]], None]
+    unwatch: Callable[[Iterable[str]], None]
+    subscribed: Callable[[str], None]
+    clock_ms: Callable[[], int]
+
+
+class Session:
+    """One client.
+
+    Attributes:
+        fd: its name in the cluster, ``<node>.<worker>.<n>``.
+        subscriptions: canonical code to subscription, in the order of subscribing.
+    """
+
+    __slots__ = (
+        "_desk", "_inbox", "_is_waiting", "_limited_since_ms", "_link", "_tokens", "_tokens_at_ms", "fd", "is_closed",
+        "opened_ms", "outbox", "subscriptions",
+    )  # fmt: skip
+
+    def __init__(self, fd: str, link: Link, desk: Desk) -> None:
+        self.fd = fd
+        self._link = link
+        self._desk = desk
+        self.outbox = Outbox(self, link.write)
+        self.subscriptions: dict[str, Subscription] = {}
+        self.is_closed = False
+        self.opened_ms = desk.clock_ms()
+        self._tokens = desk.limits.requests_per_s
+        self._tokens_at_ms = self.opened_ms
+        self._limited_since_ms = 0
+        self._is_waiting = False  # for main's answer to a request
+        self._inbox: deque[str] | None = None
+
+    def greet(self) -> None:
+        """Send ``hello``."""
+        desk = self._desk
+        self._say(
+            messages.hello(
+                server=desk.server,
+                conn=self.fd,
+                conn_key=secrets.token_urlsafe(16),
+                epoch=desk.epoch,
+                time_ms=self.opened_ms,
+                heartbeat_ms=desk.heartbeat_ms,
+                fields=(name for name in KNOWN_FIELDS if name not in BOOK_FIELDS),
+                limits=desk.limits.as_said(),
+            )
+        )
+
+    # What the client says
+
+    def receive(self, text: str) -> None:
+        """Take one message of the client."""
+        if self.is_closed:
+            return
+        if self._is_waiting:
+            if self._inbox is None:
+                self._inbox = deque()
+            self._inbox.append(text)
+            return
+        now_ms = self._desk.clock_ms()
+        try:
+            self._spend_token(now_ms)
+            request = parse_request(text, self._desk.limits.codes_per_request)
+            _HANDLERS[request.action](self, request, now_ms)
+        except RequestError as e:
+            self._say(messages.error(e, now_ms, e.request_id, e.action))
+        except PeerError as e:
+            self._say(messages.error(e, now_ms))
+            if e.close_code is not None:
+                self._link.close(e.close_code, e.error)
+
+    def _spend_token(self, now_ms: int) -> None:
+        rate = self._desk.limits.requests_per_s
+        most = max(1.0, rate)
+        self._tokens = min(most, self._tokens + (now_ms - self._tokens_at_ms) * rate / 1000)
+        self._tokens_at_ms = now_ms
+        if self._tokens >= 1:
+            if self._tokens >= most:
+                self._limited_since_ms = 0
+            self._tokens -= 1
+            return
+        if not self._limited_since_ms:
+            self._limited_since_ms = now_ms
+        goes_on = now_ms - self._limited_since_ms >= _RATE_PATIENCE_MS
+        raise PeerError(
+            "rate_limited",
+            f"at most {rate:g} requests a second",
+            close_code=CLOSE_CODES["rate_limited"] if goes_on else None,
+            retry_after_ms=max(1, round((1 - self._tokens) * 1000 / rate)),
+        )
+
+    def _subscribe(self, request: Request, now_ms: int) -> None:
+        results, codes = self._understand(request.codes, self._desk.limits.codes - len(self.subscriptions))
+        channels = self._desk.subscriptions.channels
+        missing = [code for code in codes if code not in channels]
+        if missing:
+            self._ask(
+                self._desk.watch, missing, codes,
+                lambda answer: self._finish_subscribe(request, results, codes, answer),
+            )  # fmt: skip
+        else:
+            self._finish_subscribe(request, results, codes, None)
+
+    def _understand(
+        self, spellings: Iterable[str], room: int | None
+    ) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+        """Return one result per spelling, in order, and the codes that were understood with their results.
+
+        Args:
+            room: how many new codes the session may still subscribe to; None: does not matter.
+        """
+        results: list[dict[str, Any]] = []
+        codes: dict[str, list[dict[str, Any]]] = {}
+        limit = self._desk.limits.codes
+        for spelling in spellings:
+            result: dict[str, Any] = {"as": spelling}
+            results.append(result)
+            try:
+                code = parse_code(spelling)
+            except BadCode as e:
+                result |= {"error": "bad_code", "message": str(e)}
+                continue
+            if room is not None and code not in codes and code not in self.subscriptions:
+                if room <= 0:
+                    result |= {"error": "code_limit", "message": f"at most {limit} codes on one connection"}
+                    continue
+                room -= 1
+            result["code"] = code
+            codes.setdefault(code, []).append(result)
+        return results, codes
+
+    def _finish_subscribe(
+        self,
+        request: Request,
+        results: list[dict[str, Any]],
+        codes: dict[str, list[dict[str, Any]]],
+        answer: Answer | None,
+    ) -> None:
+        subscriptions = self._desk.subscriptions
+        asked = list(codes) if answer is not None else []
+        if self.is_closed:
+            self._release(asked)
+            return
+        if answer is not None:
+            self._refuse(codes, answer.refused)
+        now_ms = self._desk.clock_ms()
+        rows: list[bytes] = []
+        outbox = self.outbox
+        for code in codes:
+            seq, row = answer.rows.get(code, (0, None)) if answer is not None else (0, None)
+            channel = subscriptions.open(code, seq, row)
+            if code in self.subscriptions:
+                if not request.snapshot:
+                    continue  # nothing has changed, and what waits must still arrive
+                outbox.drop([channel])  # not newer than the snapshot
+            if request.snapshot:
+                rows.append(messages.snapshot_row(code, channel.row))
+            self.subscriptions[code] = subscriptions.add(channel, outbox, with_prev=request.snapshot)
+        self._release(asked)
+        self._say(
+            messages.ack(
+                request.action, request.id, now_ms,
+                accepted=[{"code": r["code"], "as": r["as"]} for r in results if "error" not in r],
+                rejected=[r for r in results if "error" in r],
+                total=len(self.subscriptions), limit=self._desk.limits.codes,
+            )
+        )  # fmt: skip
+        if rows:
+            self._say(messages.snapshot(now_ms, rows))
+        if codes:
+            self._desk.subscribed(self.fd)
+        self._go_on()
+
+    def _refuse(self, codes: dict[str, list[dict[str, Any]]], refused: Mapping[str, str]) -> None:
+        for code, word in refused.items():
+            for result in codes.pop(code, ()):
+                del result["code"]
+                result |= {"error": word, "message": f"{code} is not a code this server knows"}
+
+    def _unsubscribe(self, request: Request, now_ms: int) -> None:
+        if "*" in request.codes:
+            codes = list(self.subscriptions)
+        else:
+            _, understood = self._understand(request.codes, None)
+            codes = [code for code in understood if code in self.subscriptions]
+        self._drop(codes)
+        self._say(
+            messages.ack(
+                request.action, request.id, now_ms, removed=codes, total=len(self.subscriptions),
+                limit=self._desk.limits.codes,
+            )
+        )  # fmt: skip
+        if codes:
+            self._desk.subscribed(self.fd)
+
+    def _drop(self, codes: Iterable[str]) -> None:
+        channels = [self.subscriptions.pop(code).channel for code in codes]
+        self.outbox.drop(channels)
+        left = self._desk.subscriptions.discard(channels, self.outbox)
+        if left:
+            self._desk.unwatch(left)
+
+    def _list(self, request: Request, now_ms: int) -> None:
+        listed = []
+        for code, subscription in self.subscriptions.items():
+            seq, waiting = self.outbox.last_sent(subscription.channel)
+            listed.append({"code": code, "seq": seq, "merged": subscription.merged_until(seq, waiting)})
+        self._say(
+            messages.ack(
+                request.action, request.id, now_ms, subscriptions=listed, total=len(listed),
+                limit=self._desk.limits.codes,
+            )
+        )  # fmt: skip
+
+    def _snapshot(self, request: Request, now_ms: int) -> None:
+        results, codes = self._understand(request.codes, None)
+        channels = self._desk.subscriptions.channels
+        missing = [code for code in codes if code not in channels]
+        if missing:
+            self._ask(
+                self._desk.look, missing, codes,
+                lambda answer: self._finish_snapshot(request, results, codes, answer),
+            )  # fmt: skip
+        else:
+            self._finish_snapshot(request, results, codes, None)
+
+    def _finish_snapshot(
+        self,
+        request: Request,
+        results: list[dict[str, Any]],
+        codes: dict[str, list[dict[str, Any]]],
+        answer: Answer | None,
+    ) -> None:
+        asked = list(codes) if answer is not None else []
+        if self.is_closed:
+            self._release(asked)
+            return
+        if answer is not None:
+            self._refuse(codes, answer.refused)
+        now_ms = self._desk.clock_ms()
+        rows = []
+        for code in codes:
+            channel = self._desk.subscriptions.channels.get(code)
+            if channel is not None:
+                row = channel.row
+            else:
+                row = answer.rows[code][1] if answer is not None and code in answer.rows else None
+            rows.append(messages.snapshot_row(code, row))
+            if code in self.subscriptions:
+                self._continue_from_snapshot(code)
+        self._release(asked)
+        self._say(
+            messages.ack(
+                request.action, request.id, now_ms,
+                accepted=[{"code": r["code"], "as": r["as"]} for r in results if "error" not in r],
+                rejected=[r for r in results if "error" in r],
+            )
+        )  # fmt: skip
+        self._say(messages.snapshot(now_ms, rows))
+        self._go_on()
+
+    def _continue_from_snapshot(self, code: str) -> None:
+        """The snapshot stands for the rows of ``code`` that wait: they go, and the next tick follows on it."""
+        before = self.subscriptions[code]
+        seq, waiting = self.outbox.last_sent(before.channel)
+        self.outbox.drop([before.channel])
+        self._desk.subscriptions.add(before.channel, self.outbox, with_prev=True)
+        self.subscriptions[code] = before.restart(seq, waiting)
+
+    def _ping(self, request: Request, now_ms: int) -> None:
+        self._say(messages.pong(request.id, now_ms))
+
+    def _ask(
+        self,
+        ask: Callable[[Sequence[str], Callable[[Answer], None]], None],
+        missing: Sequence[str],
+        codes: Iterable[str],
+        finish: Callable[[Answer], None],
+    ) -> None:
+        """Ask main for the codes that are not here; the client's next request waits for the answer."""
+
+        def answered(answer: Answer) -> None:
+            try:
+                finish(answer)
+            except Exception:
+                # A bug in one session is that session's end and nobody else's.
+                log.exception("%s: a request could not be finished", self.fd)
+                self._link.close(CLOSE_CODES["internal"], "internal")
+
+        self._desk.subscriptions.claim(codes)
+        self._is_waiting = True
+        self._link.hold_requests(True)
+        ask(missing, answered)
+
+    def _release(self, asked: Iterable[str]) -> None:
+        left = self._desk.subscriptions.release(asked)
+        if left:
+            self._desk.unwatch(left)
+
+    def _go_on(self) -> None:
+        """Carry out what has come in while main was asked."""
+        if not self._is_waiting:
+            return
+        self._is_waiting = False
+        inbox = self._inbox
+        while inbox and not self._is_waiting and not self.is_closed:
+            self.receive(inbox.popleft())
+        if not inbox:
+            self._inbox = None
+        if not self._is_waiting and not self.is_closed:
+            self._link.hold_requests(False)
+
+    # What the server says
+
+    def _say(self, message: bytes) -> None:
+        self._link.write(text_frame(message))
+
+    def say_merging(self) -> None:
+        """Tell the client that it is too slow for every row."""
+        self._say(messages.status(self._desk.clock_ms(), "connection", "conflating", pending=self.outbox.pending))
+
+    def say_caught_up(self) -> None:
+        """Tell the client that it gets every row again."""
+        self._say(messages.status(self._desk.clock_ms(), "connection", "realtime"))
+
+    def say_closing(self, retry_after_ms: int) -> None:
+        """Tell the client that the server leaves, and when to come back."""
+        self._say(messages.status(self._desk.clock_ms(), "connection", "closing", retry_after_ms=retry_after_ms))
+
+    def note_merged(self, code: str, rows: int) -> None:
+        """Count rows that this session got merged."""
+        subscription = self.subscriptions.get(code)
+        if subscription is not None:
+            subscription.merged += rows
+
+    def note_first_row(self, code: str, seq: int) -> None:
+        """Begin to count at the first row of a subscription without a snapshot."""
+        subscription = self.subscriptions.get(code)
+        if subscription is not None:
+            subscription.start(seq)
+
+    def close(self) -> None:
+        """The connection is over: leave every audience."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self._inbox = None
+        self._drop(list(self.subscriptions))
+        self.outbox.clear()
+        # Break the circle of link, session and outbox: they go at once, not with the garbage collector.
+        self._link = _GONE
+        self.outbox.write = _GONE.write
+
+
+_HANDLERS: dict[str, Callable[[Session, Request, int], None]] = {
+    "subscribe": Session._subscribe,
+    "unsubscribe": Session._unsubscribe,
+    "list": Session._list,
+    "snapshot": Session._snapshot,
+    "ping": Session._ping,
+}

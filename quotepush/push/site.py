@@ -1,0 +1,126 @@
+"""The public HTTP side of a worker: the WebSocket's door, the ticker page, the browser client.
+
+Law: whoever is refused is refused before the upgrade, with the status that says why.
+Browsers do not show that status to scripts, so a plain ``GET`` of the WebSocket's path
+answers with it too (426 when an upgrade would be welcome).
+"""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import orjson
+from aiohttp import web
+
+from quotepush.push.worker import PushWorker
+from quotepush.settings import Settings
+from quotepush.wire.messages import SUBPROTOCOL
+
+__all__ = ["Admit", "make_app"]
+
+# Asks main for a place: True takes it, False only looks. Answers whether there is one.
+Admit = Callable[[bool], Awaitable[bool]]
+
+STATIC = Path(__file__).parent.parent / "static"
+_FILES = {"/": "index.html", **{f"/{name}": name for name in ("quotepush.js", "page.js", "page.css")}}
+_RETRY_AFTER_S = 5
+
+_PAGE_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; connect-src 'self' ws: wss:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def make_app(settings: Settings, worker: PushWorker, admit: Admit, leave: Callable[[], None]) -> web.Application:
+    """Return the application of the public listener.
+
+    Args:
+        admit: asks main whether this machine takes one more connection.
+        leave: gives a place back that was taken and not used.
+    """
+    door = _Door(settings, worker, admit, leave)
+    app = web.Application()
+    app.router.add_get(settings.ws_url_path, door.handle)
+    for path, name in _FILES.items():
+        app.router.add_get(settings.base_path + path, _file_handler(STATIC / name))
+    if settings.base_path:
+        # Without the slash the page's relative links would miss.
+        app.router.add_get(settings.base_path, _slash_handler(settings.base_path + "/"))
+    return app
+
+
+def _file_handler(path: Path) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return web.FileResponse(path, headers=_PAGE_HEADERS)
+
+    return handle
+
+
+def _slash_handler(target: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        raise web.HTTPPermanentRedirect(target)
+
+    return handle
+
+
+class _Door:
+    """The WebSocket's path."""
+
+    def __init__(self, settings: Settings, worker: PushWorker, admit: Admit, leave: Callable[[], None]) -> None:
+        self._worker = worker
+        self._admit = admit
+        self._leave = leave
+        self._origins = frozenset(origin.rstrip("/").lower() for origin in settings.allowed_origins)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        handshake = web.WebSocketResponse(protocols=(SUBPROTOCOL,))
+        wants_upgrade = request.headers.get("Upgrade", "").strip().lower() == "websocket"
+        if not self._is_allowed(request):
+            return _refuse(request, 403, "forbidden_origin", "pages of this origin may not connect", share=False)
+        if wants_upgrade and not handshake.can_prepare(request).ok:
+            return _refuse(request, 400, "bad_handshake", "not a WebSocket handshake of version 13")
+        offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",") if p.strip()]
+        if offered and SUBPROTOCOL not in offered:
+            return _refuse(request, 400, "bad_subprotocol", f"this server speaks {SUBPROTOCOL}")
+        if self._worker.is_draining:
+            return _refuse(request, 503, "restart", "this server is about to restart", retry_after_s=1)
+        if not await self._admit(wants_upgrade):
+            return _refuse(request, 503, "overloaded", "this server holds all it can", retry_after_s=_RETRY_AFTER_S)
+        if not wants_upgrade:
+            headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
+            return _refuse(request, 426, "upgrade_required", "connect with a WebSocket", headers=headers)
+        try:
+            return self._worker.accept(request, SUBPROTOCOL if offered else None)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _is_allowed(self, request: web.Request) -> bool:
+        """Pages of our own host, pages that are listed, and whatever is no page at all."""
+        origin = request.headers.get("Origin")
+        if origin is None or "*" in self._origins or origin.lower() in self._origins:
+            return True
+        return bool(urlsplit(origin).netloc) and urlsplit(origin).netloc.lower() == request.host.lower()
+
+
+def _refuse(
+    request: web.Request,
+    status: int,
+    error: str,
+    message: str,
+    *,
+    retry_after_s: int | None = None,
+    share: bool = True,
+    headers: dict[str, str] | None = None,
+) -> web.Response:
+    headers = {"Cache-Control": "no-store", "Vary": "Origin", **(headers or {})}
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(retry_after_s)
+    origin = request.headers.get("Origin")
+    if share and origin is not None:
+        headers |= {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Retry-After"}
+    body = orjson.dumps({"error": error, "message": message})
+    return web.Response(status=status, body=body, content_type="application/json", headers=headers)

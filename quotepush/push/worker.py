@@ -1,0 +1,200 @@
+"""What one worker holds: its sessions, its index, its hub, and the wheel that looks after the peers.
+
+Knows neither main nor Redis: :mod:`quotepush.node.worker` hands in what it needs of them.
+
+Law: a session that is gone is gone everywhere: index, hub, wheel, registry, count; also
+when one of these steps fails.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from quotepush.push.hub import Hub
+from quotepush.push.outbox import Outbox
+from quotepush.push.session import Desk, Session
+from quotepush.push.subscriptions import Subscriptions
+from quotepush.push.websocket import Detached, WebSocketLink, upgrade
+from quotepush.settings import Settings
+from quotepush.wire import messages
+from quotepush.wire.frames import text_frame
+
+__all__ = ["FeedState", "Outside", "PushWorker", "clock_ms"]
+
+log = logging.getLogger("quotepush.session")
+
+_SLOT_S = 0.1
+_CLOSE_BATCH = 200
+
+
+def clock_ms() -> int:
+    """Return now as epoch milliseconds."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(slots=True)
+class FeedState:
+    """What main last said of the feed.
+
+    Attributes:
+        state: ``ok``, ``stale`` or ``down``.
+        last_tick_ms: arrival of the newest tick of any code; 0: none yet.
+    """
+
+    state: str = "down"
+    last_tick_ms: int = 0
+
+    def age_ms(self, now_ms: int) -> int | None:
+        """Return how long ago the newest tick arrived, None when there was none."""
+        return max(0, now_ms - self.last_tick_ms) if self.last_tick_ms else None
+
+
+@dataclass(slots=True)
+class Outside:
+    """What a worker is handed of the world: the registry's side of sessions, and main's count.
+
+    Attributes:
+        opened: a session is there, with the live collection of its codes.
+        closed: it is gone.
+    """
+
+    opened: Callable[[str, Collection[str]], None]
+    closed: Callable[[str], None]
+
+
+class PushWorker:
+    """The sessions of one worker.
+
+    Attributes:
+        links: by fd.
+    """
+
+    def __init__(self, settings: Settings, fd_prefix: str, first_fd: int, desk: Desk, outside: Outside) -> None:
+        self._settings = settings
+        self._fd_prefix = fd_prefix
+        self._next_fd = first_fd
+        self._desk = desk
+        self._outside = outside
+        self.feed = FeedState()
+        self.links: dict[str, WebSocketLink] = {}
+        self.is_draining = False
+        self.opened_total = 0
+        self.closed_total: dict[str, int] = {}
+        self.subscriptions: Subscriptions = desk.subscriptions
+        self.hub = Hub(
+            desk.subscriptions,
+            max_delay_s=settings.max_flush_delay_ms / 1000,
+            max_rows=settings.merge_above_rows,
+            max_bytes=settings.merge_above_bytes,
+            on_merging=lambda outbox: outbox.session.say_merging(),
+            on_caught_up=lambda outbox: outbox.session.say_caught_up(),
+            clock_ms=desk.clock_ms,
+        )
+        self._left = asyncio.Event()
+        slots = max(1, round(settings.heartbeat_ms / 1000 / _SLOT_S))
+        self._wheel: list[set[WebSocketLink]] = [set() for _ in range(slots)]
+        self._slot_s = settings.heartbeat_ms / 1000 / slots
+
+    # The life of a session
+
+    def accept(self, request: web.Request, subprotocol: str | None) -> Detached:
+        """Turn a checked upgrade request into a session."""
+        link = WebSocketLink(self, request.remote or "?")
+        fd = f"{self._fd_prefix}{self._next_fd}"
+        link.session = Session(fd, link, self._desk)
+        response = upgrade(request, link, subprotocol, self._settings.message_bytes, lambda: self.opened(link))
+        self._next_fd += 1
+        return response
+
+    def opened(self, link: WebSocketLink) -> None:
+        """A link is ready: greet it."""
+        session = link.session
+        self.links[session.fd] = link
+        self._wheel[hash(session.fd) % len(self._wheel)].add(link)
+        self.opened_total += 1
+        self._outside.opened(session.fd, session.subscriptions.keys())
+        session.greet()
+        log.debug("%s: open from %s", session.fd, link.peer)
+
+    def unblocked(self, outbox: Outbox) -> None:
+        """A socket has taken everything."""
+        self.hub.unblock(outbox)
+
+    def closed(self, link: WebSocketLink) -> None:
+        """A link is gone: leave no trace of it."""
+        session = link.session
+        fd = session.fd
+        if self.links.pop(fd, None) is None:
+            return
+        for leave in (
+            session.close,
+            lambda: self.hub.forget([session.outbox]),
+            lambda: self._wheel[hash(fd) % len(self._wheel)].discard(link),
+            lambda: self._outside.closed(fd),
+        ):
+            try:
+                leave()
+            except Exception:
+                log.exception("%s: a step of its clean-up failed", fd)
+        self.closed_total[link.reason] = self.closed_total.get(link.reason, 0) + 1
+        self._left.set()
+        outbox = session.outbox
+        log.info(
+            "%s: closed by %s: %s after %.1f s, %d rows sent, %d merged",
+            fd, link.closed_by, link.reason, (self._desk.clock_ms() - session.opened_ms) / 1000, outbox.sent,
+            outbox.merged,
+        )  # fmt: skip
+
+    # The wheel
+
+    async def turn_wheel(self) -> None:
+        """Send heartbeats and pings and look after dead peers, until cancelled; a slot of sessions at a time."""
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            for slot in self._wheel:
+                due += self._slot_s
+                await asyncio.sleep(max(0.0, due - loop.time()))
+                if loop.time() - due > 1:  # we were stopped, or starved: do not catch up in a rush
+                    due = loop.time()
+                try:
+                    self._look_after(slot, loop.time())
+                except Exception:
+                    log.exception("a turn of the wheel failed")
+
+    def _look_after(self, slot: set[WebSocketLink], now_s: float) -> None:
+        s = self._settings
+        now_ms = self._desk.clock_ms()
+        beat = text_frame(messages.heartbeat(now_ms, self.feed.state, self.feed.age_ms(now_ms)))
+        for link in list(slot):
+            ping = link.check(now_s, s.stall_timeout_s, s.ping_interval_s, s.ping_timeout_s)
+            link.write(beat + ping if ping else beat)
+
+    # The end
+
+    async def drain(self, timeout_s: float, retry_after_ms: int) -> None:
+        """Close every session, a batch at a time; cut off who has not gone after ``timeout_s``."""
+        self.is_draining = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        leaving = list(self.links.values())
+        for start in range(0, len(leaving), _CLOSE_BATCH):
+            for link in leaving[start : start + _CLOSE_BATCH]:
+                if not link.session.is_closed:
+                    link.session.say_closing(retry_after_ms)
+                    link.close(messages.CLOSE_CODES["restart"], "restart")
+            await asyncio.sleep(0)
+        try:
+            async with asyncio.timeout_at(deadline):
+                while self.links:
+                    self._left.clear()
+                    await self._left.wait()
+        except TimeoutError:
+            pass
+        for link in list(self.links.values()):
+            link.abort("drain_timeout")
+        await asyncio.sleep(0)
