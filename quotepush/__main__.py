@@ -1,0 +1,5 @@
+"""``python -m quotepush``: the command line."""
+
+from quotepush.cli import main
+
+main()

@@ -1,0 +1,46 @@
+"""What every suite may ask for."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.redis_server import RedisServer
+from tests.support.server import QuotepushServer
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    """A real, empty Redis of the test's own."""
+    server = RedisServer(tmp_path / "redis")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def start_server(
+    tmp_path: Path, redis_server: RedisServer
+) -> AsyncIterator[Callable[..., Awaitable[QuotepushServer]]]:
+    """Start servers with settings of the test's own, e.g. ``await start_server(workers=1)``."""
+    servers: list[QuotepushServer] = []
+
+    async def start(**settings: Any) -> QuotepushServer:
+        server = QuotepushServer(tmp_path / f"server-{len(servers)}", redis_server.url, **settings)
+        servers.append(server)
+        await server.start()
+        return server
+
+    yield start
+    for server in servers:
+        try:
+            await server.stop()
+        finally:
+            server.kill_everything()
+
+
+@pytest.fixture
+async def quotepush_server(start_server: Callable[..., Awaitable[QuotepushServer]]) -> QuotepushServer:
+    """A server with two workers on an empty Redis."""
+    return await start_server()

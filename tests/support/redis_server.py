@@ -1,0 +1,119 @@
+"""A real Redis of one test's own, which can be killed, paused and started again."""
+
+import asyncio
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import redis as blocking_redis
+from redis.asyncio import Redis
+
+__all__ = ["RedisServer"]
+
+
+class RedisServer:
+    """``redis-server`` on a free port of 127.0.0.1; the same port after a restart.
+
+    Args:
+        directory: for its log and, with ``aof``, what it keeps.
+        aof: keep everything over a kill and a restart; without it a restarted server is empty.
+        options: more command line options, e.g. ``"--cluster-enabled", "yes"``.
+    """
+
+    def __init__(self, directory: Path, *, aof: bool = False, options: tuple[str, ...] = ()) -> None:
+        self.directory = directory
+        self.aof = aof
+        self.options = options
+        self.port = _free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def client(self, **options: Any) -> Redis:
+        """A new asyncio client that answers with ``str``; the caller closes it."""
+        return Redis.from_url(self.url, **{"decode_responses": True, **options})
+
+    def start(self, timeout_s: float = 20.0) -> None:
+        """Start it and return when it answers."""
+        assert self._process is None, "it runs already"
+        program = shutil.which("redis-server") or shutil.which("valkey-server")
+        assert program is not None, "redis-server is not on PATH"
+        self.directory.mkdir(parents=True, exist_ok=True)
+        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]
+        arguments += ["--appendonly", "yes" if self.aof else "no", "--appendfsync", "always"]
+        arguments += ["--logfile", str(self.directory / "redis.log"), *self.options]
+        self._process = subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + timeout_s
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                self.stop()
+                raise AssertionError(f"{program} does not answer; see {self.directory / 'redis.log'}")
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> None:
+        """End it whatever its state is; harmless when it does not run."""
+        if self._process is not None:
+            self.resume()
+            self._end(signal.SIGTERM)
+
+    def restart(self) -> None:
+        """Kill it if it runs, and start it again on the same port."""
+        if self._process is not None:
+            self.kill()
+        self.start()
+
+    def pause(self) -> None:
+        """SIGSTOP: connections stay open, nothing is answered."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    async def restart_later(self, after_s: float) -> None:
+        """Kill it now and start it after a while, without holding the loop while it is down."""
+        self.kill()
+        await asyncio.sleep(after_s)
+        await asyncio.to_thread(self.start)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def _end(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._signal(number)
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10)
+        self._process = None
+
+    def _answers(self) -> bool:
+        with blocking_redis.Redis(port=self.port, socket_timeout=1, socket_connect_timeout=1) as client:
+            try:
+                return bool(client.ping())
+            except blocking_redis.RedisError:
+                return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

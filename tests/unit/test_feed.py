@@ -1,0 +1,345 @@
+"""A feed as a whole, in process and as the command line, into a real Redis that comes and goes."""
+
+import asyncio
+import gzip
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from quotepush.errors import RedisUnavailable, SettingsError
+from quotepush.feed import FeedOptions, FeedSummary, JsonLines, Recording, Simulation, run_feed
+from quotepush.feed.replay import CodedTick, CsvLines
+from tests.support.manual_clock import ManualClock
+from tests.support.redis_server import RedisServer
+from tests.support.waiting import wait_until
+
+ROOT = Path(__file__).parents[2]
+RECORDING = ROOT / "tests" / "data" / "us-ticks-small.csv.gz"
+TOOL = ROOT / "tools" / "feed.py"
+
+
+def recorded() -> list[CodedTick]:
+    header, *lines = gzip.decompress(RECORDING.read_bytes()).splitlines()
+    reader = CsvLines(pytest.fail)
+    reader.parse(header)
+    ticks = [reader.parse(line) for line in lines]
+    return [tick for tick in ticks if tick is not None]
+
+
+class Heard:
+    """What a subscriber of ``quote.*`` got."""
+
+    def __init__(self) -> None:
+        self.ticks: list[CodedTick] = []
+
+
+@asynccontextmanager
+async def hearing(server: RedisServer) -> AsyncIterator[Heard]:
+    """Subscribe to all quotes; ends quietly with its Redis."""
+    heard = Heard()
+    client = server.client()
+    pubsub = client.pubsub()
+    await pubsub.psubscribe("quote.*")
+    assert await pubsub.get_message(timeout=5)
+
+    async def listen() -> None:
+        while True:
+            message = await pubsub.get_message(timeout=1)
+            if message is not None:
+                heard.ticks.append((message["channel"].removeprefix("quote."), orjson.loads(message["data"])))
+
+    task = asyncio.create_task(listen())
+    try:
+        yield heard
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await pubsub.aclose()
+        await client.aclose()
+
+
+async def test_recording_at_full_speed_arrives_whole_and_in_order(redis_server: RedisServer):
+    async with hearing(redis_server) as heard:
+        summary = await run_feed(
+            FeedOptions(redis_url=redis_server.url, source=Recording(path=RECORDING, speed=float("inf")))
+        )
+        await wait_until(lambda: len(heard.ticks) == summary.sent)
+
+    assert heard.ticks == recorded()
+    assert (summary.codes, summary.bad_lines, summary.dropped) == (7, 0, 0)
+
+
+async def test_redis_killed_in_the_middle_of_a_recording_loses_nothing_that_was_not_sent(tmp_path: Path):
+    directory = tmp_path / "r"
+    server = RedisServer(directory, options=("--unixsocket", str(directory / "s")))
+    server.start()
+    door = tmp_path / "door"  # the feed's way to Redis; shut until the new subscriber is there
+    door.symlink_to(directory / "s")
+    expected, manual = recorded(), ManualClock()
+    middle_ms = expected[len(expected) // 2][1]["ts"]
+    before = [one for one in expected if one[1]["ts"] <= middle_ms]
+    reports: list[str] = []
+    options = FeedOptions(redis_url=f"unix://{door}", source=Recording(path=RECORDING))
+    feed = asyncio.create_task(run_feed(options, report=reports.append, clock=manual.clock))
+    try:
+        async with hearing(server) as heard:
+            await wait_until(lambda: manual.is_slept_on)
+            while manual.at_s < (middle_ms - expected[0][1]["ts"]) / 1000:
+                manual.advance(0.001)
+                await asyncio.sleep(0)
+            await wait_until(lambda: len(heard.ticks) == len(before))
+            assert heard.ticks == before
+
+            # What is due now goes to a Redis that does not read it any more, and dies.
+            server.pause()
+            manual.advance(1)
+            await asyncio.sleep(0.05)
+            door.unlink()
+            server.kill()
+        await wait_until(lambda: reports)
+        assert not feed.done()
+        await asyncio.to_thread(server.start)
+        async with hearing(server) as heard:
+            door.symlink_to(directory / "s")
+            manual.advance(3600)
+            summary = await asyncio.wait_for(feed, 20)
+            await wait_until(lambda: len(heard.ticks) >= len(expected) - len(before))
+            assert heard.ticks == expected[len(before) :]
+    finally:
+        feed.cancel()
+        await asyncio.gather(feed, return_exceptions=True)
+        server.stop()
+
+    assert (summary.sent, summary.outages, summary.dropped) == (len(expected), 1, 0)
+    assert len(reports) == 2 and "went away" in reports[0] and "is back" in reports[1]
+
+
+async def test_simulation_goes_on_after_an_outage_and_counts_what_it_dropped(redis_server: RedisServer):
+    reports: list[str] = []
+    shown: list[FeedSummary] = []
+    stop = asyncio.Event()
+    options = FeedOptions(redis_url=redis_server.url, source=Simulation(codes=50))
+    feed = asyncio.create_task(run_feed(options, stop=stop, report=reports.append, progress=shown.append))
+    await wait_until(lambda: shown and shown[-1].sent)
+
+    redis_server.kill()
+    await wait_until(lambda: shown[-1].dropped)
+    await asyncio.to_thread(redis_server.start)
+    await wait_until(lambda: len(reports) == 2)
+    sent_before = shown[-1].sent
+    await wait_until(lambda: shown[-1].sent > sent_before)
+    stop.set()
+    summary = await asyncio.wait_for(feed, 5)
+
+    assert summary.outages == 1 and summary.dropped > 0
+    assert "outages of Redis: 1" in str(summary)
+
+
+async def test_pinned_codes_come_first_and_full_from_a_simulation(redis_server: RedisServer):
+    async with hearing(redis_server) as heard:
+        summary = await run_feed(FeedOptions(redis_url=redis_server.url, count=2))
+        await wait_until(lambda: len(heard.ticks) == 2)
+
+    assert summary.sent == summary.codes == 2
+    (first, maotai), (second, apple) = heard.ticks
+    assert (first, second) == ("600519.SH", "AAPL")
+    assert maotai["name"] == "贵州茅台" and "limit_up" in maotai
+    assert len(maotai["bids"]) == len(apple["asks"]) == 5
+
+
+async def test_feed_of_lines_reports_bad_ones_and_ends_with_its_input(redis_server: RedisServer):
+    read_fd, write_fd = os.pipe()
+    os.write(write_fd, b'{"code":"A","last":1}\nrubbish\n{"code":"B","last":2}\n')
+    os.close(write_fd)
+    reports: list[str] = []
+    async with hearing(redis_server) as heard:
+        options = FeedOptions(redis_url=redis_server.url, source=JsonLines(fd=read_fd))
+        summary = await run_feed(options, report=reports.append)
+        await wait_until(lambda: len(heard.ticks) == 2)
+    os.close(read_fd)
+
+    assert heard.ticks == [("A", {"last": 1}), ("B", {"last": 2})]
+    assert summary.bad_lines == 1
+    assert [report.split(":")[0] for report in reports] == ["line 2 skipped"]
+
+
+async def test_duration_and_count_end_a_feed(redis_server: RedisServer):
+    options = FeedOptions(redis_url=redis_server.url, source=Simulation(codes=10, rate_per_s=20_000))
+
+    assert (await run_feed(replace(options, count=1234))).sent == 1234
+    timed = await run_feed(replace(options, duration_s=0.2))
+    assert timed.sent > 0
+
+
+async def test_cancelled_feed_ends_as_cancelled(redis_server: RedisServer):
+    shown: list[FeedSummary] = []
+    feed = asyncio.create_task(run_feed(FeedOptions(redis_url=redis_server.url), progress=shown.append))
+    await wait_until(lambda: shown)
+
+    feed.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await feed
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_failing_progress_ends_the_feed_and_is_not_hidden(redis_server: RedisServer):
+    def fail(summary: FeedSummary) -> None:
+        raise LookupError("no screen")
+
+    with pytest.raises(LookupError, match="no screen"):
+        await run_feed(FeedOptions(redis_url=redis_server.url), progress=fail)
+
+
+async def test_feed_without_redis_does_not_start(redis_server: RedisServer):
+    redis_server.kill()
+
+    with pytest.raises(RedisUnavailable):
+        await run_feed(FeedOptions(redis_url=redis_server.url))
+
+
+async def test_all_wrong_options_are_named_at_once():
+    source = Simulation(codes=1, rate_per_s=0)
+    with pytest.raises(SettingsError) as caught:
+        await run_feed(FeedOptions(source=source, channel="{what}", duration_s=0, count=0))
+
+    assert [fault.split(":")[0] for fault in caught.value.faults] == [
+        "--codes",
+        "--rate",
+        "--duration",
+        "--count",
+        "--channel",
+    ]
+
+
+def test_options_do_not_show_the_password():
+    assert "hunter2" not in repr(FeedOptions(redis_url="redis://:hunter2@127.0.0.1"))
+
+
+# The command line.
+
+
+def run_tool(*arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, str(TOOL), *arguments],
+        input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=60, env=environment, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def started_tool(redis_server: RedisServer) -> "Iterator[subprocess.Popen[str]]":
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    tool = subprocess.Popen(
+        [sys.executable, str(TOOL), "--redis", redis_server.url],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    yield tool
+    tool.kill()
+    tool.communicate()
+
+
+def test_tool_is_executable():
+    assert os.access(TOOL, os.X_OK)
+
+
+def test_tool_replays_a_recording_and_says_so_in_one_line(redis_server: RedisServer):
+    done = run_tool("--redis", redis_server.url, "--csv", str(RECORDING), "--speed", "max", "--now")
+
+    assert done.returncode == 0
+    assert re.fullmatch(r"feed: 4,000 ticks of 7 codes in .* 0 bad lines, 0 dropped\n", done.stdout)
+    assert done.stderr == ""
+
+
+def test_tool_reports_bad_lines_of_standard_input_on_standard_error(redis_server: RedisServer):
+    lines = '{"code":"A","last":1}\n{"last":[31m}\n{"code":"A"}'
+
+    done = run_tool("--redis", redis_server.url, "--stdin", stdin=lines)
+
+    assert done.returncode == 0
+    assert done.stderr.startswith("feed: line 2 skipped: not JSON")
+    assert done.stdout.startswith("feed: 2 ticks of 1 codes")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+async def test_interrupted_tool_ends_cleanly_with_its_summary(
+    redis_server: RedisServer, started_tool: "subprocess.Popen[str]", signum: signal.Signals
+):
+    async with hearing(redis_server) as heard:
+        await wait_until(lambda: len(heard.ticks) > 100, timeout_s=30)
+        started_tool.send_signal(signum)
+        stdout, stderr = await asyncio.to_thread(started_tool.communicate, timeout=20)
+        sent = int(stdout.split()[1].replace(",", ""))
+        await wait_until(lambda: len(heard.ticks) == sent)
+
+    assert started_tool.returncode == 0
+    assert stdout.startswith("feed: ") and stdout.count("\n") == 1
+    assert stderr == ""
+
+
+def test_tool_without_redis_says_so_in_one_line_without_the_password(redis_server: RedisServer):
+    redis_server.kill()
+
+    done = run_tool("--redis", f"redis://:hunter2@127.0.0.1:{redis_server.port}/0")
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("feed: cannot use Redis at 127.0.0.1") and done.stderr.count("\n") == 1
+    assert "hunter2" not in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--codes", "1"),
+        ("--rate", "0"),
+        ("--rate", "nan"),
+        ("--speed", "fast", "--csv", str(RECORDING)),
+        ("--speed", "0", "--csv", str(RECORDING)),
+        ("--speed", "2"),
+        ("--seed", "2", "--stdin"),
+        ("--now", "--stdin"),
+        ("--stdin", "--csv", str(RECORDING)),
+        ("--csv", "absent.csv"),
+        ("--channel", "{what}"),
+        ("--redis", "nowhere"),
+        ("--what",),
+    ],
+)
+def test_wrong_arguments_exit_with_two(arguments: tuple[str, ...]):
+    done = run_tool(*arguments)
+
+    assert done.returncode == 2
+    assert done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_terminal_is_shown_one_refreshing_line(redis_server: RedisServer):
+    controller, terminal = os.openpty()
+    environment: dict[str, Any] = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100"}
+    tool = subprocess.Popen(
+        [sys.executable, str(TOOL), "--redis", redis_server.url, "--duration", "1"],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=terminal, text=True, env=environment,
+    )  # fmt: skip
+    os.close(terminal)
+    shown = b""
+    try:
+        while chunk := os.read(controller, 65_536):
+            shown += chunk
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(controller)
+    stdout, _ = tool.communicate(timeout=20)
+
+    assert tool.returncode == 0
+    assert stdout.startswith("feed: ")
+    assert len(re.findall(rb"[0-9]+/s", shown)) >= 3
+    assert b"\n\n" not in shown.replace(b"\r", b"")
