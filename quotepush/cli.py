@@ -57,6 +57,19 @@ def serve(config: str | None, **flags: Any) -> None:
 
 
 @cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address of the page.")
+@click.option("--port", default=8008, show_default=True, help="Port of the page.")
+@click.option("--codes", default=3000, show_default=True, help="How many codes tick.")
+@click.option("--rate", default=1000.0, show_default=True, metavar="TICKS_PER_S", help="Ticks a second, on average.")
+@click.option("--seed", default=1, show_default=True, help="The same seed makes the same market.")
+def demo(host: str, port: int, codes: int, rate: float, seed: int) -> None:
+    """Show it all: a private Redis, the server, a simulated market and the ticker page. Ctrl-C ends it."""
+    from quotepush.demo import DemoOptions, run_demo
+
+    run_demo(DemoOptions(host, port, codes, rate, seed), lambda line: print(line, flush=True))
+
+
+@cli.command()
 @_with_settings
 def check(config: str | None, **flags: Any) -> None:
     """Name every fault of a configuration at once; start nothing."""

@@ -68,7 +68,7 @@ class Settings:
     lock_file: str = _setting(
         "", "One main per lock file; empty: quotepush-<node>.lock in $XDG_RUNTIME_DIR or the temporary directory."
     )
-    workers: int = _setting(0, "Worker processes that serve clients; 0 or auto: one per core this process may use.", at_least=0)
+    workers: int = _setting(0, "Worker processes; 0 or auto: one per core this process may use.", at_least=0)
     drain_timeout_s: float = _setting(10.0, "How long a stop waits for connections to close.", unit="s", at_least=0)
     log_level: str = _setting("info", "debug, info, warning or error; debug adds a line per opened session.")
 
@@ -453,8 +453,9 @@ def markdown() -> str:
         "",
         "Generated from `quotepush/settings.py`; `quotepush check` names every fault of a configuration at once.",
         "A setting comes from the TOML file (`--config`), from the environment (`QUOTEPUSH_` and its name in capitals;",
-        "lists with commas) or from a flag (`--name`, hyphens for underscores). Flags win over the environment, which wins over the file.",
-        "The passwords of Redis may also come from `QUOTEPUSH_FEED_REDIS_PASSWORD` and `QUOTEPUSH_REGISTRY_REDIS_PASSWORD`.",
+        "lists with commas) or from a flag (`--name`, hyphens for underscores). Flags win over the environment, which",
+        "wins over the file. The passwords of Redis may also come from `QUOTEPUSH_FEED_REDIS_PASSWORD` and",
+        "`QUOTEPUSH_REGISTRY_REDIS_PASSWORD`.",
         "",
         "| setting | default | unit | meaning |",
         "| --- | --- | --- | --- |",

@@ -24,7 +24,7 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.exceptions import RedisError
 from setproctitle import setproctitle
 
-from quotepush.cluster.registry import purge_node, registry_client
+from quotepush.cluster.registry import purge_node
 from quotepush.errors import OperatorError, PortUnavailable, RedisUnavailable, SettingsError
 from quotepush.ingest.listener import FeedListener
 from quotepush.metrics import Sample
@@ -100,7 +100,7 @@ class _Main:
         max_connections = _raise_file_limit(settings.max_connections)
         sockets = inherited_sockets() or await _open_public(settings)
         feed_pool = _feed_pool(settings)
-        registry = registry_client(settings.registry_url, timeout_s=settings.redis_timeout_s)
+        registry = _registry_client(settings)
         try:
             await _check_redis(Redis(connection_pool=feed_pool), "feed_redis", settings.feed_redis, settings)
             await _check_redis(registry, "registry_redis", settings.registry_url, settings)
@@ -322,6 +322,15 @@ def _feed_pool(settings: Settings) -> ConnectionPool:
         socket_connect_timeout=settings.redis_timeout_s,
         socket_keepalive=True,
         client_name=f"quotepush-{settings.node}-feed",
+    )
+
+
+def _registry_client(settings: Settings) -> Redis:
+    return Redis.from_url(
+        settings.registry_url,
+        socket_timeout=settings.redis_timeout_s,
+        socket_connect_timeout=settings.redis_timeout_s,
+        client_name=f"quotepush-{settings.node}-main",
     )
 
 

@@ -76,7 +76,7 @@ class WorkerProcess:
         setproctitle(f"quotepush[{setup.node}]: worker {self._index}")
         life = f"{self._index}.{time.time_ns() // 1000}"
         self._bus.send(bus.Hello(life))
-        redis = registry_client(settings.registry_url, timeout_s=settings.redis_timeout_s)
+        redis = registry_client(settings.registry_url, connect_timeout_s=settings.redis_timeout_s)
         mirror = RegistryMirror(
             redis,
             prefix=settings.redis_prefix,

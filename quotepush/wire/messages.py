@@ -167,7 +167,8 @@ def hello(
     return orjson.dumps(
         {
             "type": "hello", "version": PROTOCOL, "server": server, "conn": conn, "conn_key": conn_key, "epoch": epoch,
-            "time": time_ms, "auth": "none", "heartbeat_ms": heartbeat_ms, "fields": list(fields), "limits": dict(limits),
+            "time": time_ms, "auth": "none", "heartbeat_ms": heartbeat_ms, "fields": list(fields),
+            "limits": dict(limits),
         }
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import pytest
 from redis.asyncio.client import PubSub
 
 from quotepush.errors import RedisUnavailable, SettingsError
+from quotepush.feed import publish
 from quotepush.feed.publish import PlainPublisher, shown_address
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
@@ -105,6 +106,24 @@ async def test_live_ticks_of_an_outage_are_dropped_and_counted(redis_server: Red
 
         assert (publisher.sent, publisher.dropped) == (2, 3)
     assert warnings[1].endswith("is back; 3 ticks dropped so far")
+
+
+async def test_redis_that_does_not_answer_counts_as_gone_until_it_does(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(publish, "_TIMEOUT_S", 0.2)
+    warnings: list[str] = []
+    async with publisher_of(redis_server.url, warnings=warnings) as publisher:
+        redis_server.pause()
+        waiting = asyncio.create_task(publisher.publish([("A", {"last": 1})]))
+        await wait_until(lambda: publisher.outages)
+        redis_server.resume()
+
+        await waiting
+
+        assert publisher.sent == 1
+    assert "no answer within 0.2 s" in warnings[0]
+    assert "is back" in warnings[1]
 
 
 async def test_cancelled_publish_still_counts_the_batch_that_was_on_its_way(redis_server: RedisServer):

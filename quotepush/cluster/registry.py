@@ -1,0 +1,778 @@
+"""The sets in Redis that say which connection watches which code, and the clean-up of dead lives.
+
+Truth is in memory, in the sessions of a worker; Redis follows. Nothing here is read to push a tick: the sets
+describe the cluster for backends, operators and feeds.
+
+::
+
+    <p>codes                              set    every code with a subscriber anywhere
+    <p>code:<code>                        set    the fds subscribed to it
+    <p>fd:<fd>                            set    the codes of one fd (no codes, no key: Redis has no empty sets)
+    <p>node:<node>                        set    the lives of its workers, each <worker>.<start_us>
+    <p>node:<node>:<worker>.<start_us>    set    the fds of that life
+
+Two invariants, and nobody else writes these keys:
+
+* What Redis says about a worker's connections ends up equal to what is true (:class:`RegistryMirror`).
+* Wherever a writer is cut off between two commands, :func:`purge_life` finds all that it wrote from the sets alone. So
+  an entry is added from the finder to the found (node, life, fd, code, codes) and removed from the found to the finder.
+
+No command names two keys, and nothing needs a transaction or a script: in Redis Cluster these keys live in different
+slots. Commands whose order matters are never in one pipeline, unless they name the same key.
+"""
+
+import asyncio
+import logging
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+
+__all__ = ["RegistryKeys", "RegistryMirror", "cut_connection", "purge_life", "purge_node", "registry_client"]
+
+log = logging.getLogger(__name__)
+
+# redis-py packs and parses on the loop: about 10 µs a command with its reply and 0.6 µs a further member.
+SLICE_COMMANDS = 200
+SLICE_MEMBERS = 2_000
+SLICE_TIMEOUT_S = 10.0
+# A longer batch puts more fds into one command per code; a shorter one bounds what is held twice while it is written.
+BATCH_FDS = 10_000
+BATCH_MEMBERS = 100_000
+CHECKED_PER_ROUND = 500
+CHECKED_MEMBERS = 20_000
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MOST_S = 2.0
+
+# All that Redis, its client and the network between them raise; anything else is a bug and keeps its traceback.
+REDIS_TROUBLE = (RedisError, OSError, TimeoutError)
+
+# How many members it carries or brings back, and its arguments.
+Command = tuple[int, tuple[Any, ...]]
+Codes = tuple[str, ...]
+
+
+class RegistryKeys:
+    """The names of all keys of one worker life."""
+
+    def __init__(self, prefix: str, node: str, life: str) -> None:
+        self.life_name = life
+        self.codes = f"{prefix}codes"
+        self.node = f"{prefix}node:{node}"
+        self.life = f"{prefix}node:{node}:{life}"
+        self._code = f"{prefix}code:"
+        self._fd = f"{prefix}fd:"
+
+    def code(self, code: str) -> bytes:
+        return _raw(self._code + code)
+
+    def fd(self, fd: str) -> bytes:
+        return _raw(self._fd + fd)
+
+
+class RegistryMirror:
+    """What Redis says about this worker's connections always ends up equal to what is true.
+
+    Sessions call :meth:`open`, :meth:`touch` and :meth:`close`, which are plain and cheap; the task :meth:`run` writes
+    the differences every ``interval_s``. Changes that Redis does not take (it is away, full, read-only, loading) wait
+    in memory, one entry per fd, however long it lasts.
+
+    The client must be the mirror's own and hold one connection, as :func:`registry_client` makes it: a lost connection
+    is what tells the mirror that Redis may have come back with other contents. ``SLICE_TIMEOUT_S`` bounds each wait for
+    Redis, whatever socket timeouts the client has. The caller closes the client.
+
+    Args:
+        prefix: of every key, e.g. ``qp:``.
+        life: ``<worker>.<start_us>``; the fds of this life are ``<node>.<worker>.<n>`` with ``n >= start_us``.
+        interval_s: how long changes are gathered before they are written.
+        ttl_s: every key expires so long after it was last renewed; each is renewed four times in this time.
+        check_interval_s: between two rounds of comparing Redis with memory. A round looks at the totals and at 500 fds
+            and 500 codes in turn, or as many as it takes to have seen all within a quarter of ``ttl_s``.
+        on_client_id: gets the ``CLIENT ID`` of each new connection before anything is written through it, so that
+            somebody else can cut it off (:func:`cut_connection`) before purging a dead worker's life.
+            Redis Cluster has a connection and an id per master, so a cluster client is not asked.
+
+    Attributes:
+        repairs: differences that the rounds of comparing found and put right.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        *,
+        prefix: str,
+        node: str,
+        life: str,
+        interval_s: float = 0.1,
+        ttl_s: int = 7200,
+        check_interval_s: float = 5.0,
+        on_client_id: Callable[[int], None] | None = None,
+    ) -> None:
+        self._redis = redis
+        self._keys = RegistryKeys(prefix, node, life)
+        self._connection_name = _connection_name(node, life)
+        worker, _, start_us = life.partition(".")
+        self._fd_prefix = f"{node}.{worker}."
+        self._start_us = int(start_us)
+        self._newest_fd = ""
+        self._interval_s = interval_s
+        self._ttl_s = ttl_s
+        self._check_interval_s = check_interval_s
+        self._on_client_id = on_client_id
+
+        self.repairs = 0
+        self._healthy = False
+        self._away_since: float | None = None
+        self._client_id: int | None = None
+        self._may_connect = False
+
+        self._open: dict[str, Collection[str]] = {}  # the truth: each session's own live collection
+        self._dirty: dict[str, float] = {}  # fd to the time of its oldest unwritten change; oldest first
+        self._in_flight = (0, 0.0)  # how many fds a running flush has yet to write, and the oldest one's time
+        # What Redis holds is known, or nothing (new), or not known (in neither): then the fd's set is read first.
+        self._written: dict[str, Codes] = {}
+        self._new: set[str] = set()
+        self._audience: dict[str, int] = {}  # code to its number of fds in _written
+        self._fds_to_check: list[str] = []
+        self._codes_to_check: list[str] = []
+        self._codes_cursor = 0
+
+        if isinstance(redis, Redis):
+            redis.connection_pool.connection_kwargs["redis_connect_func"] = self._greet
+
+    # ------------------------------------------------------------------ for sessions: no await, no Redis
+
+    def open(self, fd: str, codes: Collection[str]) -> None:
+        """A session began. ``codes`` is its own live collection, read again at each flush."""
+        assert fd not in self._open, fd
+        self._open[fd] = codes
+        self._new.add(fd)
+        self._newest_fd = fd
+        self.touch(fd)
+
+    def touch(self, fd: str) -> None:
+        """The codes of ``fd`` changed."""
+        if fd not in self._dirty:
+            self._dirty[fd] = time.monotonic()
+
+    def close(self, fd: str) -> None:
+        """The session is gone. Harmless for an fd that is not open."""
+        if self._open.pop(fd, None) is not None:
+            self.touch(fd)
+
+    @property
+    def pending(self) -> int:
+        """How many fds have a change that Redis has not taken yet."""
+        return len(self._dirty) + self._in_flight[0]
+
+    @property
+    def lag_ms(self) -> int:
+        """Age of the oldest change that Redis has not taken yet; 0: in step."""
+        unfinished, since = self._in_flight
+        if not unfinished:
+            if not self._dirty:
+                return 0
+            since = next(iter(self._dirty.values()))
+        return math.ceil((time.monotonic() - since) * 1000)
+
+    @property
+    def healthy(self) -> bool:
+        """Redis took all that it was last given."""
+        return self._healthy
+
+    # ------------------------------------------------------------------ the task
+
+    async def run(self) -> None:
+        """Follow the truth until cancelled. No answer of Redis ends it.
+
+        Any trouble has one way out, and one line in the log: a new connection, after which nothing is taken for known
+        and everything is written again.
+        """
+        backoff_s = BACKOFF_FIRST_S
+        while True:
+            try:
+                await self._begin()
+                await self._flush()
+                await self._check()
+                self._caught_up()
+                backoff_s = BACKOFF_FIRST_S
+                await self._follow()
+            except REDIS_TROUBLE as error:
+                self._fell_behind(error)
+            await asyncio.sleep(backoff_s * random.uniform(0.5, 1.0))
+            backoff_s = min(2 * backoff_s, BACKOFF_MOST_S)
+
+    async def finish(self) -> bool:
+        """Remove everything of this life from Redis; True if Redis took it. Call it after :meth:`run` has ended.
+
+        One attempt; the caller bounds it with a timeout. What stays is for :func:`purge_node`.
+        """
+        try:
+            await self._connect()
+            known = [*self._written, *self._new]
+            removed = await _purge(self._redis, self._keys)
+            if removed < len(known):  # part of the life's set was lost, so the sets alone do not lead to all of it
+                for start in range(0, len(known), BATCH_FDS):
+                    await _remove_fds(self._redis, self._keys, known[start : start + BATCH_FDS])
+        except REDIS_TROUBLE as error:
+            log.warning("registry: this worker's entries stay in Redis until its node clears them: %s", _brief(error))
+            return False
+        return True
+
+    async def _follow(self) -> None:
+        next_check = time.monotonic() + self._check_interval_s
+        while True:
+            await asyncio.sleep(self._interval_s)
+            await self._flush()
+            if time.monotonic() >= next_check:
+                await self._check()
+                next_check = time.monotonic() + self._check_interval_s
+
+    def _fell_behind(self, error: Exception) -> None:
+        self._healthy = False
+        if self._away_since is None:
+            self._away_since = time.monotonic()
+            log.warning("registry: Redis takes no changes (%s); they wait in memory", _brief(error))
+
+    def _caught_up(self) -> None:
+        self._healthy = True
+        if self._away_since is not None:
+            log.info("registry: Redis is in step again after %.1f s", time.monotonic() - self._away_since)
+            self._away_since = None
+
+    # ------------------------------------------------------------------ the connection
+
+    async def _begin(self) -> None:
+        """Connect anew, forget what was known of Redis, and make this life findable."""
+        await self._connect()
+        self._written = {}
+        self._audience = {}
+        now = time.monotonic()
+        for fd in self._open:
+            self._dirty.setdefault(fd, now)
+        await _execute(self._redis, self._find_me())
+
+    async def _connect(self) -> None:
+        """Drop the connection if there is one and open another; the only place where that may happen."""
+        try:
+            async with asyncio.timeout(SLICE_TIMEOUT_S):
+                if isinstance(self._redis, Redis):
+                    await self._redis.connection_pool.disconnect()
+                else:
+                    await self._redis.aclose()  # a cluster client connects again by itself
+        except REDIS_TROUBLE:
+            pass  # it was broken already, which is why we are here
+        self._may_connect = True
+        try:
+            async with asyncio.timeout(SLICE_TIMEOUT_S):
+                await self._redis.ping()
+        finally:
+            self._may_connect = False
+
+    async def _greet(self, connection: AbstractConnection) -> None:
+        """Say hello on a new connection: stop what the last one may still have under way, and tell our client id.
+
+        redis-py calls it for every new connection before the command that needed it. A connection that would replace a
+        lost one in the middle of a flush is refused: the new store may lack what the flush has already written.
+        """
+        if not self._may_connect:
+            raise RedisConnectionError("the connection was lost")
+        try:
+            await connection.on_connect()
+            await self._ask(connection, "CLIENT", "SETNAME", self._connection_name)
+            if self._client_id is not None:
+                # After a time-out Redis may not have read all that we sent; it must not come after what we send now.
+                # Ids start again when Redis does, so the name has to be ours too.
+                entry = _text(await self._ask(connection, "CLIENT", "LIST", "ID", self._client_id) or "")
+                if f" name={self._connection_name} " in entry:
+                    await self._ask(connection, "CLIENT", "KILL", "ID", self._client_id)
+            await connection.send_command("CLIENT", "ID")
+            self._client_id = int(await connection.read_response())
+            if self._on_client_id is not None:
+                self._on_client_id(self._client_id)
+        except BaseException:
+            await connection.disconnect(nowait=True)  # redis-py would use it, greeted or not
+            raise
+
+    @staticmethod
+    async def _ask(connection: AbstractConnection, *command: Any) -> Any:
+        """The reply; None where the server is too old for the command (6.2 has all), or denies it to this user."""
+        await connection.send_command(*command)
+        try:
+            return await connection.read_response()
+        except ResponseError as error:
+            log.debug("registry: %s %s: %s", *command[:2], error)
+            return None
+
+    # ------------------------------------------------------------------ memory to Redis
+
+    async def _flush(self) -> None:
+        """Write all that was dirty when it began; what it could not write is dirty again."""
+        if not self._dirty:
+            return
+        backlog, self._dirty = list(self._dirty.items()), {}
+        written = 0
+        try:
+            while written < len(backlog):
+                self._in_flight = (len(backlog) - written, backlog[written][1])
+                wanted = await self._next_batch(backlog, written)
+                await self._write(wanted)
+                written += len(wanted)
+        finally:
+            self._in_flight = (0, 0.0)
+            if written < len(backlog):
+                unwritten = dict(islice(backlog, written, None))
+                for fd, since in self._dirty.items():
+                    unwritten.setdefault(fd, since)
+                self._dirty = unwritten
+
+    async def _next_batch(self, backlog: Sequence[tuple[str, float]], start: int) -> dict[str, Codes | None]:
+        """What Redis shall hold for the next fds of the backlog; None for a closed one."""
+        wanted: dict[str, Codes | None] = {}
+        members = 0
+        for fd, _ in islice(backlog, start, start + BATCH_FDS):
+            codes = wanted[fd] = self._true_codes(fd)
+            members += len(self._written.get(fd, ()) if codes is None else codes)
+            if members >= BATCH_MEMBERS:
+                break
+            if len(wanted) % 500 == 0:
+                await asyncio.sleep(0)
+        return wanted
+
+    def _true_codes(self, fd: str) -> Codes | None:
+        codes = self._open.get(fd)
+        if codes is None:
+            return None
+        try:
+            true = tuple(set(codes))
+            "".join(true).encode()  # a code that cannot be sent would hold up the whole batch, for ever
+        except Exception:
+            log.exception("registry: the codes of %s cannot be read; Redis keeps what it has of them", fd)
+            return self._written.get(fd, ())
+        return true
+
+    async def _write(self, wanted: Mapping[str, Codes | None]) -> None:
+        """Make Redis hold what is wanted: first what comes, then what goes, so that no code is unlisted in vain."""
+        unknown = [fd for fd in wanted if fd not in self._written and fd not in self._new]
+        found = await _codes_of_fds(self._redis, self._keys, [(fd, len(wanted[fd] or ())) for fd in unknown])
+        gained: defaultdict[str, list[str]] = defaultdict(list)
+        lost: defaultdict[str, list[str]] = defaultdict(list)
+        change: defaultdict[str, int] = defaultdict(int)
+        joined: list[str] = []
+        left: list[str] = []
+        grown: list[Command] = []
+        shrunk: list[Command] = []
+        for count, (fd, codes) in enumerate(wanted.items(), 1):
+            if count % 200 == 0:
+                await asyncio.sleep(0)
+            is_new = fd in self._new
+            before = self._written.get(fd)
+            self._new.discard(fd)
+            if codes is None and is_new:
+                continue
+            held = found.get(fd, ()) if before is None else before
+            goes = set(held).difference(codes or ())
+            comes = codes or () if before is None else set(codes or ()).difference(held)
+            for code in goes:
+                lost[code].append(fd)
+                if before is not None:
+                    change[code] -= 1
+            for code in comes:
+                gained[code].append(fd)
+                change[code] += 1
+            if codes is None:
+                left.append(fd)
+                shrunk.append((1, ("UNLINK", self._keys.fd(fd))))
+            elif goes:
+                shrunk.extend(_members("SREM", self._keys.fd(fd), goes))
+            if before is None and codes is not None:
+                joined.append(fd)
+            if comes:
+                grown.extend(_members("SADD", self._keys.fd(fd), comes))
+                if not before:
+                    grown.append(self._renewal(self._keys.fd(fd)))
+        await self._enrol(joined, grown, gained)
+        watched = {code for code in lost if self._audience.get(code, 0) + change[code] > 0}
+        await _withdraw(self._redis, self._keys, lost, shrunk, left, watched=watched)
+        for fd, codes in wanted.items():
+            if codes is None:
+                self._written.pop(fd, None)
+            else:
+                self._written[fd] = codes
+        for code, difference in change.items():
+            self._count(code, difference)
+
+    async def _enrol(self, joined: Sequence[str], grown: Iterable[Command], gained: Mapping[str, list[str]]) -> None:
+        """Add, from the finder to the found; each step is in Redis before the next is sent."""
+        if joined:
+            await _execute(self._redis, [*_members("SADD", self._keys.life, joined), self._renewal(self._keys.life)])
+        await _execute(self._redis, grown)
+        await _execute(self._redis, self._to_codes(gained))
+        if gained:
+            await _execute(self._redis, [*_members("SADD", self._keys.codes, gained), self._renewal(self._keys.codes)])
+
+    def _to_codes(self, gained: Mapping[str, list[str]]) -> Iterator[Command]:
+        for code, fds in gained.items():
+            yield from _members("SADD", self._keys.code(code), fds)
+            if code not in self._audience:  # else the key is there and is renewed in its turn
+                yield self._renewal(self._keys.code(code))
+
+    def _find_me(self) -> list[Command]:
+        return [(1, ("SADD", self._keys.node, self._keys.life_name)), self._renewal(self._keys.node)]
+
+    def _renewal(self, key: str | bytes) -> Command:
+        return (1, ("EXPIRE", key, self._ttl_s))
+
+    def _count(self, code: str, difference: int) -> None:
+        fds = self._audience.get(code, 0) + difference
+        if fds > 0:
+            self._audience[code] = fds
+        else:
+            self._audience.pop(code, None)
+
+    # ------------------------------------------------------------------ Redis against memory
+
+    async def _check(self) -> None:
+        """Compare a part of Redis with what was written to it; the next flush writes again what differs.
+
+        Between two flushes ``_written`` stands still, so there is nothing to race with but other nodes.
+        """
+        repairs = await self._check_life() + await self._check_fds() + await self._check_codes()
+        await self._check_foreign_codes()
+        if repairs:
+            self.repairs += repairs
+            log.warning("registry: %d entries in Redis differed from this worker's connections; repaired", repairs)
+
+    async def _check_life(self) -> int:
+        """Are we in the node's set, and our fds, no more and no less, in the life's?"""
+        was_missing, _, _, _, fds = await _execute(
+            self._redis,
+            [
+                *self._find_me(),
+                self._renewal(self._keys.life),
+                self._renewal(self._keys.codes),
+                (1, ("SCARD", self._keys.life)),
+            ],
+        )
+        repairs = int(was_missing)
+        if fds == len(self._written):
+            return repairs
+        missing = dict.fromkeys(self._written)
+        cursor = 0
+        while True:
+            cursor, page = await _page(self._redis, self._keys.life, cursor, 1_000)
+            strangers = [fd for fd in page if missing.pop(fd, 0) == 0 and fd not in self._written]
+            if strangers:  # Redis was restored from an older state
+                repairs += len(strangers)
+                await _remove_fds(self._redis, self._keys, strangers)
+            if not cursor:
+                break
+        return repairs + await self._forget(list(missing))
+
+    async def _check_fds(self) -> int:
+        """Has each of the next fds the codes that we gave it?"""
+        fds = [fd for fd in self._in_turn(self._fds_to_check, self._written) if fd in self._written]
+        found = await _codes_of_fds(self._redis, self._keys, [(fd, len(self._written[fd])) for fd in fds])
+        await _execute(self._redis, (self._renewal(self._keys.fd(fd)) for fd in fds if self._written[fd]))
+        return await self._forget([fd for fd in fds if set(found[fd]) != set(self._written[fd])])
+
+    async def _check_codes(self) -> int:
+        """Is each of our next codes listed, and are our fds, no more and no less, in its set?"""
+        codes = [code for code in self._in_turn(self._codes_to_check, self._audience) if code in self._audience]
+        if not codes:
+            return 0
+        listed = await _execute(self._redis, _members("SMISMEMBER", self._keys.codes, codes))
+        flags = [flag for reply in listed for flag in reply]
+        unlisted = [code for code, flag in zip(codes, flags, strict=True) if not flag]
+        await _execute(self._redis, (self._renewal(self._keys.code(code)) for code in codes))
+        stale: dict[str, list[str]] = {}
+        short: set[str] = set()
+        random.shuffle(codes)  # where the sets are so large that a round does not reach the end, each has its chance
+        budget = CHECKED_MEMBERS
+        while codes and budget > 0:
+            some, codes = codes[:SLICE_COMMANDS], codes[SLICE_COMMANDS:]
+            # 50: most sets are small, and a page of a large one has about a hundred members.
+            scans = ((50, ("SSCAN", self._keys.code(code), 0, "COUNT", 100)) for code in some)
+            for code, (cursor, first) in zip(some, await _execute(self._redis, scans), strict=True):
+                held: set[str] = set()
+                page = [_text(fd) for fd in first]
+                while True:
+                    ours = {fd for fd in page if self._is_ours(fd)}
+                    right = {fd for fd in ours if code in self._written.get(fd, ())}
+                    held |= right
+                    gone = [fd for fd in ours - right if fd not in self._dirty]
+                    if gone:
+                        stale.setdefault(code, []).extend(gone)
+                    budget -= len(page)
+                    if not int(cursor):
+                        break
+                    cursor, page = await _page(self._redis, self._keys.code(code), int(cursor), 1_000)
+                if len(held) < self._audience.get(code, 0):
+                    short.add(code)
+                await asyncio.sleep(0)
+        if stale:
+            await _withdraw(self._redis, self._keys, stale, (), ())
+        if unlisted:
+            await _execute(
+                self._redis, [*_members("SADD", self._keys.codes, unlisted), self._renewal(self._keys.codes)]
+            )
+        lacking: list[str] = []
+        if short:
+            for count, fd in enumerate(list(self._written), 1):
+                if not short.isdisjoint(self._written[fd]):
+                    lacking.append(fd)
+                if count % 1_000 == 0:
+                    await asyncio.sleep(0)
+        await self._forget(lacking)
+        return len(unlisted) + len(stale) + len(short)
+
+    async def _check_foreign_codes(self) -> None:
+        """Unlist a few codes that nobody watches any more: two nodes raced, and one died before it looked again."""
+        self._codes_cursor, page = await _page(self._redis, self._keys.codes, self._codes_cursor, 100)
+        await _settle(self._redis, self._keys, [code for code in page if code not in self._audience])
+
+    def _in_turn(self, queue: list[str], names: Collection[str]) -> list[str]:
+        """The next names to look at, so many that all have been within a quarter of the time to live."""
+        if not queue:
+            queue.extend(names)
+        share = math.ceil(len(names) * self._check_interval_s * 4 / self._ttl_s)
+        turn = queue[-max(CHECKED_PER_ROUND, share) :]
+        del queue[-len(turn) :]
+        return turn
+
+    def _is_ours(self, fd: str) -> bool:
+        """Did this life give out ``fd``? Another life of the same worker uses other numbers under the same prefix."""
+        if not fd.startswith(self._fd_prefix) or not self._newest_fd:
+            return False
+        cut = len(self._fd_prefix)
+        try:
+            return self._start_us <= int(fd[cut:]) <= int(self._newest_fd[cut:])
+        except ValueError:
+            return False
+
+    async def _forget(self, fds: Sequence[str]) -> int:
+        """Take what Redis holds of these fds for unknown, so that the next flush reads and writes all of it."""
+        now = time.monotonic()
+        for count, fd in enumerate(fds, 1):
+            for code in self._written.pop(fd, ()):
+                self._count(code, -1)
+            self._dirty.setdefault(fd, now)
+            if count % 500 == 0:
+                await asyncio.sleep(0)
+        return len(fds)
+
+
+# ---------------------------------------------------------------------- clean-up of dead lives
+
+
+async def purge_life(redis: Redis, prefix: str, node: str, life: str) -> int:
+    """Remove one dead life of one node: its fds, their place in the sets of codes, codes that nobody watches now.
+
+    It works from the sets alone, and can be cut off anywhere, run again, and run by two at a time. Cut the dead
+    worker's connection first (:func:`cut_connection`): Redis may still hold commands of it.
+
+    Returns:
+        how many fds were removed, this time.
+
+    Raises:
+        RedisError, TimeoutError: Redis did not do it; run it again.
+    """
+    return await _purge(redis, RegistryKeys(prefix, node, life))
+
+
+async def purge_node(redis: Redis, prefix: str, node: str, *, keep: Container[str] = ()) -> int:
+    """Remove all lives of ``node`` but those in ``keep``; otherwise as :func:`purge_life`."""
+    (lives,) = await _execute(redis, [(1, ("SMEMBERS", RegistryKeys(prefix, node, "").node))])
+    return sum([await purge_life(redis, prefix, node, life) for life in map(_text, lives) if life not in keep])
+
+
+async def cut_connection(redis: Redis, node: str, life: str, client_id: int) -> bool:
+    """Close the Redis connection of a dead worker's mirror, with every command of it that Redis has not read yet.
+
+    True if it was still there. An id alone does not name a connection, as Redis counts from 1 again when it restarts;
+    the mirror gave its connection a name. A Redis without ``CLIENT LIST ID`` (before 6.2) raises ``ResponseError``.
+    """
+    entries = await redis.client_list(client_id=[str(client_id)])
+    if not any(entry.get("name") == _connection_name(node, life) for entry in entries):
+        return False
+    return bool(await redis.client_kill_filter(_id=str(client_id)))
+
+
+def registry_client(url: str, *, connect_timeout_s: float = 5.0, **options: Any) -> Redis:
+    """A client that is fit for a mirror: one connection, no retries behind its back.
+
+    It has no socket timeout, which redis-py would set up anew for each reply of a pipeline (2 µs of 10): the mirror
+    bounds every wait itself. ``options`` go to :meth:`redis.asyncio.Redis.from_url`. The caller closes it.
+    """
+    return Redis.from_url(
+        url,
+        max_connections=1,
+        socket_timeout=None,
+        socket_connect_timeout=connect_timeout_s,
+        retry=Retry(NoBackoff(), 0),
+        **options,
+    )
+
+
+# ---------------------------------------------------------------------- shared steps
+
+
+async def _purge(redis: Redis, keys: RegistryKeys) -> int:
+    removed = 0
+    found = True
+    while found:  # a second pass sees what was added while the first went round
+        found = False
+        cursor = 0
+        while True:
+            fds: list[str] = []
+            while len(fds) < BATCH_FDS:
+                cursor, page = await _page(redis, keys.life, cursor, 1_000)
+                fds.extend(page)
+                if not cursor:
+                    break
+            if fds:
+                found = True
+                fds = list(dict.fromkeys(fds))  # SSCAN may name one twice
+                removed += len(fds)
+                await _remove_fds(redis, keys, fds)
+            if not cursor:
+                break
+    await _execute(redis, [(1, ("SREM", keys.node, keys.life_name))])
+    return removed
+
+
+async def _remove_fds(redis: Redis, keys: RegistryKeys, fds: Sequence[str]) -> None:
+    """Remove these fds wherever their own sets lead."""
+    lost: defaultdict[str, list[str]] = defaultdict(list)
+    # 50: unknown here; few sessions have more codes, and those that do have a thousand at most by default.
+    found = await _codes_of_fds(redis, keys, [(fd, 50) for fd in fds])
+    for count, (fd, codes) in enumerate(found.items(), 1):
+        for code in codes:
+            lost[code].append(fd)
+        if count % 200 == 0:
+            await asyncio.sleep(0)
+    await _withdraw(redis, keys, lost, ((1, ("UNLINK", keys.fd(fd))) for fd in fds), fds)
+
+
+async def _withdraw(
+    redis: Redis,
+    keys: RegistryKeys,
+    lost: Mapping[str, Sequence[str]],
+    shrunk: Iterable[Command],
+    left: Sequence[str],
+    *,
+    watched: Container[str] = (),
+) -> None:
+    """Remove, from the found to the finder; each step is in Redis before the next is sent.
+
+    Args:
+        lost: the fds to take out of the set of each code.
+        shrunk: commands that take codes out of the sets of fds.
+        left: fds to take out of the life.
+        watched: codes that surely keep a subscriber, so that it need not be asked.
+    """
+    await _execute(redis, (command for code, fds in lost.items() for command in _members("SREM", keys.code(code), fds)))
+    await _settle(redis, keys, [code for code in lost if code not in watched])
+    await _execute(redis, shrunk)
+    await _execute(redis, _members("SREM", keys.life, left))
+
+
+async def _settle(redis: Redis, keys: RegistryKeys, codes: Sequence[str]) -> None:
+    """Unlist those of these listed codes that have no fd.
+
+    Another node may do the opposite at the same time: who wrote looks again, until what it wrote is what it sees.
+    """
+    is_listed = True
+    while codes:
+        counts = await _execute(redis, ((1, ("SCARD", keys.code(code))) for code in codes))
+        codes = [code for code, fds in zip(codes, counts, strict=True) if (fds > 0) is not is_listed]
+        await _execute(redis, _members("SREM" if is_listed else "SADD", keys.codes, codes))
+        is_listed = not is_listed
+
+
+async def _codes_of_fds(redis: Redis, keys: RegistryKeys, fds: Sequence[tuple[str, int]]) -> dict[str, Codes]:
+    """What the set of each fd holds; with each goes how many codes it may have."""
+    reads = ((1 + expected, ("SMEMBERS", keys.fd(fd))) for fd, expected in fds)
+    replies = await _execute(redis, reads)
+    found: dict[str, Codes] = {}
+    for (fd, _), codes in zip(fds, replies, strict=True):
+        found[fd] = tuple(map(_text, codes))
+        if len(found) % 200 == 0:
+            await asyncio.sleep(0)
+    return found
+
+
+async def _page(redis: Redis, key: str | bytes, cursor: int, count: int) -> tuple[int, list[str]]:
+    ((after, members),) = await _execute(redis, [(count, ("SSCAN", key, cursor, "COUNT", count))])
+    return int(after), [_text(member) for member in members]
+
+
+async def _execute(redis: Redis, commands: Iterable[Command]) -> list[Any]:
+    """Send the commands in slices of bounded size, with a turn of the loop between them; return all replies.
+
+    Raises:
+        RedisError, TimeoutError: at the first slice that failed or was refused; later ones were not sent.
+    """
+    replies: list[Any] = []
+    batch: list[tuple[Any, ...]] = []
+    members = 0
+    for weight, command in commands:
+        if batch and (len(batch) >= SLICE_COMMANDS or members + weight > SLICE_MEMBERS):
+            replies += await _execute_slice(redis, batch)
+            batch, members = [], 0
+            await asyncio.sleep(0)
+        batch.append(command)
+        members += weight
+    if batch:
+        replies += await _execute_slice(redis, batch)
+        await asyncio.sleep(0)
+    return replies
+
+
+async def _execute_slice(redis: Redis, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+    pipeline = redis.pipeline(transaction=False)
+    for command in commands:
+        pipeline.execute_command(*command)
+    task = asyncio.current_task()
+    assert task is not None
+    cancels = task.cancelling()
+    async with asyncio.timeout(SLICE_TIMEOUT_S):
+        replies: list[Any] = await pipeline.execute()
+    if task.cancelling() > cancels:
+        # With a socket timeout redis-py writes under wait_for; in Python 3.11 that can lose a cancellation (bpo-37658).
+        raise asyncio.CancelledError
+    return replies
+
+
+def _members(verb: str, key: str | bytes, members: Iterable[str]) -> Iterator[Command]:
+    """One command for many members, or a few if it would be too long."""
+    rest = iter(members)
+    while chunk := [_raw(member) for member in islice(rest, SLICE_MEMBERS)]:
+        yield (len(chunk), (verb, key, *chunk))
+
+
+def _connection_name(node: str, life: str) -> str:
+    return f"quotepush:{node}:{life}"
+
+
+def _raw(name: str) -> bytes:
+    # The sets may hold what others put there: bytes that are no UTF-8 go through a str unharmed.
+    return name.encode("utf-8", "surrogateescape")
+
+
+def _text(name: bytes | str) -> str:
+    return name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
+
+
+def _brief(error: Exception) -> str:
+    return (str(error) or type(error).__name__)[:200]
