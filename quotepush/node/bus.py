@@ -18,7 +18,7 @@ import msgspec
 
 __all__ = [
     "BUS_VERSION", "Admit", "Admitted", "Answered", "Ask", "BusEnd", "Drain", "Feed", "Figures", "Hello", "Left",
-    "Ready", "RegistryClient", "Rows", "Setup", "ToMain", "ToWorker", "Unwatch",
+    "Lend", "Ready", "RegistryClient", "Rows", "Setup", "ToMain", "ToWorker", "Unwatch",
 ]  # fmt: skip
 
 BUS_VERSION = 1
@@ -69,6 +69,13 @@ class Feed(_Message, tag="feed"):
 
     state: str
     last_tick_ms: int
+
+
+class Lend(_Message, tag="lend"):
+    """Accept at the socket of this empty slot too, or (``is_lent`` false) no longer."""
+
+    slot: int
+    is_lent: bool
 
 
 class Drain(_Message, tag="drain"):
@@ -130,7 +137,7 @@ class Figures(_Message, tag="figures"):
     figures: dict[str, Any]
 
 
-ToWorker = Setup | Rows | Answered | Admitted | Feed | Drain
+ToWorker = Setup | Rows | Answered | Admitted | Feed | Lend | Drain
 ToMain = Hello | Ready | Ask | Unwatch | Admit | Left | RegistryClient | Figures
 
 _encoder = msgspec.msgpack.Encoder()

@@ -76,17 +76,17 @@ class _Main:
         self._epoch = secrets.token_hex(8)
         self._stop = asyncio.Event()
         self._is_ready = False
-        self._last_tick_ms = 0
         self._now_ms = 0  # arrival of the batch that is being taken; 0: ask the clock
         self._bugs = 0
-        self._board = Board(
+        self._relay = Relay(_symbol_check(settings.symbol_file))
+        self._board = self._relay.board = Board(
             days=TradingDays(settings.trading_day_zones),
             max_codes=settings.max_board_codes,
             max_row_bytes=settings.max_row_bytes,
             max_tick_bytes=settings.max_tick_bytes,
             drop_older=settings.drop_older,
+            watched=self._relay.wanted,
         )
-        self._relay = Relay(self._board, _symbol_check(settings.symbol_file))
         self._listener: FeedListener
         self._supervisor: Supervisor
         self._addresses = ""
@@ -165,12 +165,9 @@ class _Main:
             now_ms = self._now_ms
             if not now_ms:
                 now_ms = self._now_ms = time.time_ns() // 1_000_000
-            accepted = self._board.accepted
             quote = self._board.apply(code, payload, now_ms)
             if quote is not None:
                 self._relay.offer(quote)
-            if self._board.accepted != accepted:
-                self._last_tick_ms = now_ms
         except Exception:
             # A tick that hits a bug of ours is lost, the next one is not.
             self._bugs += 1
@@ -184,15 +181,15 @@ class _Main:
 
     def _feed_news(self) -> tuple[str, int]:
         if not self._listener.is_up:
-            return "down", self._last_tick_ms
-        age_s = time.time() - self._last_tick_ms / 1000
-        return "ok" if age_s < self._settings.feed_stale_s else "stale", self._last_tick_ms
+            return "down", self._board.newest_ms
+        age_s = time.time() - self._board.newest_ms / 1000
+        return "ok" if age_s < self._settings.feed_stale_s else "stale", self._board.newest_ms
 
     async def _expire_rows(self) -> None:
         while True:
             await asyncio.sleep(_EXPIRE_EVERY_S)
             oldest = time.time_ns() // 1_000_000 - self._settings.last_max_age_s * 1000
-            self._board.expire(oldest, keep=self._relay.codes)
+            self._board.expire(oldest, keep=self._relay.wanted)
 
     async def _report_faults(self) -> None:
         """One line a minute about ticks that were refused, with the newest example."""
@@ -255,13 +252,13 @@ class _Main:
             "feed_links": [(listener.links, nothing)],
             "feed_lag_seconds": [(listener.lag_s, nothing)],
             "rows_merged_main": [(self._relay.merged + sum(s.rows_merged for s in supervisor.slots), nothing)],
-            "codes_watched": [(len(list(self._relay.codes)), nothing)],
+            "codes_watched": [(len(self._relay.wanted), nothing)],
             "workers_ready": [(supervisor.ready, nothing)],
             "connections_refused": [(supervisor.refused, nothing)],
             "worker_restarts": [(s.restarts, {"worker": str(s.index)}) for s in supervisor.slots],
         }
-        if self._last_tick_ms:
-            samples["feed_age_seconds"] = [(max(0.0, time.time() - self._last_tick_ms / 1000), nothing)]
+        if self._board.newest_ms:
+            samples["feed_age_seconds"] = [(max(0.0, time.time() - self._board.newest_ms / 1000), nothing)]
         for slot in supervisor.slots:
             worker = {"worker": str(slot.index)}
             for name, value in slot.figures.items():

@@ -73,27 +73,23 @@ class Relay:
         is_known: whether a code may be subscribed to.
 
     Attributes:
+        wanted: the codes that somebody on this machine watches, and the feeds of their workers.
         is_lagging: main is behind the feed: per batch only a code's newest row is sent.
         merged: rows that were merged for this reason.
     """
 
-    def __init__(self, board: Board, is_known: Callable[[str], bool]) -> None:
-        self._board = board
+    def __init__(self, is_known: Callable[[str], bool]) -> None:
         self._is_known = is_known
-        self._wanted: dict[str, list[WorkerFeed]] = {}
+        self.wanted: dict[str, list[WorkerFeed]] = {}
+        self.board: Board  # set by main: the board asks us what is watched, we ask it for rows
         self._dirty: list[WorkerFeed] = []
         self._late: dict[str, Quote] = {}
         self.is_lagging = False
         self.merged = 0
 
-    @property
-    def codes(self) -> Iterable[str]:
-        """The codes that somebody on this machine watches."""
-        return self._wanted.keys()
-
     def offer(self, quote: Quote) -> None:  # hot
         """Queue a code's newest row for the workers that want it."""
-        feeds = self._wanted.get(quote.code)
+        feeds = self.wanted.get(quote.code)
         if feeds is None:
             return
         if self.is_lagging:
@@ -130,8 +126,8 @@ class Relay:
                 continue
             if question.watch and code not in feed.codes:
                 feed.codes.add(code)
-                self._wanted.setdefault(code, []).append(feed)
-            quote = self._board.quotes.get(code)
+                self.wanted.setdefault(code, []).append(feed)
+            quote = self.board.quotes.get(code)
             rows.append((code, quote.seq, quote.encoded()) if quote is not None else (code, 0, None))
         feed.answer(question.question, rows, refused)
 
@@ -140,10 +136,10 @@ class Relay:
         for code in codes:
             if code in feed.codes:
                 feed.codes.discard(code)
-                feeds = self._wanted[code]
+                feeds = self.wanted[code]
                 feeds.remove(feed)
                 if not feeds:
-                    del self._wanted[code]
+                    del self.wanted[code]
 
     def forget(self, feed: WorkerFeed) -> None:
         """A worker is gone."""

@@ -3,7 +3,8 @@
 Laws:
 
 1. Each slot has its own listening socket, opened once by main and inherited, so that a worker's
-   restart loses no pending connection. A systemd socket is shared by all slots.
+   restart loses no pending connection. A slot that stays empty lends its socket to a sibling. A
+   systemd socket is shared by all slots.
 2. A worker is started by exec with just the descriptors it needs, never by fork.
 3. What a dead worker had in the registry is removed only after its Redis connection is cut, so that
    no write of the dead comes behind the clean-up.
@@ -40,6 +41,7 @@ _BACKOFF_FIRST_S, _BACKOFF_MOST_S = 0.1, 10.0
 _HEALTHY_AFTER_S = 30.0
 _FEED_NEWS_S = 0.05
 _KILL_AFTER_S = 3.0
+_LEND_AFTER_S = 0.4
 _PURGE_AGAIN_S = 2.0
 
 
@@ -60,6 +62,7 @@ class WorkerSlot:
         self.life = ""
         self.registry_client = 0
         self.is_ready = False
+        self.borrower: WorkerSlot | None = None  # accepts at our socket while we are empty
         self.places = 0
         self.restarts = 0
         self.rows_merged = 0
@@ -163,17 +166,33 @@ class Supervisor:
                 backoff_s = _BACKOFF_FIRST_S
             log.warning("worker %d %s after %.1f s; a new one follows", slot.index, _ended(status), lived_s)
             await self._bury(slot)
+            if backoff_s >= _LEND_AFTER_S:
+                self._lend(slot)
             await asyncio.sleep(backoff_s)
             backoff_s = min(_BACKOFF_MOST_S, backoff_s * 2)
+
+    def _lend(self, slot: WorkerSlot) -> None:
+        """Let the least busy sibling accept what waits at the socket of an empty slot."""
+        siblings = [s for s in self.slots if s.is_ready and s.listening is not slot.listening]
+        if slot.borrower is None and siblings:
+            slot.borrower = min(siblings, key=lambda s: s.places)
+            assert slot.borrower.bus is not None
+            slot.borrower.bus.send(bus.Lend(slot.index, True))
+
+    def _take_back(self, slot: WorkerSlot) -> None:
+        borrower, slot.borrower = slot.borrower, None
+        if borrower is not None and borrower.bus is not None:
+            borrower.bus.send(bus.Lend(slot.index, False))
 
     async def _run_worker(self, slot: WorkerSlot) -> int:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
+        listening = [s.listening.fileno() for s in self.slots]
         try:
             slot.process = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "quotepush.node.worker",
-                f"--index={slot.index}", f"--bus={theirs.fileno()}", f"--listen={slot.listening.fileno()}",
-                stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(), slot.listening.fileno()),
+                f"--index={slot.index}", f"--bus={theirs.fileno()}", f"--listen={','.join(map(str, listening))}",
+                stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(), *set(listening)),
             )  # fmt: skip
         except OSError as e:
             log.error("worker %d cannot be started: %s", slot.index, e)
@@ -202,6 +221,9 @@ class Supervisor:
             return await self._watch(slot)
         finally:
             slot.is_ready = False
+            for other in self.slots:
+                if other.borrower is slot:
+                    other.borrower = None
             slot.places = 0
             slot.figures = {}
             slot.rows_merged += slot.feed.merged
@@ -284,6 +306,7 @@ class Supervisor:
                 slot.life = message.life
             case bus.Ready():
                 slot.is_ready = True
+                self._take_back(slot)
                 self._on_ready()
 
     def _admit(self, slot: WorkerSlot, take: bool) -> bool:

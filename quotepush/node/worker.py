@@ -47,10 +47,12 @@ _FINISH_TIMEOUT_S = 5.0
 class WorkerProcess:
     """One worker, from its first message to its last."""
 
-    def __init__(self, index: int, bus_socket: socket.socket, listening: socket.socket) -> None:
+    def __init__(self, index: int, bus_socket: socket.socket, listening: list[int]) -> None:
         self._index = index
         self._bus_socket = bus_socket
-        self._listening = listening
+        self._listening = listening  # descriptors of all slots' sockets; ours is at our index
+        self._sites: dict[int, web.SockSite] = {}
+        self._lent: asyncio.Queue[bus.Lend] = asyncio.Queue()
         self._setup: asyncio.Future[bus.Setup] = asyncio.get_running_loop().create_future()
         self._stop: asyncio.Future[bus.Drain | None] = asyncio.get_running_loop().create_future()
         self._questions: dict[int, Callable[[Any], None]] = {}
@@ -93,8 +95,8 @@ class WorkerProcess:
             handle_signals=False,
         )  # fmt: skip
         await runner.setup()
-        site = web.SockSite(runner, self._listening, ssl_context=_tls(settings), backlog=settings.backlog)
-        await site.start()
+        tls = _tls(settings)
+        await self._accept_at(self._index, runner, settings.backlog, tls)
         # What is here now stays: the collector need not look at it again, and looks rarely at the rest.
         gc.collect()
         gc.freeze()
@@ -103,12 +105,14 @@ class WorkerProcess:
             asyncio.create_task(mirror.run(), name="registry"),
             asyncio.create_task(worker.turn_wheel(), name="wheel"),
             asyncio.create_task(self._tell_figures(mirror), name="figures"),
+            asyncio.create_task(self._borrow(runner, settings.backlog, tls), name="borrow"),
         ]
         self._bus.send(bus.Ready())
         drain = await self._until_stopped(tasks)
         if drain is None:
             return 0  # main is gone; its successor clears the registry
-        await site.stop()
+        for site in self._sites.values():
+            await site.stop()
         await worker.drain(drain.timeout_s, drain.retry_after_ms)
         for task in tasks:
             task.cancel()
@@ -123,6 +127,21 @@ class WorkerProcess:
         await runner.cleanup()
         self._bus.close()
         return 0
+
+    async def _accept_at(self, slot: int, runner: web.AppRunner, backlog: int, tls: ssl.SSLContext | None) -> None:
+        # A duplicate: giving a borrowed socket back closes what was borrowed, not the socket.
+        listening = socket.socket(fileno=os.dup(self._listening[slot]))
+        self._sites[slot] = web.SockSite(runner, listening, ssl_context=tls, backlog=backlog)
+        await self._sites[slot].start()
+
+    async def _borrow(self, runner: web.AppRunner, backlog: int, tls: ssl.SSLContext | None) -> None:
+        """Accept at the sockets of empty slots for as long as main says."""
+        while True:
+            lend = await self._lent.get()
+            if lend.is_lent and lend.slot not in self._sites:
+                await self._accept_at(lend.slot, runner, backlog, tls)
+            elif not lend.is_lent and lend.slot in self._sites:
+                await self._sites.pop(lend.slot).stop()
 
     async def _until_stopped(self, tasks: Sequence["asyncio.Task[None]"]) -> bus.Drain | None:
         """Wait for main's word; a task that ends by itself is a bug and ends the worker."""
@@ -250,6 +269,8 @@ class WorkerProcess:
             self._feed.state, self._feed.last_tick_ms = message.state, message.last_tick_ms
         elif kind is bus.Setup:
             self._setup.set_result(message)
+        elif kind is bus.Lend:
+            self._lent.put_nowait(message)
         elif kind is bus.Drain and not self._stop.done():
             self._stop.set_result(message)
 
@@ -276,8 +297,8 @@ def _tls(settings: Settings) -> ssl.SSLContext | None:
     return context
 
 
-async def _serve(index: int, bus_fd: int, listen_fd: int) -> int:
-    process = WorkerProcess(index, socket.socket(fileno=bus_fd), socket.socket(fileno=listen_fd))
+async def _serve(index: int, bus_fd: int, listening: list[int]) -> int:
+    process = WorkerProcess(index, socket.socket(fileno=bus_fd), listening)
     loop = asyncio.get_running_loop()
     # Ctrl-C in a terminal reaches the whole group: main decides, not each for himself.
     loop.add_signal_handler(signal.SIGINT, lambda: None)
@@ -289,12 +310,13 @@ async def _serve(index: int, bus_fd: int, listen_fd: int) -> int:
 def main() -> None:
     """Run one worker; see the module's text."""
     parser = argparse.ArgumentParser(description="A worker of quotepush; started by quotepush serve.")
-    for name in ("index", "bus", "listen"):
+    for name in ("index", "bus"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--listen", required=True, help="descriptors of the slots' sockets, with commas")
     arguments = parser.parse_args()
     setproctitle(f"quotepush: worker {arguments.index}")
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        status = runner.run(_serve(arguments.index, arguments.bus, arguments.listen))
+        status = runner.run(_serve(arguments.index, arguments.bus, [int(fd) for fd in arguments.listen.split(",")]))
     sys.stdout.flush()
     os._exit(status)  # no finalizers: sockets are closed by the kernel, and main waits for our end
 

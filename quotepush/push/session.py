@@ -182,7 +182,7 @@ class Session:
         except RequestError as e:
             self._say(messages.error(e, now_ms, e.request_id, e.action))
         except PeerError as e:
-            self._say(messages.error(e, now_ms))
+            self._say(messages.error(e, now_ms, *messages.named(text)))
             if e.close_code is not None:
                 self._link.close(e.close_code, e.error)
 

@@ -6,7 +6,7 @@ refused tick is counted by reason and changes nothing.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from datetime import datetime, time, timedelta
 from typing import Any
 from zoneinfo import ZoneInfo
@@ -14,12 +14,23 @@ from zoneinfo import ZoneInfo
 import orjson
 
 from quotepush.quote.code import BadCode, parse_code
-from quotepush.quote.tick import BadTick, check_tick, decode_tick, merge_fields
+from quotepush.quote.tick import (
+    BadTick,
+    Shape,
+    check_depth,
+    check_tick,
+    clear_nulls,
+    decode_tick,
+    has_news,
+    merge_fields,
+    shape_of,
+)
 
 __all__ = ["Board", "Quote", "TradingDays"]
 
 _NEVER_MS = 1 << 62
-_DAY_MS = 86_400_000
+_DEEP_BYTES = 400  # 200 levels of nesting take more
+_DERIVED_BYTES = 192  # code, seq, ts, change and change_pct with their names
 
 
 class Quote:
@@ -42,7 +53,7 @@ class Quote:
         self.row: dict[str, Any] = {"code": code, "seq": seq, "ts": 0}
         self.book: dict[str, Any] = {}
         self.arrived_ms = 0
-        self.day_end_ms = _NEVER_MS
+        self.day_end_ms = 0  # the first tick begins a day
         self.row_bound = 0  # the row with its book is at most this long, encoded
         self._encoded: bytes | None = None
 
@@ -52,10 +63,6 @@ class Quote:
         if text is None:
             text = self._encoded = orjson.dumps(self.row)
         return text
-
-    def _measure(self) -> int:
-        self.row_bound = len(orjson.dumps(self.row)) + (len(orjson.dumps(self.book)) if self.book else 0)
-        return self.row_bound
 
 
 class TradingDays:
@@ -84,12 +91,35 @@ class TradingDays:
         return end
 
 
+def _agreed_code(code: str | None, own: Any) -> str:
+    """Return the code that the channel and the tick itself speak of.
+
+    Raises:
+        BadTick: they contradict each other, or the tick's is none.
+    """
+    if type(own) is not str:
+        raise BadTick("wrong_type", "code must be a text")
+    if own == code:
+        return own
+    try:
+        parsed = parse_code(own)
+    except BadCode as e:
+        raise BadTick("bad_code", str(e)) from None
+    if code is not None and parsed != code:
+        raise BadTick("wrong_channel", f"{own} came on the channel of {code}")
+    return parsed
+
+
 class Board:
     """Merges ticks into rows.
 
     Args:
         days: ends of trading days; a later day's first tick replaces the row.
         drop_older: refuse a tick whose ``ts`` is below the row's.
+        watched: codes whose news somebody waits for; None: all of them.
+
+    Attributes:
+        newest_ms: when the newest accepted tick arrived; 0: none yet.
     """
 
     def __init__(
@@ -100,11 +130,14 @@ class Board:
         max_row_bytes: int = 16_384,
         max_tick_bytes: int = 8_192,
         drop_older: bool = False,
+        watched: Container[str] | None = None,
     ) -> None:
         self.quotes: dict[str, Quote] = {}
         self.accepted = 0
         self.refused: Counter[str] = Counter()
         self.last_fault = ""
+        self.newest_ms = 0
+        self._watched = watched
         self._days = days
         self._max_codes = max_codes
         self._max_row_bytes = max_row_bytes
@@ -126,8 +159,8 @@ class Board:
             now_ms: arrival, epoch milliseconds.
 
         Returns:
-            The quote when its row has something new to show; None when the tick was
-            refused (see ``refused``) or changed nothing but ``ts``.
+            The quote when its row has something new to show to those who watch it; None when
+            nobody does, when the tick was refused (see ``refused``), or changed only ``ts``.
         """
         try:
             if len(payload) > self._max_tick_bytes:
@@ -135,47 +168,50 @@ class Board:
             tick = decode_tick(payload)
             own = tick.get("code")
             if own is not None or code is None:
-                if type(own) is not str:
-                    raise BadTick("wrong_type", "code must be a text")
-                try:
-                    own = parse_code(own)
-                except BadCode as e:
-                    raise BadTick("bad_code", str(e)) from None
-                if code is None:
-                    code = own
-                elif own != code:
-                    raise BadTick("wrong_channel", f"{own} came on the channel of {code}")
-            check_tick(tick)
-            return self._merge(code, tick, len(payload), now_ms)
+                code = _agreed_code(code, own)
+            shape = shape_of(tick)
+            check_tick(tick, shape)
+            if len(payload) >= _DEEP_BYTES:
+                check_depth(tick)
+            return self._merge(code, tick, shape, payload, now_ms)
         except BadTick as e:
             self.refused[e.reason] += 1
             self.last_fault = f"{code or '?'}: {e}"
             return None
 
-    def _merge(self, code: str, tick: dict[str, Any], size: int, now_ms: int) -> Quote | None:  # hot
-        ts = tick.get("ts")
+    def _merge(  # hot
+        self, code: str, tick: dict[str, Any], shape: Shape, payload: bytes, now_ms: int
+    ) -> Quote | None:
+        ts = tick["ts"] if shape.ts else None
         if ts is None:
             ts = now_ms
+        size = len(payload)
         quote = self.quotes.get(code)
         if quote is None:
             quote = self._admit(code)
         elif self._drop_older and ts < quote.row["ts"]:
             raise BadTick("older", f"ts {ts} is before the row's {quote.row['ts']}")
-        fresh = not quote.arrived_ms or ts >= quote.day_end_ms or tick.get("reset") is True
-        if fresh:
-            self._replace(quote, tick, size)
+        is_fresh = ts >= quote.day_end_ms or ("reset" in shape.ours and tick["reset"] is True)
+        if (0 if is_fresh else quote.row_bound) + size + _DERIVED_BYTES > self._max_row_bytes:
+            self._measure(quote, tick, shape, is_fresh)
+        if is_fresh:
+            quote.row = {"code": code, "seq": quote.seq, "ts": 0}
+            quote.book = {}
+            quote.row_bound = 0
             quote.day_end_ms = self._days.end_ms(code, ts)
-        elif quote.row_bound + size > self._max_row_bytes and quote._measure() + size > self._max_row_bytes:
-            raise BadTick("row_too_large", f"the row of {code} would pass {self._max_row_bytes} bytes")
+        watched = self._watched
+        is_news = (watched is None or code in watched) and (is_fresh or has_news(quote.row, tick, shape))
         row = quote.row
-        changed = merge_fields(row, quote.book, tick)
+        merge_fields(row, quote.book, tick, shape)
         row["ts"] = ts
+        if b"null" in payload:
+            clear_nulls(row)
         quote.seq = row["seq"] = quote.seq + 1
         quote.row_bound += size
-        quote.arrived_ms = now_ms
+        quote.arrived_ms = self.newest_ms = now_ms
         quote._encoded = None
         self.accepted += 1
-        return quote if changed or fresh else None
+        return quote if is_news else None
 
     def _admit(self, code: str) -> Quote:
         if len(self.quotes) >= self._max_codes:
@@ -183,14 +219,18 @@ class Board:
         quote = self.quotes[code] = Quote(code, self._retired_seq)
         return quote
 
-    def _replace(self, quote: Quote, tick: dict[str, Any], size: int) -> None:
-        if size + len(quote.code) + 128 > self._max_row_bytes:
+    def _measure(self, quote: Quote, tick: dict[str, Any], shape: Shape, is_fresh: bool) -> None:
+        """Refuse a tick that would really make its row too large; the bound is a sum and forgets what is replaced."""
+        row = {"code": quote.code} if is_fresh else dict(quote.row)
+        book = {} if is_fresh else dict(quote.book)
+        merge_fields(row, book, dict(tick), shape)
+        clear_nulls(row)
+        size = len(orjson.dumps(row)) + (len(orjson.dumps(book)) if book else 0)
+        if size > self._max_row_bytes:
             if not quote.arrived_ms:
                 del self.quotes[quote.code]
             raise BadTick("row_too_large", f"the row of {quote.code} would pass {self._max_row_bytes} bytes")
-        quote.row = {"code": quote.code, "seq": quote.seq, "ts": 0}
-        quote.book = {}
-        quote.row_bound = len(quote.code) + 128  # code, seq, ts, change and change_pct with their names
+        quote.row_bound = size
 
     def expire(self, older_than_ms: int, keep: Iterable[str] = ()) -> int:
         """Drop the rows whose newest tick arrived before ``older_than_ms``; return how many.

@@ -10,35 +10,32 @@ from typing import Any
 
 import orjson
 
-__all__ = ["BOOK_FIELDS", "KNOWN_FIELDS", "BadTick", "check_tick", "decode_tick", "derive_change", "merge_fields"]
+__all__ = [
+    "BOOK_FIELDS", "KNOWN_FIELDS", "BadTick", "Shape", "check_depth", "check_tick", "clear_nulls", "decode_tick",
+    "derive_change", "has_news", "merge_fields", "shape_of",
+]  # fmt: skip
 
 # Heavy fields, apart from the row: only a view that names them gets them.
 BOOK_FIELDS = ("bids", "asks")
 BOOK_LEVELS = 5
 
+# A whole number written as a float must still fit an integer when the row is written.
+_MAX_WHOLE = 2.0**63
+
 # The latest ts that can be milliseconds: year 5138. More is microseconds or nanoseconds by mistake.
 MAX_TS_MS = 10**14
 
-_PRICE, _SIZE, _TEXT, _LEVELS, _TS, _OURS = range(6)
-_KINDS: dict[str, int] = {
-    **dict.fromkeys(
-        ("last", "prev_close", "open", "high", "low", "amount", "bid", "ask", "limit_up", "limit_down"), _PRICE
-    ),
-    **dict.fromkeys(("volume", "last_size", "bid_size", "ask_size"), _SIZE),
-    **dict.fromkeys(("name", "phase", "status"), _TEXT),
-    **dict.fromkeys(BOOK_FIELDS, _LEVELS),
-    "ts": _TS,
-    # Numbered, derived or decided by the server: a plain tick cannot set them.
-    **dict.fromkeys(("code", "seq", "prev", "epoch", "change", "change_pct", "reset"), _OURS),
-}
+_PRICES = frozenset(("last", "prev_close", "open", "high", "low", "amount", "bid", "ask", "limit_up", "limit_down"))
+_SIZES = frozenset(("volume", "last_size", "bid_size", "ask_size"))
+_TEXTS = frozenset(("name", "phase", "status"))
+# Numbered, derived or decided by the server: a plain tick cannot set them.
+_OURS = frozenset(("code", "seq", "prev", "epoch", "change", "change_pct", "reset"))
 
 # In the order in which docs and the hello message list them.
 KNOWN_FIELDS = (
     "name", "last", "prev_close", "open", "high", "low", "change", "change_pct", "volume", "amount", "last_size",
     "bid", "bid_size", "ask", "ask_size", "bids", "asks", "limit_up", "limit_down", "phase", "status",
 )  # fmt: skip
-
-_ABSENT = object()
 
 
 class BadTick(ValueError):
@@ -68,53 +65,88 @@ def decode_tick(payload: bytes) -> dict[str, Any]:
     return tick
 
 
-def check_tick(tick: dict[str, Any]) -> None:  # hot
+class Shape:
+    """What a tick with these fields has to be looked at for; made once per set of fields.
+
+    A publisher sends the same fields again and again, so the questions are asked once.
+    """
+
+    __slots__ = ("derives", "levels", "ours", "prices", "sizes", "texts", "ts", "values")
+
+    def __init__(self, fields: tuple[str, ...]) -> None:
+        self.prices = tuple(name for name in fields if name in _PRICES)
+        self.sizes = tuple(name for name in fields if name in _SIZES)
+        self.texts = tuple(name for name in fields if name in _TEXTS)
+        self.levels = tuple(name for name in fields if name in BOOK_FIELDS)
+        self.ours = tuple(name for name in fields if name in _OURS)
+        self.values = tuple(name for name in fields if name not in _OURS and name not in BOOK_FIELDS and name != "ts")
+        self.ts = "ts" in fields
+        self.derives = "last" in fields or "prev_close" in fields
+
+
+_shapes: dict[tuple[str, ...], Shape] = {}
+_MAX_SHAPES = 4096
+
+
+def shape_of(tick: dict[str, Any]) -> Shape:  # hot
+    """Return the shape of a decoded tick."""
+    fields = tuple(tick)
+    shape = _shapes.get(fields)
+    if shape is None:
+        if len(_shapes) >= _MAX_SHAPES:  # a publisher that invents field names
+            _shapes.clear()
+        shape = _shapes[fields] = Shape(fields)
+    return shape
+
+
+def check_tick(tick: dict[str, Any], shape: Shape) -> None:  # hot
     """Look at every known field; sizes that are whole floats become ints.
 
     Raises:
         BadTick: a known field has a wrong type, is negative, or is out of range.
     """
-    kinds = _KINDS
-    whole: list[str] | None = None
-    for name, value in tick.items():
-        kind = kinds.get(name)
+    for name in shape.prices:
+        value = tick[name]
         t = type(value)
-        if kind is None:
-            if t is dict or t is list:
-                _check_depth(name, value)
-            continue
-        if kind == _OURS or value is None:
-            continue
-        if kind == _PRICE:
-            if t is not float and t is not int:
-                raise BadTick("wrong_type", f"{name} must be a number")
-            if value < 0:
-                raise BadTick("negative", f"{name} must not be negative")
-        elif kind == _SIZE:
-            if t is float and value.is_integer():
-                whole = [*(whole or ()), name]
-            elif t is not int:
-                raise BadTick("wrong_type", f"{name} must be a whole number")
-            if value < 0:
-                raise BadTick("negative", f"{name} must not be negative")
-        elif kind == _TS:
-            if t is not int or not 0 <= value < MAX_TS_MS:
-                raise BadTick("wrong_type", "ts must be epoch milliseconds")
-        elif kind == _TEXT:
-            if t is not str:
-                raise BadTick("wrong_type", f"{name} must be a text")
-        else:
-            _check_levels(name, value)
-    for name in whole or ():
-        tick[name] = int(tick[name])
+        if t is float or t is int:
+            if value >= 0:
+                continue
+            raise BadTick("negative", f"{name} must not be negative")
+        if value is not None:
+            raise BadTick("wrong_type", f"{name} must be a number")
+    for name in shape.sizes:
+        value = tick[name]
+        t = type(value)
+        if t is float and value.is_integer() and value < _MAX_WHOLE:
+            value = tick[name] = int(value)
+        elif t is not int:
+            if value is None:
+                continue
+            raise BadTick("wrong_type", f"{name} must be a whole number")
+        if value < 0:
+            raise BadTick("negative", f"{name} must not be negative")
+    for name in shape.texts:
+        if type(tick[name]) is not str and tick[name] is not None:
+            raise BadTick("wrong_type", f"{name} must be a text")
+    if shape.ts:
+        ts = tick["ts"]
+        if ts is not None and (type(ts) is not int or not 0 <= ts < MAX_TS_MS):
+            raise BadTick("wrong_type", "ts must be epoch milliseconds")
+    for name in shape.levels:
+        if tick[name] is not None:
+            _check_levels(name, tick[name])
 
 
-def _check_depth(name: str, value: Any) -> None:
-    # orjson reads 1,024 levels, but writes 254: what cannot be sent on must not come in.
+def check_depth(tick: dict[str, Any]) -> None:
+    """Refuse what could come in but not go out: orjson reads 1,024 levels, but writes 254.
+
+    Raises:
+        BadTick: it is nested too deep.
+    """
     try:
-        orjson.dumps([value])
+        orjson.dumps([tick])
     except orjson.JSONEncodeError:
-        raise BadTick("too_deep", f"{name} is nested too deep") from None
+        raise BadTick("too_deep", "a field is nested too deep") from None
 
 
 def _check_levels(name: str, levels: Any) -> None:
@@ -130,46 +162,46 @@ def _check_levels(name: str, levels: Any) -> None:
                 raise BadTick("negative", f"{name} must not hold negative numbers")
 
 
-def merge_fields(row: dict[str, Any], book: dict[str, Any], tick: dict[str, Any]) -> bool:  # hot
-    """Merge a checked tick into ``row`` and its ``book``; say whether ``row`` changed in more than ``ts``.
-
-    Fields that nobody knows pass through; those that the server sets itself are skipped.
-    """
-    kinds = _KINDS
-    changed = False
-    derive = False
-    for name, value in tick.items():
-        kind = kinds.get(name)
-        if kind == _OURS:
-            continue
-        if kind == _LEVELS:
-            if value is None:
-                book.pop(name, None)
-            else:
-                book[name] = value[:BOOK_LEVELS]
-            continue
-        old = row.get(name, _ABSENT)
+def has_news(row: dict[str, Any], tick: dict[str, Any], shape: Shape) -> bool:  # hot
+    """Say whether merging ``tick`` would change ``row`` in more than ``ts``."""
+    for name in shape.values:
+        value = tick[name]
         if value is None:
-            if old is _ABSENT:
-                continue
-            del row[name]
+            if name in row:
+                return True
         else:
-            row[name] = value
-            if old == value and type(old) is type(value):
-                continue
-        if kind == _TS:
-            continue
-        changed = True
-        if name == "last" or name == "prev_close":
-            derive = True
-    if derive:
+            old = row.get(name, row)  # the row itself: equal to no field
+            if old != value or type(old) is not type(value):
+                return True
+    return False
+
+
+def merge_fields(row: dict[str, Any], book: dict[str, Any], tick: dict[str, Any], shape: Shape) -> None:  # hot
+    """Merge a checked tick into ``row`` and its ``book``; ``tick`` is used up.
+
+    Fields that nobody knows pass through; those that the server sets itself are left alone.
+    """
+    for name in shape.ours:
+        del tick[name]
+    for name in shape.levels:
+        levels = tick.pop(name)
+        if levels is None:
+            book.pop(name, None)
+        else:
+            book[name] = levels[:BOOK_LEVELS]
+    row.update(tick)
+    if shape.derives:
         change = derive_change(row.get("last"), row.get("prev_close"))
-        if change is None:
-            row.pop("change", None)
-            row.pop("change_pct", None)
-        else:
+        if change is not None:
             row["change"], row["change_pct"] = change
-    return changed
+        elif "change" in row:
+            del row["change"], row["change_pct"]
+
+
+def clear_nulls(row: dict[str, Any]) -> None:
+    """Remove the fields that a tick has just cleared."""
+    for name in [name for name, value in row.items() if value is None]:
+        del row[name]
 
 
 def derive_change(last: float | None, prev_close: float | None) -> tuple[float, float] | None:
@@ -188,9 +220,12 @@ def derive_change(last: float | None, prev_close: float | None) -> tuple[float, 
             decimals = fewer
             break
     scale = 10**decimals
-    a, b = round(last * scale), round(prev_close * scale)
-    if not b:  # a price below 0.00000001
+    try:
+        a, b = round(last * scale), round(prev_close * scale)
+        if not b:  # a price below 0.00000001
+            return None
+        difference = a - b
+        hundredths = (abs(difference) * 20_000 + b) // (2 * b)
+        return difference / scale, (hundredths if difference >= 0 else -hundredths) / 100
+    except OverflowError:  # finite, but no price: the quotient is beyond a float
         return None
-    difference = a - b
-    hundredths = (abs(difference) * 20_000 + b) // (2 * b)
-    return difference / scale, (hundredths if difference >= 0 else -hundredths) / 100

@@ -21,6 +21,7 @@ __all__ = [
     "ack",
     "error",
     "heartbeat",
+    "named",
     "parse_request",
     "pong",
     "row_with_prev",
@@ -101,6 +102,15 @@ def parse_request(text: str | bytes, max_codes: int) -> Request:
         return parse(action, request_id, said, max_codes)
     except PeerError as e:
         raise RequestError(e.error, e.message, request_id, action) from None
+
+
+def named(text: str | bytes) -> tuple[int | str | None, str | None]:
+    """Return ``id`` and ``action`` of a message as far as they can be read, for an error about a message not looked at."""
+    try:
+        request = parse_request(text, max_codes=0)
+    except RequestError as e:
+        return e.request_id, e.action
+    return request.id, request.action
 
 
 class RequestError(PeerError):

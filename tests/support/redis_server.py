@@ -1,6 +1,5 @@
 """A real Redis of one test's own, which can be killed, paused and started again."""
 
-import asyncio
 import shutil
 import signal
 import socket
@@ -84,12 +83,6 @@ class RedisServer:
     def resume(self) -> None:
         self._signal(signal.SIGCONT)
 
-    async def restart_later(self, after_s: float) -> None:
-        """Kill it now and start it after a while, without holding the loop while it is down."""
-        self.kill()
-        await asyncio.sleep(after_s)
-        await asyncio.to_thread(self.start)
-
     def _signal(self, number: signal.Signals) -> None:
         assert self._process is not None
         if self._process.poll() is None:
@@ -114,6 +107,9 @@ class RedisServer:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port < 55_000:  # a cluster node listens on port + 10,000 too
+            return port

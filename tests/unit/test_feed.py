@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -90,20 +90,23 @@ async def test_redis_killed_in_the_middle_of_a_recording_loses_nothing_that_was_
     before = [one for one in expected if one[1]["ts"] <= middle_ms]
     reports: list[str] = []
     options = FeedOptions(redis_url=f"unix://{door}", source=Recording(path=RECORDING))
-    feed = asyncio.create_task(run_feed(options, report=reports.append, clock=manual.clock))
+    feed: asyncio.Task[FeedSummary] | None = None
     try:
         async with hearing(server) as heard:
+            feed = asyncio.create_task(run_feed(options, report=reports.append, clock=manual.clock))
             await wait_until(lambda: manual.is_slept_on)
             while manual.at_s < (middle_ms - expected[0][1]["ts"]) / 1000:
                 manual.advance(0.001)
                 await asyncio.sleep(0)
             await wait_until(lambda: len(heard.ticks) == len(before))
             assert heard.ticks == before
+            await wait_until(lambda: manual.is_slept_on)  # every tick so far is answered
 
             # What is due now goes to a Redis that does not read it any more, and dies.
             server.pause()
             manual.advance(1)
-            await asyncio.sleep(0.05)
+            for _ in range(20):
+                await asyncio.sleep(0)
             door.unlink()
             server.kill()
         await wait_until(lambda: reports)
@@ -116,8 +119,9 @@ async def test_redis_killed_in_the_middle_of_a_recording_loses_nothing_that_was_
             await wait_until(lambda: len(heard.ticks) >= len(expected) - len(before))
             assert heard.ticks == expected[len(before) :]
     finally:
-        feed.cancel()
-        await asyncio.gather(feed, return_exceptions=True)
+        if feed is not None:
+            feed.cancel()
+            await asyncio.gather(feed, return_exceptions=True)
         server.stop()
 
     assert (summary.sent, summary.outages, summary.dropped) == (len(expected), 1, 0)
@@ -237,18 +241,6 @@ def run_tool(*arguments: str, stdin: str = "") -> "subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
-@pytest.fixture
-def started_tool(redis_server: RedisServer) -> "Iterator[subprocess.Popen[str]]":
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    tool = subprocess.Popen(
-        [sys.executable, str(TOOL), "--redis", redis_server.url],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
-    yield tool
-    tool.kill()
-    tool.communicate()
-
-
 def test_tool_is_executable():
     assert os.access(TOOL, os.X_OK)
 
@@ -272,19 +264,26 @@ def test_tool_reports_bad_lines_of_standard_input_on_standard_error(redis_server
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-async def test_interrupted_tool_ends_cleanly_with_its_summary(
-    redis_server: RedisServer, started_tool: "subprocess.Popen[str]", signum: signal.Signals
-):
+async def test_interrupted_tool_ends_cleanly_with_its_summary(redis_server: RedisServer, signum: signal.Signals):
     async with hearing(redis_server) as heard:
-        await wait_until(lambda: len(heard.ticks) > 100, timeout_s=30)
-        started_tool.send_signal(signum)
-        stdout, stderr = await asyncio.to_thread(started_tool.communicate, timeout=20)
-        sent = int(stdout.split()[1].replace(",", ""))
+        tool = await asyncio.create_subprocess_exec(
+            sys.executable, str(TOOL), "--redis", redis_server.url,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        try:
+            await wait_until(lambda: len(heard.ticks) > 100, timeout_s=30)
+            tool.send_signal(signum)
+            stdout, stderr = await asyncio.wait_for(tool.communicate(), 20)
+        finally:
+            if tool.returncode is None:
+                tool.kill()
+                await tool.wait()
+        sent = int(stdout.split()[1].replace(b",", b""))
         await wait_until(lambda: len(heard.ticks) == sent)
 
-    assert started_tool.returncode == 0
-    assert stdout.startswith("feed: ") and stdout.count("\n") == 1
-    assert stderr == ""
+    assert tool.returncode == 0
+    assert stdout.startswith(b"feed: ") and stdout.count(b"\n") == 1
+    assert stderr == b""
 
 
 def test_tool_without_redis_says_so_in_one_line_without_the_password(redis_server: RedisServer):

@@ -130,7 +130,7 @@ async def test_cancelled_publish_still_counts_the_batch_that_was_on_its_way(redi
     async with publisher_of(redis_server.url) as publisher:
         redis_server.pause()
         publishing = asyncio.create_task(publisher.publish([("A", {"last": 1})]))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
         publishing.cancel()
         await asyncio.sleep(0)
         redis_server.resume()

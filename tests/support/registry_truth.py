@@ -1,0 +1,70 @@
+"""The registry in Redis against the connections that there truly are."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Set
+
+from redis.asyncio import Redis
+
+from tests.support.waiting import wait_until
+
+__all__ = ["registry_equals", "registry_faults"]
+
+
+async def registry_faults(
+    redis: Redis, connections: Mapping[str, Set[str]], *, node: str = "test", prefix: str = "qp:"
+) -> list[str]:
+    """Return every difference between the registry and ``connections`` (fd to its codes), one line each.
+
+    Args:
+        redis: a client that answers with ``str``.
+        node: whose connections they are; nobody else's may be there.
+    """
+    faults: list[str] = []
+    keys = {key async for key in redis.scan_iter(f"{prefix}*", count=1000)}
+    audience: defaultdict[str, set[str]] = defaultdict(set)
+    for fd, codes in connections.items():
+        for code in codes:
+            audience[code].add(fd)
+
+    async def members(key: str) -> set[str]:
+        keys.discard(key)
+        return set(await redis.smembers(key))
+
+    def compare(what: str, held: Set[str], true: Set[str]) -> None:
+        if stale := sorted(held - true):
+            faults.append(f"{what}: {len(stale)} too many: {' '.join(stale[:3])}")
+        if lacking := sorted(true - held):
+            faults.append(f"{what}: {len(lacking)} missing: {' '.join(lacking[:3])}")
+
+    compare("codes", await members(f"{prefix}codes"), audience.keys())
+    for code, fds in audience.items():
+        compare(f"code:{code}", await members(f"{prefix}code:{code}"), fds)
+    for fd, codes in connections.items():
+        compare(f"fd:{fd}", await members(f"{prefix}fd:{fd}"), codes)
+    lives = await members(f"{prefix}node:{node}")
+    workers = [life.partition(".")[0] for life in lives]
+    if len(workers) != len(set(workers)):
+        faults.append(f"node:{node}: two lives of one worker: {' '.join(sorted(lives))}")
+    found: set[str] = set()
+    for life in lives:
+        found |= await members(f"{prefix}node:{node}:{life}")
+    compare(f"the lives of {node}", found, connections.keys())
+    if keys:
+        faults.append(f"{len(keys)} keys too many: {' '.join(sorted(keys)[:3])}")
+    return faults
+
+
+async def registry_equals(
+    redis: Redis, connections: Mapping[str, Set[str]], *, node: str = "test", timeout_s: float = 15.0
+) -> None:
+    """Wait until the registry equals ``connections``; say how it differs when it does not."""
+    faults: list[str] = []
+
+    async def is_equal() -> bool:
+        faults[:] = await registry_faults(redis, connections, node=node)
+        return not faults
+
+    try:
+        await wait_until(is_equal, timeout_s)
+    except AssertionError:
+        raise AssertionError("the registry differs from the connections:\n" + "\n".join(faults)) from None
