@@ -36,7 +36,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 __all__ = ["RegistryKeys", "RegistryMirror", "cut_connection", "purge_life", "purge_node", "registry_client"]
 
@@ -55,7 +55,7 @@ BACKOFF_FIRST_S = 0.1
 BACKOFF_MOST_S = 2.0
 
 # All that Redis, its client and the network between them raise; anything else is a bug and keeps its traceback.
-REDIS_TROUBLE = (RedisError, OSError, TimeoutError)
+REDIS_TROUBLE = (RedisError, RedisClusterException, OSError, TimeoutError)
 
 # How many members it carries or brings back, and its arguments.
 Command = tuple[int, tuple[Any, ...]]
