@@ -20,6 +20,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "ticks_accepted": ("counter", "Ticks that were merged into the board.", ()),
     "ticks_refused": ("counter", "Ticks that were refused, by reason.", ("reason",)),
     "ticks_ignored": ("counter", "Messages on channels that yield no code.", ()),
+    "tick_bugs": ("counter", "Ticks that were lost to a bug of the server.", ()),
     "board_codes": ("gauge", "Codes on the board.", ()),
     "feed_up": ("gauge", "1 while the feed link answers.", ()),
     "feed_links": ("counter", "How many times the feed link was made.", ()),

@@ -69,6 +69,7 @@ class Settings:
         "", "One main per lock file; empty: quotepush-<node>.lock in $XDG_RUNTIME_DIR or the temporary directory."
     )
     workers: int = _setting(0, "Worker processes; 0 or auto: one per core this process may use.", at_least=0)
+    pin_workers: bool = _setting(False, "Bind worker i to the i-th core this process may use (Linux).")
     drain_timeout_s: float = _setting(10.0, "How long a stop waits for connections to close.", unit="s", at_least=0)
     log_level: str = _setting("info", "debug, info, warning or error; debug adds a line per opened session.")
 

@@ -15,6 +15,7 @@ import asyncio
 import logging
 import random
 import re
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,8 @@ class ChannelTable:
 
     def __init__(self, templates: list[str]) -> None:
         self._templates = [(self._glob(t).encode(), self._regex(t)) for t in templates]
-        self._known: dict[bytes, tuple[bytes, str | None] | None] = {}
+        # Channel to (the pattern that counts, code); the pattern is empty for a channel that is ignored.
+        self.routes: dict[bytes, tuple[bytes, str | None]] = {}
 
     @property
     def patterns(self) -> list[bytes]:
@@ -58,32 +60,24 @@ class ChannelTable:
     @staticmethod
     def _regex(template: str) -> "re.Pattern[str]":
         parts = re.split(r"(\*|\{code\})", template)
-        return re.compile("".join({"*": ".*", "{code}": "(?P<code>.+)"}.get(part, re.escape(part)) for part in parts))
+        # * takes as little as it can: of pub.*.{code} and pub.a.600519.SH the code is 600519.SH, not SH.
+        return re.compile("".join({"*": ".*?", "{code}": "(?P<code>.*)"}.get(part, re.escape(part)) for part in parts))
 
-    def code_of(self, pattern: bytes, channel: bytes) -> str | bool | None:
-        """Return the code; None: the tick names it; False: this message does not count."""
-        try:
-            found = self._known[channel]
-        except KeyError:
-            found = self._look_up(channel)
-        if found is None or found[0] != pattern:
-            return False
-        return found[1]
-
-    def _look_up(self, channel: bytes) -> tuple[bytes, str | None] | None:
-        found: tuple[bytes, str | None] | None = None
+    def look_up(self, channel: bytes) -> tuple[bytes, str | None]:
+        """Return which pattern counts for ``channel``, and its code (None: the tick names it)."""
+        route: tuple[bytes, str | None] = b"", None
         text = channel.decode("utf-8", "replace")
         for glob, regex in self._templates:
             if match := regex.fullmatch(text):
                 try:
-                    found = glob, parse_code(match["code"]) if "code" in regex.groupindex else None
+                    route = glob, parse_code(match["code"]) if "code" in regex.groupindex else None
                 except BadCode:
-                    found = None
+                    pass
                 break
-        if len(self._known) >= _MAX_CHANNELS:
-            self._known.clear()
-        self._known[channel] = found
-        return found
+        if len(self.routes) >= _MAX_CHANNELS:
+            self.routes.clear()
+        self.routes[channel] = route
+        return route
 
 
 class FeedListener:
@@ -91,7 +85,9 @@ class FeedListener:
 
     Args:
         pool: makes the connection; nothing else uses it.
-        on_tick: called per message with its code (None: the tick names it) and payload.
+        merge: takes code (None: the tick names it), payload and arrival (epoch milliseconds); returns
+            what it has made of them when there is news, else None.
+        publish: takes the news.
         on_batch: called after the messages of one read.
         on_link: called with True when subscribed, with False when the link is lost.
 
@@ -99,6 +95,7 @@ class FeedListener:
         is_up: subscribed, and the link has not been found dead.
         links: how many times a link was made.
         ignored: messages on channels that yield no code.
+        bugs: messages that were lost to a bug of ours.
     """
 
     def __init__(
@@ -106,7 +103,8 @@ class FeedListener:
         pool: ConnectionPool,
         templates: list[str],
         *,
-        on_tick: Callable[[str | None, bytes], None],
+        merge: Callable[[str | None, bytes, int], Any],
+        publish: Callable[[Any], None],
         on_batch: Callable[[], None],
         on_link: Callable[[bool], None],
         probe_interval_s: float,
@@ -115,7 +113,8 @@ class FeedListener:
     ) -> None:
         self._pool = pool
         self._channels = ChannelTable(templates)
-        self._on_tick = on_tick
+        self._merge = merge
+        self._publish = publish
         self._on_batch = on_batch
         self._on_link = on_link
         self._probe_interval_s = probe_interval_s
@@ -125,6 +124,7 @@ class FeedListener:
         self.is_up = False
         self.links = 0
         self.ignored = 0
+        self.bugs = 0
 
     @property
     def lag_s(self) -> float:
@@ -189,19 +189,30 @@ class FeedListener:
             self._on_batch()
 
     def _take_replies(self, reader: "hiredis.Reader") -> None:  # hot
+        now_ms = time.time_ns() // 1_000_000
         gets = reader.gets
-        code_of = self._channels.code_of
-        on_tick = self._on_tick
+        routes, look_up = self._channels.routes, self._channels.look_up
+        merge, publish = self._merge, self._publish
         while (reply := gets()) is not False:
-            if type(reply) is list and len(reply) == 4 and reply[0] == b"pmessage":
-                code = code_of(reply[1], reply[2])
-                if code is False:
-                    if reply[1] == self._channels.patterns[0]:
-                        self.ignored += 1
-                else:
-                    on_tick(code, reply[3])  # type: ignore[arg-type]
-            else:
+            try:
+                _, pattern, channel, payload = reply  # pmessage: the only reply of four
+            except (TypeError, ValueError):
                 self._take_other(reply)
+                continue
+            counts, code = routes.get(channel) or look_up(channel)
+            if counts != pattern:
+                if not counts and pattern == self._channels.patterns[0]:
+                    self.ignored += 1
+                continue
+            try:
+                news = merge(code, payload, now_ms)
+                if news is not None:
+                    publish(news)
+            except Exception:
+                # A tick that hits a bug of ours is lost, the next one is not.
+                self.bugs += 1
+                if self.bugs == 1:
+                    log.exception("a tick could not be taken; further ones of this kind are counted only")
 
     def _take_other(self, reply: Any) -> None:
         if isinstance(reply, hiredis.ReplyError):

@@ -76,8 +76,6 @@ class _Main:
         self._epoch = secrets.token_hex(8)
         self._stop = asyncio.Event()
         self._is_ready = False
-        self._now_ms = 0  # arrival of the batch that is being taken; 0: ask the clock
-        self._bugs = 0
         self._relay = Relay(_symbol_check(settings.symbol_file))
         self._board = self._relay.board = Board(
             days=TradingDays(settings.trading_day_zones),
@@ -110,7 +108,8 @@ class _Main:
             self._listener = FeedListener(
                 feed_pool,
                 settings.feed_channels,
-                on_tick=self._take_tick,
+                merge=self._board.apply,
+                publish=self._relay.offer,
                 on_batch=self._end_batch,
                 on_link=lambda up: None,
                 probe_interval_s=settings.probe_interval_s,
@@ -160,22 +159,7 @@ class _Main:
 
     # Ticks
 
-    def _take_tick(self, code: str | None, payload: bytes) -> None:  # hot
-        try:
-            now_ms = self._now_ms
-            if not now_ms:
-                now_ms = self._now_ms = time.time_ns() // 1_000_000
-            quote = self._board.apply(code, payload, now_ms)
-            if quote is not None:
-                self._relay.offer(quote)
-        except Exception:
-            # A tick that hits a bug of ours is lost, the next one is not.
-            self._bugs += 1
-            if self._bugs == 1:
-                log.exception("a tick could not be taken; further ones of this kind are counted only")
-
     def _end_batch(self) -> None:  # hot
-        self._now_ms = 0
         self._relay.flush()
         self._relay.is_lagging = self._listener.lag_s > _LAGGING_S
 
@@ -247,6 +231,7 @@ class _Main:
             "ticks_accepted": [(board.accepted, nothing)],
             "ticks_refused": [(count, {"reason": reason}) for reason, count in board.refused.items()],
             "ticks_ignored": [(listener.ignored, nothing)],
+            "tick_bugs": [(listener.bugs, nothing)],
             "board_codes": [(len(board.quotes), nothing)],
             "feed_up": [(listener.is_up, nothing)],
             "feed_links": [(listener.links, nothing)],
@@ -325,7 +310,8 @@ def _feed_pool(settings: Settings) -> ConnectionPool:
 def _registry_client(settings: Settings) -> Redis:
     return Redis.from_url(
         settings.registry_url,
-        socket_timeout=settings.redis_timeout_s,
+        # No socket_timeout: redis-py would write under wait_for, which can swallow a cancellation in Python 3.11
+        # (bpo-37658); every use has a bound of its own.
         socket_connect_timeout=settings.redis_timeout_s,
         client_name=f"quotepush-{settings.node}-main",
     )

@@ -5,6 +5,10 @@ import socket
 
 __all__ = ["inherited_sockets", "open_sockets"]
 
+# What the kernel may hold of one client's unsent bytes (tcp(7)); accepted sockets inherit it. Beyond that a
+# write is not taken, and rows wait where a newer one can still replace them.
+_NOTSENT_BYTES = 65_536
+
 
 def open_sockets(host: str, port: int, count: int, backlog: int) -> list[socket.socket]:
     """Return ``count`` listening sockets on one address, shared by SO_REUSEPORT; port 0 takes a free one.
@@ -26,6 +30,8 @@ def open_sockets(host: str, port: int, count: int, backlog: int) -> list[socket.
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 s.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
+            if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+                s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _NOTSENT_BYTES)
             s.bind(address)
             address = (address[0], s.getsockname()[1], *address[2:])
             s.listen(backlog)

@@ -76,6 +76,8 @@ class WorkerProcess:
         settings = Settings(**setup.settings)
         set_up_logging(settings.log_level, f"worker {self._index}")
         setproctitle(f"quotepush[{setup.node}]: worker {self._index}")
+        if settings.pin_workers:
+            _pin(self._index)
         life = f"{self._index}.{time.time_ns() // 1000}"
         self._bus.send(bus.Hello(life))
         redis = registry_client(settings.registry_url, connect_timeout_s=settings.redis_timeout_s)
@@ -287,6 +289,15 @@ class WorkerProcess:
         """SIGTERM to this worker alone: leave in order; main starts another."""
         if not self._stop.done():
             self._stop.set_result(bus.Drain(5.0, 500))
+
+
+def _pin(index: int) -> None:
+    """Stay on one core: worker i on the i-th that this process may use, again from the first when there are more."""
+    try:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[index % len(cores)]})
+    except (AttributeError, OSError) as e:  # not Linux, or forbidden
+        log.warning("cannot bind this worker to a core: %s", e)
 
 
 def _tls(settings: Settings) -> ssl.SSLContext | None:

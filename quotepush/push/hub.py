@@ -139,15 +139,19 @@ class Hub:
             took = time.perf_counter() - begin
             self._next_flush = loop.time() + min(self._max_delay_s, 3 * took)
             if self._dirty:
-                self.flush_soon()
+                # Never from here: a session that catches up in many pieces must not hold the loop.
+                self._timer = loop.call_later(max(0.0, self._next_flush - loop.time()), self._flush)
 
     def _catch_up(self, outbox: Outbox, head: bytes) -> None:
         """Send a merging session its newest rows, as far as the socket takes them."""
-        merged, sent = outbox.merged, outbox.sent
-        outbox.write(outbox.take(head, 0))
-        self.writes += 1
-        self.rows_out += outbox.sent - sent
-        self.rows_merged += outbox.merged - merged
+        if outbox.pending:
+            merged, sent = outbox.merged, outbox.sent
+            outbox.write(outbox.take(head, 0))
+            self.writes += 1
+            self.rows_out += outbox.sent - sent
+            self.rows_merged += outbox.merged - merged
+        else:  # it no longer wants anything of what waited
+            outbox.clear()
         if outbox.held is None:
             self._on_caught_up(outbox)
         elif outbox.is_blocked:

@@ -152,13 +152,12 @@ class Outbox:
             self.rows.extend(kept)
             self.waiting_bytes = 0
         if self.held:
+            # Even when nothing is left it stays a dict: the hub has yet to say that we have caught up.
             for channel in gone:
                 self.held.pop(channel, None)
-            if not self.held:
-                self.held = None
 
     def last_sent(self, channel: Channel) -> tuple[int, int]:
-        """Return the seq of the last row that was sent of ``channel``, and how many of its rows wait."""
+        """Return the seq of the last row that was sent of ``channel`` (0: none), and how many of its rows wait."""
         first: int | None = None
         waiting = 0
         if self.held and (slot := self.held.get(channel)):
@@ -168,7 +167,9 @@ class Outbox:
                 waiting += 1
                 if first is None:
                     first = row.prev or 0
-        return (channel.seq if first is None else first), waiting
+        if first is None:
+            first = 0 if self in channel.newcomers else channel.seq
+        return first, waiting
 
     def clear(self) -> None:
         """Forget everything that waits."""

@@ -141,7 +141,7 @@ class Session:
         self.subscriptions: dict[str, Subscription] = {}
         self.is_closed = False
         self.opened_ms = desk.clock_ms()
-        self._tokens = desk.limits.requests_per_s
+        self._tokens = max(2.0, desk.limits.requests_per_s)
         self._tokens_at_ms = self.opened_ms
         self._limited_since_ms = 0
         self._is_waiting = False  # for main's answer to a request
@@ -188,8 +188,9 @@ class Session:
 
     def _spend_token(self, now_ms: int) -> None:
         rate = self._desk.limits.requests_per_s
-        most = max(1.0, rate)
-        self._tokens = min(most, self._tokens + (now_ms - self._tokens_at_ms) * rate / 1000)
+        most = max(2.0, rate)  # above 1, or each request that is let through would look like a rest
+        # max: a wall clock that is set back is no fault of the client's.
+        self._tokens = min(most, self._tokens + max(0, now_ms - self._tokens_at_ms) * rate / 1000)
         self._tokens_at_ms = now_ms
         if self._tokens >= 1:
             if self._tokens >= most:

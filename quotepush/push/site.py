@@ -103,7 +103,11 @@ class _Door:
         origin = request.headers.get("Origin")
         if origin is None or "*" in self._origins or origin.lower() in self._origins:
             return True
-        return bool(urlsplit(origin).netloc) and urlsplit(origin).netloc.lower() == request.host.lower()
+        try:
+            host = urlsplit(origin).netloc
+        except ValueError:
+            return False
+        return bool(host) and host.lower() == request.host.lower()
 
 
 def _refuse(

@@ -111,7 +111,10 @@ class Subscription:
             rows_waiting: rows that the snapshot replaced.
         """
         after = Subscription(self.channel, has_base=True)
-        after.merged = self.merged_until(seq, rows_waiting) + max(0, rows_waiting - 1)
+        after.merged = self.merged_until(seq, rows_waiting)
+        if rows_waiting:
+            # All but the newest, also the ones that were merged upstream.
+            after.merged += self.channel.seq - max(seq, self._seq_before - 1) - 1
         return after
 
 

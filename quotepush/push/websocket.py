@@ -222,6 +222,8 @@ class WebSocketLink(asyncio.Protocol):
                 self.abort("stalled")
                 return b""
             self._progress_bytes = unsent
+            if self.pinged_s:
+                self.pinged_s = now_s  # the ping may stand behind what the peer has not read
             return b""
         if self.pinged_s:
             if now_s - self.pinged_s >= ping_timeout_s:

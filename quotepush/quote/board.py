@@ -15,6 +15,7 @@ import orjson
 
 from quotepush.quote.code import BadCode, parse_code
 from quotepush.quote.tick import (
+    SHAPES,
     BadTick,
     Shape,
     check_depth,
@@ -101,7 +102,7 @@ def _agreed_code(code: str | None, own: Any) -> str:
         raise BadTick("wrong_type", "code must be a text")
     if own == code:
         return own
-    try:
+    try:  # one look-up when it was spelled so before
         parsed = parse_code(own)
     except BadCode as e:
         raise BadTick("bad_code", str(e)) from None
@@ -166,10 +167,10 @@ class Board:
             if len(payload) > self._max_tick_bytes:
                 raise BadTick("too_large", f"a tick has at most {self._max_tick_bytes} bytes")
             tick = decode_tick(payload)
-            own = tick.get("code")
-            if own is not None or code is None:
-                code = _agreed_code(code, own)
-            shape = shape_of(tick)
+            fields = tuple(tick)
+            shape = SHAPES.get(fields) or shape_of(fields)
+            if "code" in tick or code is None:
+                code = _agreed_code(code, tick.get("code"))
             check_tick(tick, shape)
             if len(payload) >= _DEEP_BYTES:
                 check_depth(tick)

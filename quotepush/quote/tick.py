@@ -11,8 +11,8 @@ from typing import Any
 import orjson
 
 __all__ = [
-    "BOOK_FIELDS", "KNOWN_FIELDS", "BadTick", "Shape", "check_depth", "check_tick", "clear_nulls", "decode_tick",
-    "derive_change", "has_news", "merge_fields", "shape_of",
+    "BOOK_FIELDS", "KNOWN_FIELDS", "SHAPES", "BadTick", "Shape", "check_depth", "check_tick", "clear_nulls",
+    "decode_tick", "derive_change", "has_news", "merge_fields", "shape_of",
 ]  # fmt: skip
 
 # Heavy fields, apart from the row: only a view that names them gets them.
@@ -25,9 +25,16 @@ _MAX_WHOLE = 2.0**63
 # The latest ts that can be milliseconds: year 5138. More is microseconds or nanoseconds by mistake.
 MAX_TS_MS = 10**14
 
-_PRICES = frozenset(("last", "prev_close", "open", "high", "low", "amount", "bid", "ask", "limit_up", "limit_down"))
-_SIZES = frozenset(("volume", "last_size", "bid_size", "ask_size"))
-_TEXTS = frozenset(("name", "phase", "status"))
+_PRICE, _SIZE, _TEXT, _LEVELS, _TS = range(5)
+_KINDS = {
+    **dict.fromkeys(
+        ("last", "prev_close", "open", "high", "low", "amount", "bid", "ask", "limit_up", "limit_down"), _PRICE
+    ),
+    **dict.fromkeys(("volume", "last_size", "bid_size", "ask_size"), _SIZE),
+    **dict.fromkeys(("name", "phase", "status"), _TEXT),
+    **dict.fromkeys(BOOK_FIELDS, _LEVELS),
+    "ts": _TS,
+}
 # Numbered, derived or decided by the server: a plain tick cannot set them.
 _OURS = frozenset(("code", "seq", "prev", "epoch", "change", "change_pct", "reset"))
 
@@ -71,12 +78,10 @@ class Shape:
     A publisher sends the same fields again and again, so the questions are asked once.
     """
 
-    __slots__ = ("derives", "levels", "ours", "prices", "sizes", "texts", "ts", "values")
+    __slots__ = ("derives", "known", "levels", "ours", "ts", "values")
 
     def __init__(self, fields: tuple[str, ...]) -> None:
-        self.prices = tuple(name for name in fields if name in _PRICES)
-        self.sizes = tuple(name for name in fields if name in _SIZES)
-        self.texts = tuple(name for name in fields if name in _TEXTS)
+        self.known = tuple((name, _KINDS[name]) for name in fields if name in _KINDS)
         self.levels = tuple(name for name in fields if name in BOOK_FIELDS)
         self.ours = tuple(name for name in fields if name in _OURS)
         self.values = tuple(name for name in fields if name not in _OURS and name not in BOOK_FIELDS and name != "ts")
@@ -84,18 +89,15 @@ class Shape:
         self.derives = "last" in fields or "prev_close" in fields
 
 
-_shapes: dict[tuple[str, ...], Shape] = {}
+SHAPES: dict[tuple[str, ...], Shape] = {}
 _MAX_SHAPES = 4096
 
 
-def shape_of(tick: dict[str, Any]) -> Shape:  # hot
-    """Return the shape of a decoded tick."""
-    fields = tuple(tick)
-    shape = _shapes.get(fields)
-    if shape is None:
-        if len(_shapes) >= _MAX_SHAPES:  # a publisher that invents field names
-            _shapes.clear()
-        shape = _shapes[fields] = Shape(fields)
+def shape_of(fields: tuple[str, ...]) -> Shape:
+    """Return the shape of a tick with these fields, in this order; :data:`SHAPES` remembers it."""
+    if len(SHAPES) >= _MAX_SHAPES:  # a publisher that invents field names
+        SHAPES.clear()
+    shape = SHAPES[fields] = Shape(fields)
     return shape
 
 
@@ -105,36 +107,33 @@ def check_tick(tick: dict[str, Any], shape: Shape) -> None:  # hot
     Raises:
         BadTick: a known field has a wrong type, is negative, or is out of range.
     """
-    for name in shape.prices:
+    for name, kind in shape.known:
         value = tick[name]
         t = type(value)
-        if t is float or t is int:
-            if value >= 0:
-                continue
-            raise BadTick("negative", f"{name} must not be negative")
-        if value is not None:
-            raise BadTick("wrong_type", f"{name} must be a number")
-    for name in shape.sizes:
-        value = tick[name]
-        t = type(value)
-        if t is float and value.is_integer() and value < _MAX_WHOLE:
-            value = tick[name] = int(value)
-        elif t is not int:
-            if value is None:
-                continue
-            raise BadTick("wrong_type", f"{name} must be a whole number")
-        if value < 0:
-            raise BadTick("negative", f"{name} must not be negative")
-    for name in shape.texts:
-        if type(tick[name]) is not str and tick[name] is not None:
-            raise BadTick("wrong_type", f"{name} must be a text")
-    if shape.ts:
-        ts = tick["ts"]
-        if ts is not None and (type(ts) is not int or not 0 <= ts < MAX_TS_MS):
-            raise BadTick("wrong_type", "ts must be epoch milliseconds")
-    for name in shape.levels:
-        if tick[name] is not None:
-            _check_levels(name, tick[name])
+        if kind == _PRICE:
+            if t is float or t is int:
+                if value >= 0:
+                    continue
+                raise BadTick("negative", f"{name} must not be negative")
+            if value is not None:
+                raise BadTick("wrong_type", f"{name} must be a number")
+        elif value is None:
+            continue
+        elif kind == _SIZE:
+            if t is float and value.is_integer() and value < _MAX_WHOLE:
+                value = tick[name] = int(value)
+            elif t is not int:
+                raise BadTick("wrong_type", f"{name} must be a whole number")
+            if value < 0:
+                raise BadTick("negative", f"{name} must not be negative")
+        elif kind == _TS:
+            if t is not int or not 0 <= value < MAX_TS_MS:
+                raise BadTick("wrong_type", "ts must be epoch milliseconds")
+        elif kind == _TEXT:
+            if t is not str:
+                raise BadTick("wrong_type", f"{name} must be a text")
+        else:
+            _check_levels(name, value)
 
 
 def check_depth(tick: dict[str, Any]) -> None:
@@ -183,14 +182,15 @@ def merge_fields(row: dict[str, Any], book: dict[str, Any], tick: dict[str, Any]
     """
     for name in shape.ours:
         del tick[name]
-    for name in shape.levels:
-        levels = tick.pop(name)
-        if levels is None:
-            book.pop(name, None)
-        else:
-            book[name] = levels[:BOOK_LEVELS]
+    if shape.levels:
+        for name in shape.levels:
+            levels = tick.pop(name)
+            if levels is None:
+                book.pop(name, None)
+            else:
+                book[name] = levels[:BOOK_LEVELS]
     row.update(tick)
-    if shape.derives:
+    if shape.derives and ("prev_close" in row or "change" in row):
         change = derive_change(row.get("last"), row.get("prev_close"))
         if change is not None:
             row["change"], row["change_pct"] = change

@@ -44,8 +44,8 @@ def pong_frame(payload: bytes) -> bytes:
 
 
 def close_frame(code: int, reason: str = "") -> bytes:
-    """Return a close frame; the reason is cut at 123 bytes (RFC 6455 §5.5)."""
-    payload = code.to_bytes(2, "big") + reason.encode()[:123]
+    """Return a close frame; the reason is cut at 123 bytes, between characters (RFC 6455 §5.5)."""
+    payload = code.to_bytes(2, "big") + reason.encode()[:123].decode(errors="ignore").encode()
     return frame_header(len(payload), _CLOSE) + payload
 
 

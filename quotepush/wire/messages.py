@@ -105,7 +105,7 @@ def parse_request(text: str | bytes, max_codes: int) -> Request:
 
 
 def named(text: str | bytes) -> tuple[int | str | None, str | None]:
-    """Return ``id`` and ``action`` of a message as far as they can be read, for an error about a message not looked at."""
+    """Return ``id`` and ``action`` of a message that is not carried out, as far as they can be read."""
     try:
         request = parse_request(text, max_codes=0)
     except RequestError as e:
