@@ -180,15 +180,10 @@ def default_node() -> str:
 
 
 def without_password(url: str) -> str:
-    """Return a Redis URL that may be printed: the password is replaced by ``***``."""
-    try:
-        parts = urlsplit(url)
-        if parts.password is None:
-            return url
-        host = parts.netloc.rpartition("@")[2]
-    except ValueError:
-        return re.sub(r"//[^@/]*@", "//***@", url)
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:***@{host}"))
+    """Return a Redis URL that may be printed: the password is replaced by ``***``, in broken URLs too."""
+    # Up to the last @: in a password that nobody has quoted may stand whatever else divides a URL.
+    url = re.sub(r"//([^:@/?#]*):.*@", r"//\1:***@", url)
+    return re.sub(r"([?&]password=)[^&#]*", r"\1***", url)
 
 
 def _with_password(url: str, password: str) -> str:

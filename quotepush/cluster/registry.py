@@ -1,4 +1,4 @@
-"""The sets in Redis that say which connection watches which code, and the clean-up of dead lives.
+"""The sets in Redis that say which connection watches which code.
 
 Truth is in memory, in the sessions of a worker; Redis follows. Nothing here is read to push a tick: the sets
 describe the cluster for backends, operators and feeds.
@@ -14,8 +14,8 @@ describe the cluster for backends, operators and feeds.
 Two invariants, and nobody else writes these keys:
 
 * What Redis says about a worker's connections ends up equal to what is true (:class:`RegistryMirror`).
-* Wherever a writer is cut off between two commands, :func:`purge_life` finds all that it wrote from the sets alone. So
-  an entry is added from the finder to the found (node, life, fd, code, codes) and removed from the found to the finder.
+* Wherever a writer is cut off between two commands, ``nodes.purge_life`` finds all that it wrote from the sets alone.
+  So an entry is added from the finder to the found (node, life, fd, code, codes) and removed from the found to the finder.
 
 No command names two keys, and nothing needs a transaction or a script: in Redis Cluster these keys live in different
 slots. Commands whose order matters are never in one pipeline, unless they name the same key.
@@ -27,7 +27,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -38,16 +38,29 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
-__all__ = ["RegistryKeys", "RegistryMirror", "cut_connection", "purge_life", "purge_node", "registry_client"]
+from quotepush.cluster.nodes import purge
+from quotepush.cluster.sets import (
+    BATCH_FDS,
+    SLICE_COMMANDS,
+    SLICE_TIMEOUT_S,
+    Codes,
+    Command,
+    RegistryKeys,
+    codes_of_fds,
+    connection_name,
+    execute,
+    remove_fds,
+    scan_page,
+    settle,
+    text,
+    with_members,
+    withdraw,
+)
+
+__all__ = ["RegistryMirror", "registry_client"]
 
 log = logging.getLogger(__name__)
 
-# redis-py packs and parses on the loop: about 10 µs a command with its reply and 0.6 µs a further member.
-SLICE_COMMANDS = 200
-SLICE_MEMBERS = 2_000
-SLICE_TIMEOUT_S = 10.0
-# A longer batch puts more fds into one command per code; a shorter one bounds what is held twice while it is written.
-BATCH_FDS = 10_000
 BATCH_MEMBERS = 100_000
 CHECKED_PER_ROUND = 500
 CHECKED_MEMBERS = 20_000
@@ -56,28 +69,6 @@ BACKOFF_MOST_S = 2.0
 
 # All that Redis, its client and the network between them raise; anything else is a bug and keeps its traceback.
 REDIS_TROUBLE = (RedisError, RedisClusterException, OSError, TimeoutError)
-
-# How many members it carries or brings back, and its arguments.
-Command = tuple[int, tuple[Any, ...]]
-Codes = tuple[str, ...]
-
-
-class RegistryKeys:
-    """The names of all keys of one worker life."""
-
-    def __init__(self, prefix: str, node: str, life: str) -> None:
-        self.life_name = life
-        self.codes = f"{prefix}codes"
-        self.node = f"{prefix}node:{node}"
-        self.life = f"{prefix}node:{node}:{life}"
-        self._code = f"{prefix}code:"
-        self._fd = f"{prefix}fd:"
-
-    def code(self, code: str) -> bytes:
-        return _raw(self._code + code)
-
-    def fd(self, fd: str) -> bytes:
-        return _raw(self._fd + fd)
 
 
 class RegistryMirror:
@@ -120,7 +111,7 @@ class RegistryMirror:
     ) -> None:
         self._redis = redis
         self._keys = RegistryKeys(prefix, node, life)
-        self._connection_name = _connection_name(node, life)
+        self._connection_name = connection_name(node, life)
         worker, _, start_us = life.partition(".")
         self._fd_prefix = f"{node}.{worker}."
         self._start_us = int(start_us)
@@ -220,10 +211,10 @@ class RegistryMirror:
         try:
             await self._connect()
             known = [*self._written, *self._new]
-            removed = await _purge(self._redis, self._keys)
+            removed = await purge(self._redis, self._keys)
             if removed < len(known):  # part of the life's set was lost, so the sets alone do not lead to all of it
                 for start in range(0, len(known), BATCH_FDS):
-                    await _remove_fds(self._redis, self._keys, known[start : start + BATCH_FDS])
+                    await remove_fds(self._redis, self._keys, known[start : start + BATCH_FDS])
         except REDIS_TROUBLE as error:
             log.warning("registry: this worker's entries stay in Redis until its node clears them: %s", _brief(error))
             return False
@@ -260,7 +251,7 @@ class RegistryMirror:
         now = time.monotonic()
         for fd in self._open:
             self._dirty.setdefault(fd, now)
-        await _execute(self._redis, self._find_me())
+        await execute(self._redis, self._find_me())
 
     async def _connect(self) -> None:
         """Drop the connection if there is one and open another; the only place where that may happen."""
@@ -293,7 +284,7 @@ class RegistryMirror:
             if self._client_id is not None:
                 # After a time-out Redis may not have read all that we sent; it must not come after what we send now.
                 # Ids start again when Redis does, so the name has to be ours too.
-                entry = _text(await self._ask(connection, "CLIENT", "LIST", "ID", self._client_id) or "")
+                entry = text(await self._ask(connection, "CLIENT", "LIST", "ID", self._client_id) or "")
                 if f" name={self._connection_name} " in entry:
                     await self._ask(connection, "CLIENT", "KILL", "ID", self._client_id)
             await connection.send_command("CLIENT", "ID")
@@ -364,7 +355,7 @@ class RegistryMirror:
     async def _write(self, wanted: Mapping[str, Codes | None]) -> None:
         """Make Redis hold what is wanted: first what comes, then what goes, so that no code is unlisted in vain."""
         unknown = [fd for fd in wanted if fd not in self._written and fd not in self._new]
-        found = await _codes_of_fds(self._redis, self._keys, [(fd, len(wanted[fd] or ())) for fd in unknown])
+        found = await codes_of_fds(self._redis, self._keys, [(fd, len(wanted[fd] or ())) for fd in unknown])
         gained: defaultdict[str, list[str]] = defaultdict(list)
         lost: defaultdict[str, list[str]] = defaultdict(list)
         change: defaultdict[str, int] = defaultdict(int)
@@ -394,16 +385,16 @@ class RegistryMirror:
                 left.append(fd)
                 shrunk.append((1, ("UNLINK", self._keys.fd(fd))))
             elif goes:
-                shrunk.extend(_members("SREM", self._keys.fd(fd), goes))
+                shrunk.extend(with_members("SREM", self._keys.fd(fd), goes))
             if before is None and codes is not None:
                 joined.append(fd)
             if comes:
-                grown.extend(_members("SADD", self._keys.fd(fd), comes))
+                grown.extend(with_members("SADD", self._keys.fd(fd), comes))
                 if not before:
                     grown.append(self._renewal(self._keys.fd(fd)))
         await self._enrol(joined, grown, gained)
         watched = {code for code in lost if self._audience.get(code, 0) + change[code] > 0}
-        await _withdraw(self._redis, self._keys, lost, shrunk, left, watched=watched)
+        await withdraw(self._redis, self._keys, lost, shrunk, left, watched=watched)
         for fd, codes in wanted.items():
             if codes is None:
                 self._written.pop(fd, None)
@@ -415,15 +406,17 @@ class RegistryMirror:
     async def _enrol(self, joined: Sequence[str], grown: Iterable[Command], gained: Mapping[str, list[str]]) -> None:
         """Add, from the finder to the found; each step is in Redis before the next is sent."""
         if joined:
-            await _execute(self._redis, [*_members("SADD", self._keys.life, joined), self._renewal(self._keys.life)])
-        await _execute(self._redis, grown)
-        await _execute(self._redis, self._to_codes(gained))
+            await execute(self._redis, [*with_members("SADD", self._keys.life, joined), self._renewal(self._keys.life)])
+        await execute(self._redis, grown)
+        await execute(self._redis, self._to_codes(gained))
         if gained:
-            await _execute(self._redis, [*_members("SADD", self._keys.codes, gained), self._renewal(self._keys.codes)])
+            await execute(
+                self._redis, [*with_members("SADD", self._keys.codes, gained), self._renewal(self._keys.codes)]
+            )
 
     def _to_codes(self, gained: Mapping[str, list[str]]) -> Iterator[Command]:
         for code, fds in gained.items():
-            yield from _members("SADD", self._keys.code(code), fds)
+            yield from with_members("SADD", self._keys.code(code), fds)
             if code not in self._audience:  # else the key is there and is renewed in its turn
                 yield self._renewal(self._keys.code(code))
 
@@ -455,7 +448,7 @@ class RegistryMirror:
 
     async def _check_life(self) -> int:
         """Are we in the node's set, and our fds, no more and no less, in the life's?"""
-        was_missing, _, _, _, fds = await _execute(
+        was_missing, _, _, _, fds = await execute(
             self._redis,
             [
                 *self._find_me(),
@@ -470,11 +463,11 @@ class RegistryMirror:
         missing = dict.fromkeys(self._written)
         cursor = 0
         while True:
-            cursor, page = await _page(self._redis, self._keys.life, cursor, 1_000)
+            cursor, page = await scan_page(self._redis, self._keys.life, cursor, 1_000)
             strangers = [fd for fd in page if missing.pop(fd, 0) == 0 and fd not in self._written]
             if strangers:  # Redis was restored from an older state
                 repairs += len(strangers)
-                await _remove_fds(self._redis, self._keys, strangers)
+                await remove_fds(self._redis, self._keys, strangers)
             if not cursor:
                 break
         return repairs + await self._forget(list(missing))
@@ -482,8 +475,8 @@ class RegistryMirror:
     async def _check_fds(self) -> int:
         """Has each of the next fds the codes that we gave it?"""
         fds = [fd for fd in self._in_turn(self._fds_to_check, self._written) if fd in self._written]
-        found = await _codes_of_fds(self._redis, self._keys, [(fd, len(self._written[fd])) for fd in fds])
-        await _execute(self._redis, (self._renewal(self._keys.fd(fd)) for fd in fds if self._written[fd]))
+        found = await codes_of_fds(self._redis, self._keys, [(fd, len(self._written[fd])) for fd in fds])
+        await execute(self._redis, (self._renewal(self._keys.fd(fd)) for fd in fds if self._written[fd]))
         return await self._forget([fd for fd in fds if set(found[fd]) != set(self._written[fd])])
 
     async def _check_codes(self) -> int:
@@ -491,10 +484,10 @@ class RegistryMirror:
         codes = [code for code in self._in_turn(self._codes_to_check, self._audience) if code in self._audience]
         if not codes:
             return 0
-        listed = await _execute(self._redis, _members("SMISMEMBER", self._keys.codes, codes))
+        listed = await execute(self._redis, with_members("SMISMEMBER", self._keys.codes, codes))
         flags = [flag for reply in listed for flag in reply]
         unlisted = [code for code, flag in zip(codes, flags, strict=True) if not flag]
-        await _execute(self._redis, (self._renewal(self._keys.code(code)) for code in codes))
+        await execute(self._redis, (self._renewal(self._keys.code(code)) for code in codes))
         stale: dict[str, list[str]] = {}
         short: set[str] = set()
         random.shuffle(codes)  # where the sets are so large that a round does not reach the end, each has its chance
@@ -503,9 +496,9 @@ class RegistryMirror:
             some, codes = codes[:SLICE_COMMANDS], codes[SLICE_COMMANDS:]
             # 50: most sets are small, and a page of a large one has about a hundred members.
             scans = ((50, ("SSCAN", self._keys.code(code), 0, "COUNT", 100)) for code in some)
-            for code, (cursor, first) in zip(some, await _execute(self._redis, scans), strict=True):
+            for code, (cursor, first) in zip(some, await execute(self._redis, scans), strict=True):
                 held: set[str] = set()
-                page = [_text(fd) for fd in first]
+                page = [text(fd) for fd in first]
                 while True:
                     ours = {fd for fd in page if self._is_ours(fd)}
                     right = {fd for fd in ours if code in self._written.get(fd, ())}
@@ -516,15 +509,15 @@ class RegistryMirror:
                     budget -= len(page)
                     if not int(cursor):
                         break
-                    cursor, page = await _page(self._redis, self._keys.code(code), int(cursor), 1_000)
+                    cursor, page = await scan_page(self._redis, self._keys.code(code), int(cursor), 1_000)
                 if len(held) < self._audience.get(code, 0):
                     short.add(code)
                 await asyncio.sleep(0)
         if stale:
-            await _withdraw(self._redis, self._keys, stale, (), ())
+            await withdraw(self._redis, self._keys, stale, (), ())
         if unlisted:
-            await _execute(
-                self._redis, [*_members("SADD", self._keys.codes, unlisted), self._renewal(self._keys.codes)]
+            await execute(
+                self._redis, [*with_members("SADD", self._keys.codes, unlisted), self._renewal(self._keys.codes)]
             )
         lacking: list[str] = []
         if short:
@@ -538,8 +531,8 @@ class RegistryMirror:
 
     async def _check_foreign_codes(self) -> None:
         """Unlist a few codes that nobody watches any more: two nodes raced, and one died before it looked again."""
-        self._codes_cursor, page = await _page(self._redis, self._keys.codes, self._codes_cursor, 100)
-        await _settle(self._redis, self._keys, [code for code in page if code not in self._audience])
+        self._codes_cursor, page = await scan_page(self._redis, self._keys.codes, self._codes_cursor, 100)
+        await settle(self._redis, self._keys, [code for code in page if code not in self._audience])
 
     def _in_turn(self, queue: list[str], names: Collection[str]) -> list[str]:
         """The next names to look at, so many that all have been within a quarter of the time to live."""
@@ -572,42 +565,6 @@ class RegistryMirror:
         return len(fds)
 
 
-# ---------------------------------------------------------------------- clean-up of dead lives
-
-
-async def purge_life(redis: Redis, prefix: str, node: str, life: str) -> int:
-    """Remove one dead life of one node: its fds, their place in the sets of codes, codes that nobody watches now.
-
-    It works from the sets alone, and can be cut off anywhere, run again, and run by two at a time. Cut the dead
-    worker's connection first (:func:`cut_connection`): Redis may still hold commands of it.
-
-    Returns:
-        how many fds were removed, this time.
-
-    Raises:
-        RedisError, TimeoutError: Redis did not do it; run it again.
-    """
-    return await _purge(redis, RegistryKeys(prefix, node, life))
-
-
-async def purge_node(redis: Redis, prefix: str, node: str, *, keep: Container[str] = ()) -> int:
-    """Remove all lives of ``node`` but those in ``keep``; otherwise as :func:`purge_life`."""
-    (lives,) = await _execute(redis, [(1, ("SMEMBERS", RegistryKeys(prefix, node, "").node))])
-    return sum([await purge_life(redis, prefix, node, life) for life in map(_text, lives) if life not in keep])
-
-
-async def cut_connection(redis: Redis, node: str, life: str, client_id: int) -> bool:
-    """Close the Redis connection of a dead worker's mirror, with every command of it that Redis has not read yet.
-
-    True if it was still there. An id alone does not name a connection, as Redis counts from 1 again when it restarts;
-    the mirror gave its connection a name. A Redis without ``CLIENT LIST ID`` (before 6.2) raises ``ResponseError``.
-    """
-    entries = await redis.client_list(client_id=[str(client_id)])
-    if not any(entry.get("name") == _connection_name(node, life) for entry in entries):
-        return False
-    return bool(await redis.client_kill_filter(_id=str(client_id)))
-
-
 def registry_client(url: str, *, connect_timeout_s: float = 5.0, **options: Any) -> Redis:
     """A client that is fit for a mirror: one connection, no retries behind its back.
 
@@ -622,156 +579,6 @@ def registry_client(url: str, *, connect_timeout_s: float = 5.0, **options: Any)
         retry=Retry(NoBackoff(), 0),
         **options,
     )
-
-
-# ---------------------------------------------------------------------- shared steps
-
-
-async def _purge(redis: Redis, keys: RegistryKeys) -> int:
-    removed = 0
-    found = True
-    while found:  # a second pass sees what was added while the first went round
-        found = False
-        cursor = 0
-        while True:
-            fds: list[str] = []
-            while len(fds) < BATCH_FDS:
-                cursor, page = await _page(redis, keys.life, cursor, 1_000)
-                fds.extend(page)
-                if not cursor:
-                    break
-            if fds:
-                found = True
-                fds = list(dict.fromkeys(fds))  # SSCAN may name one twice
-                removed += len(fds)
-                await _remove_fds(redis, keys, fds)
-            if not cursor:
-                break
-    await _execute(redis, [(1, ("SREM", keys.node, keys.life_name))])
-    return removed
-
-
-async def _remove_fds(redis: Redis, keys: RegistryKeys, fds: Sequence[str]) -> None:
-    """Remove these fds wherever their own sets lead."""
-    lost: defaultdict[str, list[str]] = defaultdict(list)
-    # 50: unknown here; few sessions have more codes, and those that do have a thousand at most by default.
-    found = await _codes_of_fds(redis, keys, [(fd, 50) for fd in fds])
-    for count, (fd, codes) in enumerate(found.items(), 1):
-        for code in codes:
-            lost[code].append(fd)
-        if count % 200 == 0:
-            await asyncio.sleep(0)
-    await _withdraw(redis, keys, lost, ((1, ("UNLINK", keys.fd(fd))) for fd in fds), fds)
-
-
-async def _withdraw(
-    redis: Redis,
-    keys: RegistryKeys,
-    lost: Mapping[str, Sequence[str]],
-    shrunk: Iterable[Command],
-    left: Sequence[str],
-    *,
-    watched: Container[str] = (),
-) -> None:
-    """Remove, from the found to the finder; each step is in Redis before the next is sent.
-
-    Args:
-        lost: the fds to take out of the set of each code.
-        shrunk: commands that take codes out of the sets of fds.
-        left: fds to take out of the life.
-        watched: codes that surely keep a subscriber, so that it need not be asked.
-    """
-    await _execute(redis, (command for code, fds in lost.items() for command in _members("SREM", keys.code(code), fds)))
-    await _settle(redis, keys, [code for code in lost if code not in watched])
-    await _execute(redis, shrunk)
-    await _execute(redis, _members("SREM", keys.life, left))
-
-
-async def _settle(redis: Redis, keys: RegistryKeys, codes: Sequence[str]) -> None:
-    """Unlist those of these listed codes that have no fd.
-
-    Another node may do the opposite at the same time: who wrote looks again, until what it wrote is what it sees.
-    """
-    is_listed = True
-    while codes:
-        counts = await _execute(redis, ((1, ("SCARD", keys.code(code))) for code in codes))
-        codes = [code for code, fds in zip(codes, counts, strict=True) if (fds > 0) is not is_listed]
-        await _execute(redis, _members("SREM" if is_listed else "SADD", keys.codes, codes))
-        is_listed = not is_listed
-
-
-async def _codes_of_fds(redis: Redis, keys: RegistryKeys, fds: Sequence[tuple[str, int]]) -> dict[str, Codes]:
-    """What the set of each fd holds; with each goes how many codes it may have."""
-    reads = ((1 + expected, ("SMEMBERS", keys.fd(fd))) for fd, expected in fds)
-    replies = await _execute(redis, reads)
-    found: dict[str, Codes] = {}
-    for (fd, _), codes in zip(fds, replies, strict=True):
-        found[fd] = tuple(map(_text, codes))
-        if len(found) % 200 == 0:
-            await asyncio.sleep(0)
-    return found
-
-
-async def _page(redis: Redis, key: str | bytes, cursor: int, count: int) -> tuple[int, list[str]]:
-    ((after, members),) = await _execute(redis, [(count, ("SSCAN", key, cursor, "COUNT", count))])
-    return int(after), [_text(member) for member in members]
-
-
-async def _execute(redis: Redis, commands: Iterable[Command]) -> list[Any]:
-    """Send the commands in slices of bounded size, with a turn of the loop between them; return all replies.
-
-    Raises:
-        RedisError, TimeoutError: at the first slice that failed or was refused; later ones were not sent.
-    """
-    replies: list[Any] = []
-    batch: list[tuple[Any, ...]] = []
-    members = 0
-    for weight, command in commands:
-        if batch and (len(batch) >= SLICE_COMMANDS or members + weight > SLICE_MEMBERS):
-            replies += await _execute_slice(redis, batch)
-            batch, members = [], 0
-            await asyncio.sleep(0)
-        batch.append(command)
-        members += weight
-    if batch:
-        replies += await _execute_slice(redis, batch)
-        await asyncio.sleep(0)
-    return replies
-
-
-async def _execute_slice(redis: Redis, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-    pipeline = redis.pipeline(transaction=False)
-    for command in commands:
-        pipeline.execute_command(*command)
-    task = asyncio.current_task()
-    assert task is not None
-    cancels = task.cancelling()
-    async with asyncio.timeout(SLICE_TIMEOUT_S):
-        replies: list[Any] = await pipeline.execute()
-    if task.cancelling() > cancels:
-        # With a socket timeout redis-py writes under wait_for; in Python 3.11 that can lose a cancellation (bpo-37658).
-        raise asyncio.CancelledError
-    return replies
-
-
-def _members(verb: str, key: str | bytes, members: Iterable[str]) -> Iterator[Command]:
-    """One command for many members, or a few if it would be too long."""
-    rest = iter(members)
-    while chunk := [_raw(member) for member in islice(rest, SLICE_MEMBERS)]:
-        yield (len(chunk), (verb, key, *chunk))
-
-
-def _connection_name(node: str, life: str) -> str:
-    return f"quotepush:{node}:{life}"
-
-
-def _raw(name: str) -> bytes:
-    # The sets may hold what others put there: bytes that are no UTF-8 go through a str unharmed.
-    return name.encode("utf-8", "surrogateescape")
-
-
-def _text(name: bytes | str) -> str:
-    return name.decode("utf-8", "surrogateescape") if isinstance(name, bytes) else name
 
 
 def _brief(error: Exception) -> str:

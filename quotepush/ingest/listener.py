@@ -61,7 +61,8 @@ class ChannelTable:
     def _regex(template: str) -> "re.Pattern[str]":
         parts = re.split(r"(\*|\{code\})", template)
         # * takes as little as it can: of pub.*.{code} and pub.a.600519.SH the code is 600519.SH, not SH.
-        return re.compile("".join({"*": ".*?", "{code}": "(?P<code>.*)"}.get(part, re.escape(part)) for part in parts))
+        meaning = {"*": ".*?", "{code}": "(?P<code>.*)"}
+        return re.compile("".join(meaning.get(part, re.escape(part)) for part in parts), re.DOTALL)
 
     def look_up(self, channel: bytes) -> tuple[bytes, str | None]:
         """Return which pattern counts for ``channel``, and its code (None: the tick names it)."""
@@ -78,6 +79,11 @@ class ChannelTable:
             self.routes.clear()
         self.routes[channel] = route
         return route
+
+    def is_first(self, pattern: bytes, channel: bytes) -> bool:
+        """Say whether ``pattern`` is the first one that matches: an ignored message counts once, too."""
+        text = channel.decode("utf-8", "replace")
+        return pattern == next((glob for glob, regex in self._templates if regex.fullmatch(text)), pattern)
 
 
 class FeedListener:
@@ -201,7 +207,7 @@ class FeedListener:
                 continue
             counts, code = routes.get(channel) or look_up(channel)
             if counts != pattern:
-                if not counts and pattern == self._channels.patterns[0]:
+                if not counts and self._channels.is_first(pattern, channel):
                     self.ignored += 1
                 continue
             try:

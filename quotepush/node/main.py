@@ -24,7 +24,7 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.exceptions import RedisError
 from setproctitle import setproctitle
 
-from quotepush.cluster.registry import purge_node
+from quotepush.cluster.nodes import purge_node
 from quotepush.errors import OperatorError, PortUnavailable, RedisUnavailable, SettingsError
 from quotepush.ingest.listener import FeedListener
 from quotepush.metrics import Sample
@@ -102,7 +102,11 @@ class _Main:
         try:
             await _check_redis(Redis(connection_pool=feed_pool), "feed_redis", settings.feed_redis, settings)
             await _check_redis(registry, "registry_redis", settings.registry_url, settings)
-            removed = await purge_node(registry, settings.redis_prefix, settings.node)
+            try:
+                removed = await purge_node(registry, settings.redis_prefix, settings.node)
+            except (RedisError, OSError, TimeoutError) as e:
+                shown = without_password(settings.registry_url)
+                raise RedisUnavailable("registry_redis", shown, str(e) or type(e).__name__) from None
             if removed:
                 log.info("registry: %d connections of an earlier life removed", removed)
             self._listener = FeedListener(
@@ -124,7 +128,11 @@ class _Main:
                 self._lock.write(admin_address)
                 self._addresses = f"{_public_url(settings, sockets[0])} admin=http://{admin_address}"
                 await self._serve_until_stopped()
-            await purge_node(registry, settings.redis_prefix, settings.node)
+            try:
+                async with asyncio.timeout(settings.redis_timeout_s):
+                    await purge_node(registry, settings.redis_prefix, settings.node)
+            except (RedisError, OSError, TimeoutError) as e:
+                log.warning("registry: not cleared; the next start does it: %s", str(e) or type(e).__name__)
         finally:
             for s in sockets:
                 s.close()

@@ -25,7 +25,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from quotepush import __version__
-from quotepush.cluster.registry import cut_connection, purge_life
+from quotepush.cluster.nodes import cut_connection, purge_life
 from quotepush.errors import WorkerUnfit
 from quotepush.node import bus
 from quotepush.node.relay import Relay, WorkerFeed

@@ -12,8 +12,9 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from quotepush.cluster import registry
-from quotepush.cluster.registry import RegistryMirror, cut_connection, purge_life, purge_node, registry_client
+from quotepush.cluster import registry, sets
+from quotepush.cluster.nodes import cut_connection, purge_life, purge_node
+from quotepush.cluster.registry import RegistryMirror, registry_client
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
 
@@ -417,6 +418,7 @@ async def test_a_redis_killed_and_restarted_is_right_again(tmp_path: Path, aof: 
 async def test_a_paused_redis_takes_late_commands_of_the_old_connection_no_more(
     redis_server: RedisServer, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(sets, "SLICE_TIMEOUT_S", 0.3)
     monkeypatch.setattr(registry, "SLICE_TIMEOUT_S", 0.3)
     async with working(redis_server) as it:
         await it.in_step()
@@ -462,7 +464,7 @@ async def test_a_flush_never_goes_on_over_another_connection(
     redis_server: RedisServer, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ):
     """Else a store that came back empty would get the codes of fds that its life does not lead to."""
-    execute_slice = registry._execute_slice
+    execute_slice = sets._execute_slice
     keys_after: list[int] = []
 
     # With RESP2 redis-py notices the loss before it sends, and would connect again without a word.
@@ -480,7 +482,7 @@ async def test_a_flush_never_goes_on_over_another_connection(
             finally:
                 keys_after.append(await redis.dbsize())
 
-        monkeypatch.setattr(registry, "_execute_slice", lose_all_before_the_fds)
+        monkeypatch.setattr(sets, "_execute_slice", lose_all_before_the_fds)
         it.subscribe(1, "AAPL")
         await become_true(redis, it)
         assert keys_after == [0]
@@ -709,7 +711,7 @@ async def test_a_mirror_cut_off_after_each_command_leaves_nothing_that_a_purge_d
         wire = Tripwire(redis, commands)
         mirror = RegistryMirror(wire, prefix="qp:", node="n1", life=LIFE)  # type: ignore[arg-type]
         try:
-            await registry._execute(wire, mirror._find_me())  # type: ignore[arg-type]
+            await sets.execute(wire, mirror._find_me())  # type: ignore[arg-type]
             for fd, codes in sessions.items():
                 mirror.open(fd, codes.keys())
             await mirror._flush()
