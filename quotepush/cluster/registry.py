@@ -15,7 +15,8 @@ Two invariants, and nobody else writes these keys:
 
 * What Redis says about a worker's connections ends up equal to what is true (:class:`RegistryMirror`).
 * Wherever a writer is cut off between two commands, ``nodes.purge_life`` finds all that it wrote from the sets alone.
-  So an entry is added from the finder to the found (node, life, fd, code, codes) and removed from the found to the finder.
+  So an entry is added from the finder to the found (node, life, fd, code, codes), and removed from the found to the
+  finder.
 
 No command names two keys, and nothing needs a transaction or a script: in Redis Cluster these keys live in different
 slots. Commands whose order matters are never in one pipeline, unless they name the same key.

@@ -21,8 +21,8 @@ from quotepush.wire.messages import tick_head
 
 __all__ = ["Hub"]
 
-# A flush of 100,000 sessions goes on in the next turn after so long, so that the loop reads, pings and accepts.
-_BUDGET_S = 0.01
+# A flush goes on in the next turn after so long, so that the loop reads, pings and accepts.
+_BUDGET_S = 0.002
 
 
 class Hub:
@@ -56,6 +56,9 @@ class Hub:
         self._on_caught_up = on_caught_up
         self._clock_ms = clock_ms
         self._dirty: list[Outbox] = []  # have rows that wait for the next flush
+        self._flushing: list[Outbox] = []  # those of the flush that is going on
+        self._flushed = 0  # how many of them are done
+        self._spent_s = 0.0  # what it has taken so far
         self._parked: set[Outbox] = set()  # have rows, but their socket is full
         self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
         self._next_flush = 0.0
@@ -96,7 +99,8 @@ class Hub:
 
     def flush_soon(self) -> None:
         """Flush now, or when the rest after the last flush is over."""
-        if self._timer is not None or not self._dirty:
+        # Parked ones too: rows have come to them that may have to be merged, when nobody else watches the code.
+        if self._timer is not None or not (self._dirty or self._parked):
             return
         loop = asyncio.get_running_loop()
         wait = self._next_flush - loop.time()
@@ -105,42 +109,53 @@ class Hub:
         else:
             self._timer = loop.call_later(wait, self._flush)
 
-    def _flush(self) -> None:  # hot
-        self._timer = None
+    def _flush(self) -> None:
+        """Begin a flush of everybody who has something now."""
+        self._flushing, self._dirty = self._dirty, []
+        self._flushed = 0
+        self._spent_s = 0.0
+        self._flush_slice()
+
+    def _flush_slice(self) -> None:  # hot
+        """Go on with the flush until it is done or its budget for this turn is spent.
+
+        Rows that come in between two slices still join the writes of those whose turn has not come.
+        """
         begin = time.perf_counter()
         deadline = begin + _BUDGET_S
         now_ms = self._clock_ms()
         head = tick_head(now_ms)
-        dirty, self._dirty = self._dirty, []
-        parked = self._parked
-        done = 0
-        for outbox in dirty:
+        flushing = self._flushing
+        done = self._flushed
+        while done < len(flushing):
+            outbox = flushing[done]
             done += 1
             if outbox.is_blocked:
                 if outbox.rows or outbox.held is not None:
-                    parked.add(outbox)
-                continue
-            if outbox.held is not None:
+                    self._parked.add(outbox)
+            elif outbox.held is not None:
                 self._catch_up(outbox, head)
             elif outbox.rows:
                 self.rows_out += len(outbox.rows)
-                outbox.write(outbox.take(head, now_ms))
                 self.writes += 1
-            if not done & 63 and time.perf_counter() > deadline:
+                outbox.write(outbox.take(head, now_ms))
+            if not done & 31 and time.perf_counter() > deadline:
                 break
+        self._spent_s += time.perf_counter() - begin
         loop = asyncio.get_running_loop()
-        if done < len(dirty):
-            # Out of budget: the rest goes first in the next turn, before what has come in since.
-            self._dirty[:0] = dirty[done:]
-            self._timer = loop.call_soon(self._flush)
-        if parked:
+        if done < len(flushing):
+            self._flushed = done
+            self._timer = loop.call_soon(self._flush_slice)
+            return
+        self._flushing = []
+        self._timer = None
+        if self._parked:
             self._merge_parked()
-        if self._timer is None:
-            took = time.perf_counter() - begin
-            self._next_flush = loop.time() + min(self._max_delay_s, 3 * took)
-            if self._dirty:
-                # Never from here: a session that catches up in many pieces must not hold the loop.
-                self._timer = loop.call_later(max(0.0, self._next_flush - loop.time()), self._flush)
+        rest_s = min(self._max_delay_s, 3 * self._spent_s)
+        self._next_flush = loop.time() + rest_s
+        if self._dirty:
+            # Never from here: a session that catches up in many pieces must not hold the loop.
+            self._timer = loop.call_later(rest_s, self._flush)
 
     def _catch_up(self, outbox: Outbox, head: bytes) -> None:
         """Send a merging session its newest rows, as far as the socket takes them."""
