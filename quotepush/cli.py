@@ -79,6 +79,38 @@ def check(config: str | None, **flags: Any) -> None:
 
 
 @cli.command()
+@click.argument("codes", metavar="CODE...", nargs=-1, required=True)
+@click.option("--url", default="http://127.0.0.1:8008", show_default=True, help="Address of the server.")
+@click.option("--json", "is_json", is_flag=True, help="One JSON row a line, also on a terminal.")
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), metavar="N", help="End after N seconds.")
+def watch(codes: tuple[str, ...], url: str, is_json: bool, seconds: float | None) -> None:
+    """Show live quotes as a table, or as one JSON row a line when standard output is no terminal.
+
+    Ctrl-C ends it. Exit code 2: the server refuses us or all the codes.
+    """
+    from quotepush.watching import run
+
+    sys.exit(run(codes, url, is_json=is_json, seconds=seconds))
+
+
+@cli.command()
+@click.argument("code", required=False)
+@click.argument("fields", metavar="[FIELD=VALUE]...", nargs=-1)
+@click.option("--json", "text", metavar="TICK", help='Instead: {"code":…,"last":…}, or - for one per line of stdin.')
+@click.option("--redis", "url", metavar="URL", help="Redis that the server listens to  [default: as for serve]")
+@click.option("--channel", default="quote.{code}", show_default=True, help="Where ticks go.")
+def publish(code: str | None, fields: tuple[str, ...], text: str | None, url: str | None, channel: str) -> None:
+    """Publish ticks by hand, and say how many subscribers each had.
+
+    An empty VALUE clears the field. Exit codes: 1 no Redis, 2 something in a tick is wrong.
+    """
+    from quotepush.publishing import run
+
+    feed_redis = settings_module.load(flags={"feed_redis": url} if url else {}).feed_redis
+    sys.exit(run(code, fields, text, feed_redis, channel))
+
+
+@cli.command()
 @click.option("--format", "form", type=click.Choice(["toml", "markdown"]), default="toml", show_default=True)
 def settings(form: str) -> None:
     """Print every setting with its default: an example file, or the table of the docs."""

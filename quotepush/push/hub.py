@@ -175,7 +175,7 @@ class Hub:
             self._dirty.append(outbox)
 
     def _merge_parked(self) -> None:
-        for outbox in self._parked:
+        for outbox in list(self._parked):  # a copy: what is told below can unblock its socket at once
             if outbox.held is not None:
                 if outbox.rows:
                     self._merge(outbox)

@@ -98,8 +98,9 @@ class WebSocketLink(asyncio.Protocol):
         """Take over a transport whose handshake is done."""
         self._transport = transport
         self.session.outbox.write = transport.write
-        # 0 and 0: pause_writing says that a write was not taken whole, resume_writing that all of it is.
-        transport.set_write_buffer_limits(high=0, low=0)
+        # pause_writing shall say that a write was not taken whole, resume_writing that all of it is. A TCP transport
+        # pauses above its limit, a TLS one (uvloop 0.21, as asyncio's) already at it: with 0 it would at every write.
+        transport.set_write_buffer_limits(high=1 if transport.get_extra_info("sslcontext") else 0, low=0)
         self._inbound = _Inbound(_NO_PROTOCOL, 0, loop=loop)
         self._inbound.link = self
         # The reader refuses a message of its limit or more.

@@ -167,8 +167,7 @@ class Board:
             if len(payload) > self._max_tick_bytes:
                 raise BadTick("too_large", f"a tick has at most {self._max_tick_bytes} bytes")
             tick = decode_tick(payload)
-            fields = tuple(tick)
-            shape = SHAPES.get(fields) or shape_of(fields)
+            shape = SHAPES.get(tuple(tick)) or shape_of(tick)
             if "code" in tick or code is None:
                 code = _agreed_code(code, tick.get("code"))
             check_tick(tick, shape)

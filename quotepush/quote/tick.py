@@ -93,11 +93,14 @@ SHAPES: dict[tuple[str, ...], Shape] = {}
 _MAX_SHAPES = 4096
 
 
-def shape_of(fields: tuple[str, ...]) -> Shape:
-    """Return the shape of a tick with these fields, in this order; :data:`SHAPES` remembers it."""
-    if len(SHAPES) >= _MAX_SHAPES:  # a publisher that invents field names
-        SHAPES.clear()
-    shape = SHAPES[fields] = Shape(fields)
+def shape_of(tick: dict[str, Any]) -> Shape:
+    """Return the shape of a decoded tick; :data:`SHAPES` remembers it by the tuple of its fields."""
+    fields = tuple(tick)
+    shape = SHAPES.get(fields)
+    if shape is None:
+        if len(SHAPES) >= _MAX_SHAPES:  # a publisher that invents field names
+            SHAPES.clear()
+        shape = SHAPES[fields] = Shape(fields)
     return shape
 
 

@@ -14,6 +14,7 @@ const LIST_KEY = "quotepush.list";
 const COLOURS_KEY = "quotepush.up";
 const MOST_CODES = 500;
 const TREND_S = 300;
+const FLASH_EVERY_MS = 1000; // a code that ticks all the time should not glow all the time
 const UNKNOWN = "–";
 
 const REASONS = {
@@ -138,9 +139,11 @@ class Line {
   row = null;
   refusal = null;
   isStale = false; // the server says that this code alone is stale
+  isNear = true; // on the screen, or nearly
 
   #cells = {};
   #texts = {};
+  #flashed = {}; // cell → value and time of its last flash
   #decimals = 2;
   #shown = null; // the row on the screen
   #trend;
@@ -188,7 +191,7 @@ class Line {
     this.element.toggleAttribute("data-refused", this.refusal !== null);
     this.element.toggleAttribute("data-empty", !row.name);
     if (row === this.#shown || last == null) return;
-    for (const name of ["last", "bid", "ask"]) this.#flash(name, this.#shown?.[name], row[name]);
+    for (const name of ["last", "bid", "ask"]) this.#flash(name, row[name]);
     this.#trend.add(last, Date.now());
     this.#shown = row;
   }
@@ -216,11 +219,17 @@ class Line {
     this.#cells[name].textContent = text;
   }
 
-  #flash(name, before, now) {
-    if (before == null || now == null || before === now) return;
+  /** Flash a cell in the direction in which it went since its last flash. */
+  #flash(name, value) {
+    const before = this.#flashed[name];
+    const now = performance.now();
+    if (value == null || value === before?.value) return;
+    if (before && (!this.isNear || now - before.at < FLASH_EVERY_MS)) return;
+    this.#flashed[name] = { value, at: before ? now : -Infinity };
+    if (!before) return;
     // Two names for one animation: the other one starts it again without a forced layout.
     const cell = this.#cells[name];
-    const side = now > before ? "up" : "down";
+    const side = value > before.value ? "up" : "down";
     cell.dataset.flash = cell.dataset.flash === `${side}-a` ? `${side}-b` : `${side}-a`;
   }
 }
@@ -228,9 +237,23 @@ class Line {
 // ---------------------------------------------------------------- the list
 
 const lines = new Map(); // spelling → Line, in the order on the page
-const dirty = new Set();
+const lineOf = new WeakMap(); // element → Line
+const dirty = new Set(); // to be painted in the next frame
+const far = new Set(); // out of sight: to be painted with the next second
+
+const sight = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries) {
+    const line = lineOf.get(target);
+    line.isNear = isIntersecting;
+    if (far.delete(line)) touch(line);
+  }
+}, { rootMargin: "200px 0px" });
 
 function touch(line) {
+  if (!line.isNear) {
+    far.add(line);
+    return;
+  }
   if (!dirty.size) requestAnimationFrame(paint);
   dirty.add(line);
 }
@@ -240,8 +263,12 @@ function touchAll() {
 }
 
 function paint() {
-  const lines = [...dirty];
-  dirty.clear();
+  paintAll(dirty);
+}
+
+function paintAll(set) {
+  const lines = [...set];
+  set.clear();
   for (const line of lines) line.paint();
 }
 
@@ -249,6 +276,8 @@ function add(spelling, isNew = false) {
   const line = new Line(spelling, isNew);
   lines.set(spelling, line);
   $("lines").append(line.element);
+  lineOf.set(line.element, line);
+  sight.observe(line.element);
   line.removeButton.addEventListener("click", () => {
     const next = line.element.nextElementSibling ?? line.element.previousElementSibling;
     remove(line);
@@ -266,6 +295,8 @@ function remove(line) {
   quotes.unsubscribe(line.spelling);
   lines.delete(line.spelling);
   dirty.delete(line);
+  far.delete(line);
+  sight.unobserve(line.element);
   line.element.remove();
 }
 
@@ -320,6 +351,7 @@ let link = { state: "connecting" };
 let trouble = ""; // why the connection was lost, until it is back
 let feed = null; // ok, stale or down, as the last heartbeat said
 let feedHeardAt = null;
+let roundTrips = []; // of this connection, in ms
 let rowsSeen = 0;
 let figuresAt = performance.now();
 
@@ -387,6 +419,7 @@ quotes.on("state", (event) => {
   if (event.state === "open") {
     trouble = "";
     feed = null;
+    roundTrips = [];
     quotes.ping();
   } else if (event.reason) {
     trouble = event.message ?? REASONS[event.reason] ?? sentence(event.reason);
@@ -407,12 +440,16 @@ quotes.on("heartbeat", (event) => {
 quotes.on("row", (row) => {
   if (row.prev == null) return; // a snapshot can be old
   feedHeardAt = Date.now();
-  if (feed !== null) return;
+  if (feed === "ok" || feed === "down") return; // only the server knows that a dead feed is back
   feed = "ok";
   showState();
+  touchAll();
 });
 
-quotes.on("pong", ({ rtt_ms: ms }) => {
+quotes.on("pong", ({ rtt_ms }) => {
+  // The least of the newest few: the others also measure what this browser was busy with.
+  roundTrips = [...roundTrips.slice(-4), rtt_ms];
+  const ms = Math.min(...roundTrips);
   $("latency").textContent = ms < 1 ? "< 1 ms" : `${Math.round(ms)} ms`;
 });
 
@@ -538,6 +575,7 @@ remember({ isEdit: false });
 showState();
 $("foot").hidden = false;
 setInterval(() => {
+  paintAll(far);
   showFigures();
   if (link.state === "waiting") showState();
 }, 1000);

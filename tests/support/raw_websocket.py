@@ -63,6 +63,14 @@ class RawWebSocket:
         if self._receive_buffer_bytes is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._receive_buffer_bytes)
         self.socket.setblocking(False)
+        try:
+            await self._shake_hands(loop)
+        except BaseException:
+            self.socket.close()
+            raise
+        return self
+
+    async def _shake_hands(self, loop: asyncio.AbstractEventLoop) -> None:
         await loop.sock_connect(self.socket, ("127.0.0.1", self._port))
         key = base64.b64encode(os.urandom(16)).decode()
         await self.send_bytes(
@@ -72,7 +80,6 @@ class RawWebSocket:
         )
         head = await self._until(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 101"), head
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

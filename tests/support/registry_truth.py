@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Set
 
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from tests.support.waiting import wait_until
 
@@ -61,7 +62,10 @@ async def registry_equals(
     faults: list[str] = []
 
     async def is_equal() -> bool:
-        faults[:] = await registry_faults(redis, connections, node=node)
+        try:
+            faults[:] = await registry_faults(redis, connections, node=node)
+        except RedisError as e:  # it has just come back
+            faults[:] = [f"Redis: {e}"]
         return not faults
 
     try:
