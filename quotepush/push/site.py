@@ -22,7 +22,7 @@ __all__ = ["Admit", "make_app"]
 Admit = Callable[[bool], Awaitable[bool]]
 
 STATIC = Path(__file__).parent.parent / "static"
-_FILES = {"/": "index.html", **{f"/{name}": name for name in ("quotepush.js", "page.js", "page.css")}}
+_FILES = {f"/{name}": name for name in ("quotepush.js", "page.js", "page.css")}
 _RETRY_AFTER_S = 5
 
 _PAGE_HEADERS = {
@@ -46,6 +46,7 @@ def make_app(settings: Settings, worker: PushWorker, admit: Admit, leave: Callab
     app.router.add_get(settings.ws_url_path, door.handle)
     for path, name in _FILES.items():
         app.router.add_get(settings.base_path + path, _file_handler(STATIC / name))
+    app.router.add_get(settings.base_path + "/", _page_handler(settings.ws_path.lstrip("/")))
     if settings.base_path:
         # Without the slash the page's relative links would miss.
         app.router.add_get(settings.base_path, _slash_handler(settings.base_path + "/"))
@@ -55,6 +56,16 @@ def make_app(settings: Settings, worker: PushWorker, admit: Admit, leave: Callab
 def _file_handler(path: Path) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     async def handle(request: web.Request) -> web.StreamResponse:
         return web.FileResponse(path, headers=_PAGE_HEADERS)
+
+    return handle
+
+
+def _page_handler(ws_path: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    # The page finds the WebSocket by this attribute, relative to itself. ws_path has no letter that HTML would mind.
+    page = (STATIC / "index.html").read_text(encoding="utf-8").replace('data-ws="ws"', f'data-ws="{ws_path}"')
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return web.Response(text=page, content_type="text/html", headers=_PAGE_HEADERS)
 
     return handle
 
