@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import orjson
 from aiohttp import web
 
+from quotepush.push.websocket import Detached
 from quotepush.push.worker import PushWorker
 from quotepush.settings import Settings
 from quotepush.wire.messages import SUBPROTOCOL
@@ -105,6 +106,9 @@ class _Door:
             return _refuse(request, 426, "upgrade_required", "connect with a WebSocket", headers=headers)
         try:
             return self._worker.accept(request, SUBPROTOCOL if offered else None)
+        except ConnectionResetError:  # it went away while main was asked: nobody is left to answer
+            self._leave()
+            return Detached()
         except BaseException:
             self._leave()
             raise

@@ -1,0 +1,549 @@
+"""What README.md and docs/ say is true: examples run, tables are complete, links lead somewhere."""
+
+import ast
+import asyncio
+import importlib.util
+import json
+import re
+import shlex
+import shutil
+import sys
+from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import click
+import pytest
+
+from quotepush import settings
+from quotepush.cli import cli
+from quotepush.metrics import METRICS
+from quotepush.quote.code import parse_code
+from quotepush.quote.tick import KNOWN_FIELDS
+from quotepush.wire.messages import CLOSE_CODES, SUBPROTOCOL
+from tests.support.redis_server import RedisServer
+from tests.support.server import QuotepushServer
+from tests.support.waiting import wait_until
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PROTOCOL = ROOT / "docs" / "protocol.md"
+OPERATIONS = ROOT / "docs" / "operations.md"
+SETTINGS = ROOT / "docs" / "settings.md"
+WRITTEN = [README, PROTOCOL, OPERATIONS]  # by hand and about what the code does; settings.md is generated
+ALL = sorted({README, *(ROOT / "docs").glob("*.md")})
+
+# Words in code spans that belong to other programs.
+FOREIGN = {"proxy_read_timeout", "worker_shutdown_timeout", "stream_close_delay"}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# --- reading Markdown -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, the further words after it, its text."""
+
+    path: Path
+    line: int
+    language: str
+    tags: tuple[str, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{name_of(self.path)}:{self.line}"
+
+
+@cache
+def blocks_of(path: Path) -> tuple[Block, ...]:
+    found: list[Block] = []
+    fence: re.Match[str] | None = None
+    lines: list[str] = []
+    began = 0
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        match = re.match(r"( *)```(.*)$", line)
+        if fence is None and match:
+            fence, lines, began = match, [], number
+        elif fence is not None and match:
+            words = fence[2].split() or [""]
+            found.append(Block(path, began, words[0], tuple(words[1:]), "\n".join(lines)))
+            fence = None
+        elif fence is not None:
+            lines.append(line.removeprefix(fence[1]))
+    assert fence is None, f"{name_of(path)}:{began}: a fence that is not closed"
+    return tuple(found)
+
+
+@cache
+def prose_of(path: Path) -> str:
+    return re.sub(r"^ *```.*?^ *```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def spans_of(path: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose_of(path))
+
+
+def sections_of(path: Path) -> Iterator[tuple[str, str]]:
+    """Headings and what stands below each up to the next one."""
+    parts = re.split(r"^#+ (.+)$", prose_of(path), flags=re.M)
+    yield from zip(parts[1::2], parts[2::2], strict=True)
+
+
+def tables_of(path: Path, heading: str) -> list[list[list[str]]]:
+    """The tables of one section: rows of cells, the head of each table first."""
+    (text,) = [text for title, text in sections_of(path) if title == heading]
+    tables: list[list[list[str]]] = [[]]
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            if tables[-1]:
+                tables.append([])
+        elif not set(line) <= set("| -"):
+            tables[-1].append([cell.strip() for cell in line.strip("|").split("|")])
+    return [table for table in tables if table]
+
+
+def words_of(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def first_cells(table: list[list[str]], column: int = 0) -> list[str]:
+    """All code spans of one column, without the head."""
+    return [word for row in table[1:] for word in words_of(row[column])]
+
+
+def anchor_of(heading: str) -> str:
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def json_values(text: str) -> list[Any]:
+    """The JSON values of a block, one after the other."""
+    decoder = json.JSONDecoder(parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    values = []
+    while text := text.lstrip():
+        value, end = decoder.raw_decode(text)
+        values.append(value)
+        text = text[end:]
+    return values
+
+
+def without_comments(text: str) -> str:
+    return re.sub(r'("(?:\\.|[^"\\])*")|//[^\n]*', lambda m: m[1] or "", text)
+
+
+# --- reading the code -----------------------------------------------------------------------------------------------
+
+
+@cache
+def trees(folder: str = "") -> tuple[ast.Module, ...]:
+    return tuple(
+        ast.parse(path.read_text(encoding="utf-8")) for path in sorted((ROOT / "quotepush" / folder).rglob("*.py"))
+    )
+
+
+def calls(nodes: Iterable[ast.AST], *names: str) -> Iterator[ast.Call]:
+    for tree in nodes:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names:
+                yield node
+
+
+def constant(node: ast.AST | None, kind: type) -> Any:
+    return node.value if isinstance(node, ast.Constant) and type(node.value) is kind else None
+
+
+@cache
+def words_in_code() -> frozenset[str]:
+    """Every name of an argument, a field or an attribute in the package, and every word of its texts but docstrings."""
+    words: set[str] = set()
+    for tree in trees():
+        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Constant) and id(node) not in docstrings:
+                if isinstance(node.value, (str, bytes)):
+                    text = node.value if isinstance(node.value, str) else node.value.decode("latin-1")
+                    words |= set(re.findall(r"\w+", text))
+            elif isinstance(node, ast.keyword | ast.arg):
+                words.add(node.arg or "")
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                words.add(node.target.id)
+    return frozenset(words)
+
+
+def metric_names() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Name as Prometheus shows it → kind and labels."""
+    return {
+        f"quotepush_{name}{'_total' if kind == 'counter' else ''}": (kind, labels)
+        for name, (kind, _, labels) in METRICS.items()
+    }
+
+
+def feed_command() -> click.Command:
+    spec = importlib.util.spec_from_file_location("feed_tool", ROOT / "tools" / "feed.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    command = module.main
+    assert isinstance(command, click.Command)
+    return command
+
+
+def flags_of(command: click.Command) -> set[str]:
+    return {option for parameter in command.params for option in parameter.opts}
+
+
+# --- form -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_every_json_example_is_json(path: Path) -> None:
+    for block in blocks_of(path):
+        if block.language in ("json", "jsonc"):
+            text = without_comments(block.text) if block.language == "jsonc" else block.text
+            try:
+                assert json_values(text), f"{block}: empty"
+            except json.JSONDecodeError as e:
+                pytest.fail(f"{block}: {e}")
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_every_link_inside_the_project_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose_of(path)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        assert found.exists(), f"{name_of(path)} links to {target}, which does not exist"
+        if anchor:
+            anchors = {anchor_of(heading) for heading, _ in sections_of(found)}
+            assert anchor in anchors, f"{name_of(path)} links to {target}, but there is no such heading"
+
+
+# --- every word is one of the code's --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
+def test_every_setting_and_word_of_the_wire_exists_in_the_code(path: Path) -> None:
+    known = words_in_code() | FOREIGN | metric_names().keys()
+    for span in spans_of(path):
+        span = re.sub(r"<\w+>", "", span)  # a place that the reader fills
+        for word in re.findall(r"(?<![\w$./-])[a-z]+(?:_[a-z0-9]+)+(?![\w.])", span):
+            assert word in known, f"{name_of(path)} speaks of `{word}`, which is nowhere in the code"
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
+def test_every_flag_and_variable_exists(path: Path) -> None:
+    flags = flags_of(feed_command()).union(*(flags_of(command) for command in cli.commands.values()))
+    names = settings.Settings.__dataclass_fields__.keys()
+    variables = {settings.ENV_PREFIX + name.upper() for name in names}
+    variables |= {f"{settings.ENV_PREFIX}{role}_REDIS_PASSWORD" for role in ("FEED", "REGISTRY")}
+    for span in spans_of(path):
+        if span.startswith("--"):
+            assert span.split()[0] in flags, f"{name_of(path)} speaks of {span}, which no command has"
+        if span.startswith(settings.ENV_PREFIX) and span.strip("_…") != settings.ENV_PREFIX.strip("_"):
+            assert span in variables, f"{name_of(path)} speaks of {span}, which nothing reads"
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
+def test_every_default_in_brackets_is_the_default(path: Path) -> None:
+    seconds = {"s": 1, "h": 3600, "days": 86_400}
+    defaults = settings.Settings.__dataclass_fields__
+    for name, number, unit in re.findall(r"`([a-z_]+)`\s\(([\d.,]+) (s|ms|bytes|h|days)\)", prose_of(path)):
+        if name in defaults:
+            in_ms = 1000 if name.endswith("_ms") and unit in seconds else 1
+            said = float(number.replace(",", "")) * seconds.get(unit, 1) * in_ms
+            assert said == pytest.approx(defaults[name].default), (
+                f"{name_of(path)}: `{name}` ({number} {unit}) is not its default"
+            )
+
+
+def test_the_table_of_metrics_is_complete() -> None:
+    (table,) = tables_of(OPERATIONS, "Metrics")
+    said = {words_of(row[0])[0]: (row[1], tuple(words_of(row[2]))) for row in table[1:]}
+    assert said == metric_names()
+
+
+def test_the_table_of_tick_fields_is_complete() -> None:
+    fields, _ = tables_of(PROTOCOL, "The tick")
+    assert sorted(first_cells(fields)) == sorted({*KNOWN_FIELDS, "code", "seq", "prev", "ts"})
+
+
+def test_the_table_of_refusals_is_complete() -> None:
+    _, reasons = tables_of(PROTOCOL, "The tick")
+    raised = {constant(call.args[0], str) for call in calls(trees("quote"), "BadTick")}
+    assert set(first_cells(reasons)) == raised - {None}
+
+
+def test_the_table_of_spellings_is_right() -> None:
+    (table,) = tables_of(PROTOCOL, "Codes")
+    for spellings, canonical in table[1:]:
+        for spelling in words_of(spellings):
+            assert [parse_code(spelling)] == words_of(canonical)
+
+
+def test_the_table_of_errors_is_complete() -> None:
+    sources = [*trees("wire"), *trees("push"), *trees("node")]
+    said = {constant(call.args[0], str) for call in calls(sources, "PeerError", "RequestError") if call.args}
+    for node in (node for tree in sources for node in ast.walk(tree)):
+        if isinstance(node, ast.Dict):
+            keys = [constant(key, str) for key in node.keys]
+            said |= {constant(value, str) for key, value in zip(keys, node.values, strict=True) if key == "error"}
+        elif isinstance(node, ast.DictComp):  # codes that main refuses
+            said.add(constant(node.value, str))
+    (table,) = tables_of(PROTOCOL, "Errors")
+    assert set(first_cells(table)) == said - {None}
+
+
+def test_the_table_of_close_codes_is_complete() -> None:
+    (table,) = tables_of(PROTOCOL, "Close codes")
+    said = {words_of(row[1])[0]: int(row[0]) for row in table[1:] if words_of(row[1])}
+    assert said == {**CLOSE_CODES, "protocol_error": 1002}
+
+
+def test_the_table_of_http_refusals_is_complete() -> None:
+    (table,) = tables_of(PROTOCOL, "HTTP")
+    made = {
+        (constant(call.args[1], int), constant(call.args[2], str))
+        for call in calls(trees("push"), "_refuse")
+        if len(call.args) > 2
+    }
+    assert {(int(row[0]), words_of(row[1])[0]) for row in table[1:]} == made
+
+
+# --- generated files ------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_settings_is_the_generated_one() -> None:
+    assert SETTINGS.read_text(encoding="utf-8") == settings.markdown(), (
+        "run: quotepush settings --format markdown > docs/settings.md"
+    )
+
+
+def test_the_example_file_is_the_generated_one() -> None:
+    assert (ROOT / "quotepush.example.toml").read_text(encoding="utf-8") == settings.example_toml(), (
+        "run: quotepush settings > quotepush.example.toml"
+    )
+
+
+# --- the conversation of docs/protocol.md ---------------------------------------------------------------------------
+
+_OF_THE_MOMENT = {"time", "ts", "conn", "conn_key", "epoch", "server"}
+
+
+def timeless(value: Any) -> Any:
+    """``value`` with everything that differs from run to run replaced by its type."""
+    if isinstance(value, dict):
+        return {k: type(v).__name__ if k in _OF_THE_MOMENT else timeless(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [timeless(item) for item in value]
+    return value
+
+
+async def next_message(socket: aiohttp.ClientWebSocketResponse) -> Any:
+    while True:
+        message = json.loads(await socket.receive_str(timeout=10))
+        if message["type"] != "heartbeat":
+            return message
+
+
+async def test_the_conversation_happens_as_written(
+    quotepush_server: QuotepushServer, redis_server: RedisServer
+) -> None:
+    blocks = [block for block in blocks_of(PROTOCOL) if "conversation" in block.tags]
+    published = 0
+    played = 0
+    async with (
+        redis_server.client() as redis,
+        aiohttp.ClientSession() as http,
+        http.ws_connect(quotepush_server.ws_url, protocols=[SUBPROTOCOL]) as socket,
+    ):
+        for block in blocks:
+            if block.language == "sh":
+                program, command, channel, payload = shlex.split(block.text)
+                assert (program, command) == ("redis-cli", "PUBLISH"), block
+                await redis.publish(channel, payload)
+                published += 1
+
+                async def is_taken(count: int = published) -> bool:
+                    return await quotepush_server.metric("ticks_accepted") == count
+
+                await wait_until(is_taken, what=f"{block}: the tick is taken")
+                continue
+            for said in json_values(block.text):
+                if "type" in said:
+                    heard = await next_message(socket)
+                    assert timeless(heard) == timeless(said), block
+                    played += 1
+                else:
+                    await socket.send_str(json.dumps(said))
+    assert played > 10
+
+
+# --- the examples of README.md ----------------------------------------------------------------------------------------
+
+
+def examples(language: str) -> list[Block]:
+    return [block for block in blocks_of(README) if block.language == language]
+
+
+@asynccontextmanager
+async def running(program: str, *arguments: str) -> AsyncIterator[asyncio.StreamReader]:
+    """A program of the reader's; yields what it prints."""
+    process = await asyncio.create_subprocess_exec(program, *arguments, stdin=DEVNULL, stdout=PIPE)
+    assert process.stdout is not None
+    try:
+        yield process.stdout
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def watch_prices(output: asyncio.StreamReader, redis_server: RedisServer) -> None:
+    """A client that prints rows shows one that was there before it, and one that came later."""
+
+    async def until(wanted: str) -> None:
+        while True:
+            line = (await output.readline()).decode()
+            assert line, f"the example ended before it printed {wanted}"
+            if line.split() == wanted.split():
+                return
+
+    async with asyncio.timeout(30), redis_server.client() as redis:
+        await until("AAPL 199.5 0.71")
+        await redis.publish("quote.sh600519", '{"last":1688,"prev_close":1675.5}')
+        await until("600519.SH 1688 0.75")
+
+
+async def publish_first_price(server: QuotepushServer, redis_server: RedisServer) -> None:
+    async with redis_server.client() as redis:
+        await redis.publish("quote.AAPL", '{"last":199.5,"prev_close":198.1}')
+
+    async def is_taken() -> bool:
+        return await server.metric("ticks_accepted") == 1
+
+    await wait_until(is_taken)
+
+
+def for_server(block: Block, server: QuotepushServer) -> str:
+    assert "127.0.0.1:8008" in block.text, f"{block} connects somewhere else"
+    return block.text.replace("127.0.0.1:8008", f"127.0.0.1:{server.port}")
+
+
+@pytest.mark.parametrize("example", examples("python"), ids=str)
+async def test_the_python_clients_of_the_readme_print_prices(
+    example: Block, quotepush_server: QuotepushServer, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    script = tmp_path / "example.py"
+    script.write_text(for_server(example, quotepush_server), encoding="utf-8")
+    await publish_first_price(quotepush_server, redis_server)
+    async with running(sys.executable, "-u", str(script)) as output:
+        await watch_prices(output, redis_server)
+
+
+@cache
+def flags_for_websocket_in_node() -> tuple[str, ...] | None:
+    """What node must be started with to have WebSocket as browsers have it; None: it has not."""
+    import subprocess
+
+    node = shutil.which("node")
+    for flags in ((), ("--experimental-websocket",)) if node else ():
+        found = subprocess.run(
+            [node or "", *flags, "-e", "console.log(typeof WebSocket)"], capture_output=True, text=True, check=False
+        )
+        if found.stdout.strip() == "function":
+            return flags
+    return None
+
+
+@pytest.mark.parametrize("example", examples("js"), ids=str)
+async def test_the_javascript_client_of_the_readme_prints_prices(
+    example: Block, quotepush_server: QuotepushServer, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    flags = await asyncio.to_thread(flags_for_websocket_in_node)
+    if flags is None:
+        pytest.skip("no node with WebSocket on PATH: it takes Node 22, or 20.10 with a flag")
+    script = tmp_path / "example.mjs"
+    script.write_text(for_server(example, quotepush_server), encoding="utf-8")
+    await publish_first_price(quotepush_server, redis_server)
+    async with running("node", *flags, str(script)) as output:
+        await watch_prices(output, redis_server)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def commands_of(path: Path) -> list[tuple[Block, str]]:
+    lines = [(block, line) for block in blocks_of(path) if block.language == "sh" for line in block.text.splitlines()]
+    return [(block, re.sub(r"\s+# .*", "", line)) for block, line in lines if line.strip()]
+
+
+def check_without_running(command: str) -> bool:
+    """Look at a command that a test cannot run; False: it can."""
+    words = shlex.split(command)
+    if words[:1] == ["make"]:
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M), command
+        return True
+    if words[:2] == ["quotepush", "serve"]:
+        cli.commands["serve"].make_context("serve", words[2:]).close()
+        return True
+    return words[:2] == ["pip", "install"] or words[0] == "systemctl"
+
+
+def program_of(command: str) -> str:
+    return shlex.split(command)[0]
+
+
+def is_here(program: str) -> bool:
+    return program in ("python", "quotepush") or shutil.which(program) is not None
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
+async def test_the_commands_work_as_written(
+    path: Path, start_server: Callable[..., Any], redis_server: RedisServer, tmp_path: Path
+) -> None:
+    for name in ("tools", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    server = await start_server()
+    here = {
+        "python ": f"{sys.executable} ",
+        "quotepush ": f"{sys.executable} -m quotepush ",
+        "redis-cli ": f"redis-cli -p {redis_server.port} ",
+        "redis://127.0.0.1:6379": f"redis://127.0.0.1:{redis_server.port}",
+        "127.0.0.1:8008": f"127.0.0.1:{server.port}",
+        "127.0.0.1:8009": f"127.0.0.1:{server.admin_port}",
+    }
+    for block, command in commands_of(path):
+        if check_without_running(command) or not is_here(program_of(command)):
+            continue
+        line = re.sub("|".join(map(re.escape, here)), lambda match: here[match[0]], command)
+        if command.startswith("quotepush watch"):
+            line += f" --url {server.url} --seconds 1"
+        if command.startswith("quotepush publish"):
+            line += f" --redis {redis_server.url}"
+        process = await asyncio.create_subprocess_shell(line, cwd=tmp_path, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
+        output, errors = await asyncio.wait_for(process.communicate(), 60)
+        assert process.returncode == 0, f"{block}: {command}\n{errors.decode()}"
+        if " PUBLISH " in command:
+            assert output == b"1\n", f"{block}: {command} was heard by {output.decode()}"
+        if command.startswith("quotepush watch"):
+            rows = [json.loads(row) for row in output.splitlines()]
+            assert any(row.get("last") == 199.5 for row in rows), f"{block}: {command}\n{output.decode()}"
+        if "tools/feed.py" in command:
+            assert b" 0 bad lines" in output, f"{block}: {command}\n{output.decode()}"
+
+
+def test_the_flags_of_the_feed_in_the_readme_exist() -> None:
+    flags = flags_of(feed_command())
+    lines = [command for _, command in commands_of(README) if "tools/feed.py" in command]
+    assert lines
+    for line in lines:
+        assert {word for word in shlex.split(line) if word.startswith("--")} <= flags
