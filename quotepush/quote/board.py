@@ -40,23 +40,43 @@ class Quote:
     Attributes:
         code: canonical.
         seq: number of the newest row; 0 before the first tick.
+        ts: of the newest row.
         row: fields in wire order, ``code``, ``seq`` and ``ts`` first; without the book.
         book: ``bids`` and ``asks``, up to five ``[price, size]`` each.
         arrived_ms: when the newest tick arrived here.
         day_end_ms: a tick with this ``ts`` or a later one begins a new trading day.
     """
 
-    __slots__ = ("_encoded", "arrived_ms", "book", "code", "day_end_ms", "row", "row_bound", "seq")
+    __slots__ = (
+        "_book", "_encoded", "_row", "_row_bound", "_waiting", "_waiting_shape", "_waiting_size", "arrived_ms", "code",
+        "day_end_ms", "seq", "ts",
+    )  # fmt: skip
 
     def __init__(self, code: str, seq: int) -> None:
         self.code = code
         self.seq = seq
-        self.row: dict[str, Any] = {"code": code, "seq": seq, "ts": 0}
-        self.book: dict[str, Any] = {}
+        self.ts = 0
         self.arrived_ms = 0
         self.day_end_ms = 0  # the first tick begins a day
-        self.row_bound = 0  # the row with its book is at most this long, encoded
+        self._row: dict[str, Any] = {"code": code, "seq": seq, "ts": 0}
+        self._book: dict[str, Any] = {}
+        self._row_bound = 0  # row and book are at most this long, encoded
+        # A checked tick that nobody has asked for yet: the next one with the same fields takes its place,
+        # and only the last of them is merged.
+        self._waiting: dict[str, Any] | None = None
+        self._waiting_shape: Shape | None = None
+        self._waiting_size = 0
         self._encoded: bytes | None = None
+
+    @property
+    def row(self) -> dict[str, Any]:
+        self._settle()
+        return self._row
+
+    @property
+    def book(self) -> dict[str, Any]:
+        self._settle()
+        return self._book
 
     def encoded(self) -> bytes:
         """Return the row as JSON text, made once per tick."""
@@ -64,6 +84,20 @@ class Quote:
         if text is None:
             text = self._encoded = orjson.dumps(self.row)
         return text
+
+    def _settle(self) -> None:
+        """Merge the tick that waits."""
+        tick, shape = self._waiting, self._waiting_shape
+        if tick is None or shape is None:
+            return
+        self._waiting = None
+        row = self._row
+        merge_fields(row, self._book, tick, shape)
+        row["ts"] = self.ts
+        row["seq"] = self.seq
+        if None in tick.values():
+            clear_nulls(row)
+        self._row_bound += self._waiting_size
 
 
 class TradingDays:
@@ -173,43 +207,43 @@ class Board:
             check_tick(tick, shape)
             if len(payload) >= _DEEP_BYTES:
                 check_depth(tick)
-            return self._merge(code, tick, shape, payload, now_ms)
+            return self._merge(code, tick, shape, len(payload), now_ms)
         except BadTick as e:
             self.refused[e.reason] += 1
             self.last_fault = f"{code or '?'}: {e}"
             return None
 
     def _merge(  # hot
-        self, code: str, tick: dict[str, Any], shape: Shape, payload: bytes, now_ms: int
+        self, code: str, tick: dict[str, Any], shape: Shape, size: int, now_ms: int
     ) -> Quote | None:
         ts = tick["ts"] if shape.ts else None
         if ts is None:
             ts = now_ms
-        size = len(payload)
         quote = self.quotes.get(code)
         if quote is None:
             quote = self._admit(code)
-        elif self._drop_older and ts < quote.row["ts"]:
-            raise BadTick("older", f"ts {ts} is before the row's {quote.row['ts']}")
-        is_fresh = ts >= quote.day_end_ms or ("reset" in shape.ours and tick["reset"] is True)
-        if (0 if is_fresh else quote.row_bound) + size + _DERIVED_BYTES > self._max_row_bytes:
+        elif self._drop_older and ts < quote.ts:
+            raise BadTick("older", f"ts {ts} is before the row's {quote.ts}")
+        is_fresh = ts >= quote.day_end_ms or (shape.resets and tick["reset"] is True)
+        if quote._waiting is not None and (quote._waiting_shape is not shape or is_fresh):
+            quote._settle()
+        if (0 if is_fresh else quote._row_bound) + size + _DERIVED_BYTES > self._max_row_bytes:
             self._measure(quote, tick, shape, is_fresh)
         if is_fresh:
-            quote.row = {"code": code, "seq": quote.seq, "ts": 0}
-            quote.book = {}
-            quote.row_bound = 0
+            quote._row = {"code": code, "seq": quote.seq, "ts": 0}
+            quote._book = {}
+            quote._row_bound = 0
             quote.day_end_ms = self._days.end_ms(code, ts)
         watched = self._watched
-        is_news = (watched is None or code in watched) and (is_fresh or has_news(quote.row, tick, shape))
-        row = quote.row
-        merge_fields(row, quote.book, tick, shape)
-        row["ts"] = ts
-        if b"null" in payload:
-            clear_nulls(row)
-        quote.seq = row["seq"] = quote.seq + 1
-        quote.row_bound += size
-        quote.arrived_ms = self.newest_ms = now_ms
+        is_watched = watched is None or code in watched
+        is_news = is_watched and (is_fresh or has_news(quote.row, tick, shape))
+        quote._waiting = tick
+        quote._waiting_shape = shape
+        quote._waiting_size = size
         quote._encoded = None
+        quote.ts = ts
+        quote.seq += 1
+        quote.arrived_ms = self.newest_ms = now_ms
         self.accepted += 1
         return quote if is_news else None
 
@@ -230,7 +264,7 @@ class Board:
             if not quote.arrived_ms:
                 del self.quotes[quote.code]
             raise BadTick("row_too_large", f"the row of {quote.code} would pass {self._max_row_bytes} bytes")
-        quote.row_bound = size
+        quote._row_bound = size
 
     def expire(self, older_than_ms: int, keep: Iterable[str] = ()) -> int:
         """Drop the rows whose newest tick arrived before ``older_than_ms``; return how many.

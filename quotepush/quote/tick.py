@@ -78,7 +78,7 @@ class Shape:
     A publisher sends the same fields again and again, so the questions are asked once.
     """
 
-    __slots__ = ("derives", "known", "levels", "ours", "ts", "values")
+    __slots__ = ("derives", "known", "levels", "ours", "resets", "ts", "values")
 
     def __init__(self, fields: tuple[str, ...]) -> None:
         self.known = tuple((name, _KINDS[name]) for name in fields if name in _KINDS)
@@ -86,6 +86,7 @@ class Shape:
         self.ours = tuple(name for name in fields if name in _OURS)
         self.values = tuple(name for name in fields if name not in _OURS and name not in BOOK_FIELDS and name != "ts")
         self.ts = "ts" in fields
+        self.resets = "reset" in fields
         self.derives = "last" in fields or "prev_close" in fields
 
 
