@@ -30,6 +30,7 @@ from quotepush.ingest.listener import FeedListener
 from quotepush.metrics import Sample
 from quotepush.node import lock
 from quotepush.node.admin import make_admin_app
+from quotepush.node.collector import quiet_collector
 from quotepush.node.logs import set_up_logging
 from quotepush.node.notify import notify, watchdog_interval_s
 from quotepush.node.relay import Relay
@@ -141,6 +142,7 @@ class _Main:
                 await feed_pool.aclose()
 
     async def _serve_until_stopped(self) -> None:
+        quiet_collector()
         try:
             async with asyncio.TaskGroup() as group:
                 helpers = [

@@ -9,7 +9,6 @@ Stop, when main says so: 1 no new connection, 2 sessions are closed, 3 the regis
 
 import argparse
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -26,6 +25,7 @@ from setproctitle import setproctitle
 
 from quotepush.cluster.registry import RegistryMirror, registry_client
 from quotepush.node import bus
+from quotepush.node.collector import quiet_collector
 from quotepush.node.logs import set_up_logging
 from quotepush.push.session import Answer, Desk, Limits
 from quotepush.push.site import make_app
@@ -99,10 +99,7 @@ class WorkerProcess:
         await runner.setup()
         tls = _tls(settings)
         await self._accept_at(self._index, runner, settings.backlog, tls)
-        # What is here now stays: the collector need not look at it again, and looks rarely at the rest.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 100)
+        quiet_collector()
         tasks = [
             asyncio.create_task(mirror.run(), name="registry"),
             asyncio.create_task(worker.turn_wheel(), name="wheel"),
