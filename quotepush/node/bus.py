@@ -212,6 +212,11 @@ class BusEnd(asyncio.Protocol):
             self._is_scheduled = True
             asyncio.get_running_loop().call_soon(self.flush)
 
+    def send_now(self, message: Any) -> None:  # hot
+        """Send now, behind what is queued."""
+        self._queue.append(message)
+        self.flush()
+
     def flush(self) -> None:
         """Send what is queued now."""
         self._is_scheduled = False

@@ -33,17 +33,17 @@ class WorkerFeed:
         self.merged = 0
         self._held: dict[str, _Entry] | None = None
 
-    def push(self) -> None:
+    def push(self) -> None:  # hot
         """Send what waits, or hold the newest of it while the worker is slow."""
         rows = self.rows
         if not rows:
             return
         self.rows = []
-        if self._held is None and self._bus.unsent_bytes > _SLOW_BYTES:
-            self._held = {}
         if self._held is None:
-            self._bus.send(Rows(rows))
-            return
+            if self._bus.unsent_bytes <= _SLOW_BYTES:
+                self._bus.send_now(Rows(rows))
+                return
+            self._held = {}
         for entry in rows:
             if entry[0] in self._held:
                 self.merged += 1
@@ -59,11 +59,6 @@ class WorkerFeed:
         """Answer behind every row that is older than the answer."""
         self.push()
         self._bus.send(Answered(question, rows, refused))
-
-    def flush(self) -> None:
-        """Send now."""
-        self.push()
-        self._bus.flush()
 
 
 class Relay:
@@ -115,7 +110,7 @@ class Relay:
         if dirty:
             self._dirty = []
             for feed in dirty:
-                feed.flush()
+                feed.push()
 
     def ask(self, feed: WorkerFeed, question: Ask) -> None:
         """Answer a worker's question; with ``watch`` also note what it wants from now on."""
