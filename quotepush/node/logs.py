@@ -4,6 +4,8 @@ import logging
 import sys
 import time
 
+from aiohttp.http_exceptions import HttpProcessingError
+
 __all__ = ["set_up_logging"]
 
 
@@ -15,7 +17,13 @@ def set_up_logging(level: str, process: str) -> None:
     )
     formatter.converter = time.gmtime
     handler.setFormatter(formatter)
+    handler.addFilter(_is_ours)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     logging.getLogger("quotepush").setLevel(level.upper())
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Drop what is no HTTP: aiohttp answers it with 400, but logs it as an error with a traceback, as anybody likes."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))

@@ -170,7 +170,7 @@ class _Main:
     # Ticks
 
     def _end_batch(self) -> None:  # hot
-        self._relay.flush()
+        self._relay.flush_soon()
         self._relay.is_lagging = self._listener.lag_s > _LAGGING_S
 
     def _feed_news(self) -> tuple[str, int]:

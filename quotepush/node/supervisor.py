@@ -12,6 +12,7 @@ Laws:
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import signal
@@ -41,6 +42,8 @@ _BACKOFF_FIRST_S, _BACKOFF_MOST_S = 0.1, 10.0
 _HEALTHY_AFTER_S = 30.0
 _FEED_NEWS_S = 0.05
 _KILL_AFTER_S = 3.0
+# On a busy machine Python takes its time to import what a worker needs.
+_START_PATIENCE_S = 30.0
 _LEND_AFTER_S = 0.4
 _PURGE_AGAIN_S = 2.0
 
@@ -100,7 +103,8 @@ class Supervisor:
         self.max_connections = max_connections
         self.refused = 0
         self.slots = [WorkerSlot(i, listening[i % len(listening)]) for i in range(settings.worker_count)]
-        self._is_stopping = False
+        self._stopping = asyncio.Event()
+        self._drain: bus.Drain | None = None
         self._unpurged: list[tuple[str, int]] = []  # dead lives that the registry still holds
 
     @property
@@ -134,11 +138,12 @@ class Supervisor:
 
     async def stop(self, timeout_s: float, retry_after_ms: int) -> None:
         """Let every worker close its sessions and end; kill the ones that do not."""
-        self._is_stopping = True
+        self._drain = bus.Drain(timeout_s, retry_after_ms)
+        self._stopping.set()
         running = [slot for slot in self.slots if slot.process is not None]
         for slot in running:
             if slot.bus is not None:
-                slot.bus.send(bus.Drain(timeout_s, retry_after_ms))
+                slot.bus.send(self._drain)
         deadline = time.monotonic() + timeout_s + _KILL_AFTER_S
         for slot in running:
             assert slot.process is not None
@@ -153,13 +158,13 @@ class Supervisor:
 
     async def _fill(self, slot: WorkerSlot) -> None:
         backoff_s = _BACKOFF_FIRST_S
-        while not self._is_stopping:
+        while not self._stopping.is_set():
             began = time.monotonic()
             status = await self._run_worker(slot)
             lived_s = time.monotonic() - began
             if status == UNFIT:
                 raise WorkerUnfit(slot.index)
-            if self._is_stopping:
+            if self._stopping.is_set():
                 return
             slot.restarts += 1
             if lived_s >= _HEALTHY_AFTER_S:
@@ -168,7 +173,9 @@ class Supervisor:
             await self._bury(slot)
             if backoff_s >= _LEND_AFTER_S:
                 self._lend(slot)
-            await asyncio.sleep(backoff_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(backoff_s):
+                    await self._stopping.wait()
             backoff_s = min(_BACKOFF_MOST_S, backoff_s * 2)
 
     def _lend(self, slot: WorkerSlot) -> None:
@@ -217,6 +224,8 @@ class Supervisor:
             )
         )
         end.send(bus.Feed(*self._feed_news()))
+        if self._drain is not None:  # we were told to stop while it was started
+            end.send(self._drain)
         try:
             return await self._watch(slot)
         finally:
@@ -236,6 +245,7 @@ class Supervisor:
         """Wait for the end of a worker; bring it about when the worker is silent."""
         loop = asyncio.get_running_loop()
         assert slot.process is not None
+        silence_s = self._settings.worker_silence_s
         ended = asyncio.ensure_future(slot.process.wait())
         try:
             while True:
@@ -246,7 +256,7 @@ class Supervisor:
                 now = loop.time()
                 if now - asked > 2.0:  # it was us who slept: whoever is silent gets his time again
                     slot.heard_s = now
-                elif now - slot.heard_s >= self._settings.worker_silence_s:
+                elif now - slot.heard_s >= (silence_s if slot.life else max(silence_s, _START_PATIENCE_S)):
                     log.error("worker %d has been silent for %.0f s and is killed", slot.index, now - slot.heard_s)
                     slot.process.kill()
                     return await ended

@@ -67,8 +67,11 @@ class WorkerProcess:
         """Serve until told to stop; return the exit status."""
         loop = asyncio.get_running_loop()
         await loop.create_unix_connection(lambda: self._bus, sock=self._bus_socket)
-        async with asyncio.timeout(_SETUP_TIMEOUT_S):
-            setup = await self._setup
+        first: list[asyncio.Future[Any]] = [self._setup, self._stop]
+        await asyncio.wait(first, timeout=_SETUP_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if not self._setup.done():
+            return 1  # main was gone, or had no time for us, before it could say anything
+        setup = self._setup.result()
         if setup.version != bus.BUS_VERSION:
             set_up_logging("info", f"worker {self._index}")
             log.error("main speaks another version of the bus than the files installed now: restart main")
@@ -103,7 +106,7 @@ class WorkerProcess:
         tasks = [
             asyncio.create_task(mirror.run(), name="registry"),
             asyncio.create_task(worker.turn_wheel(), name="wheel"),
-            asyncio.create_task(self._tell_figures(mirror), name="figures"),
+            asyncio.create_task(self._tell_figures(mirror, settings.worker_silence_s), name="figures"),
             asyncio.create_task(self._borrow(runner, settings.backlog, tls), name="borrow"),
         ]
         self._bus.send(bus.Ready())
@@ -229,7 +232,9 @@ class WorkerProcess:
         self._bus.send(bus.RegistryClient(client_id))
         self._bus.flush()
 
-    async def _tell_figures(self, mirror: RegistryMirror) -> None:
+    async def _tell_figures(self, mirror: RegistryMirror, silence_s: float) -> None:
+        # They are also the sign of life that main waits for.
+        every_s = min(_FIGURES_S, silence_s / 4)
         while True:
             worker = self._worker
             assert worker is not None
@@ -250,7 +255,7 @@ class WorkerProcess:
                     }
                 )
             )
-            await asyncio.sleep(_FIGURES_S)
+            await asyncio.sleep(every_s)
 
     # From main
 

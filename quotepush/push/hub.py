@@ -102,12 +102,11 @@ class Hub:
         # Parked ones too: rows have come to them that may have to be merged, when nobody else watches the code.
         if self._timer is not None or not (self._dirty or self._parked):
             return
-        loop = asyncio.get_running_loop()
-        wait = self._next_flush - loop.time()
-        if wait <= 0:
+        wait_s = self._next_flush - time.monotonic()
+        if wait_s <= 0:
             self._flush()
         else:
-            self._timer = loop.call_later(wait, self._flush)
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._flush)
 
     def _flush(self) -> None:
         """Begin a flush of everybody who has something now."""
@@ -121,7 +120,7 @@ class Hub:
 
         Rows that come in between two slices still join the writes of those whose turn has not come.
         """
-        begin = time.perf_counter()
+        begin = time.monotonic()
         deadline = begin + _BUDGET_S
         now_ms = self._clock_ms()
         head = tick_head(now_ms)
@@ -139,23 +138,24 @@ class Hub:
                 self.rows_out += len(outbox.rows)
                 self.writes += 1
                 outbox.write(outbox.take(head, now_ms))
-            if not done & 31 and time.perf_counter() > deadline:
+            if not done & 31 and time.monotonic() > deadline:
                 break
-        self._spent_s += time.perf_counter() - begin
-        loop = asyncio.get_running_loop()
+        now_s = time.monotonic()
+        self._spent_s += now_s - begin
         if done < len(flushing):
             self._flushed = done
-            self._timer = loop.call_soon(self._flush_slice)
+            self._timer = asyncio.get_running_loop().call_soon(self._flush_slice)
             return
         self._flushing = []
         self._timer = None
         if self._parked:
             self._merge_parked()
         rest_s = min(self._max_delay_s, 3 * self._spent_s)
-        self._next_flush = loop.time() + rest_s
+        self._next_flush = now_s + rest_s
         if self._dirty:
             # Never from here: a session that catches up in many pieces must not hold the loop.
-            self._timer = loop.call_later(rest_s, self._flush)
+            # uvloop's timers count from the begin of the turn, which is the slice's.
+            self._timer = asyncio.get_running_loop().call_later(rest_s + now_s - begin, self._flush)
 
     def _catch_up(self, outbox: Outbox, head: bytes) -> None:
         """Send a merging session its newest rows, as far as the socket takes them."""

@@ -97,10 +97,12 @@ class _Door:
         offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",") if p.strip()]
         if offered and SUBPROTOCOL not in offered:
             return _refuse(request, 400, "bad_subprotocol", f"this server speaks {SUBPROTOCOL}")
-        if self._worker.is_draining:
-            return _refuse(request, 503, "restart", "this server is about to restart", retry_after_s=1)
         if not await self._admit(wants_upgrade):
             return _refuse(request, 503, "overloaded", "this server holds all it can", retry_after_s=_RETRY_AFTER_S)
+        if self._worker.is_draining:  # asked last: it may have begun while main was asked
+            if wants_upgrade:
+                self._leave()
+            return _refuse(request, 503, "restart", "this server is about to restart", retry_after_s=1)
         if not wants_upgrade:
             headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
             return _refuse(request, 426, "upgrade_required", "connect with a WebSocket", headers=headers)

@@ -10,7 +10,10 @@ transport; closing the session, which comes with every close frame, cuts that wa
 """
 
 import asyncio
+import fcntl
 import logging
+import struct
+import termios
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -33,6 +36,7 @@ _CLOSE_TIMEOUT_S = 5.0
 # With so much unsent output nothing more is read: answers to requests stay bounded.
 _MAX_UNSENT_BYTES = 262_144
 
+_INT = struct.Struct("i")
 _WORDS = {code: word for word, code in CLOSE_CODES.items()}
 
 
@@ -137,6 +141,7 @@ class WebSocketLink(asyncio.Protocol):
             self._is_sealed = True
             self.session.close()
             self._transport.close()
+            self._abort_later()  # closing waits for what this peer has not read, and perhaps never will
         elif kind is WSMsgType.BINARY:
             self.close(CLOSE_CODES["wrong_frame_kind"], "wrong_frame_kind")
 
@@ -181,7 +186,7 @@ class WebSocketLink(asyncio.Protocol):
         self.session.close()
         if self._is_paused:
             self._transport.resume_reading()  # for the peer's close frame
-        self._timer = asyncio.get_running_loop().call_later(_CLOSE_TIMEOUT_S, self._transport.abort)
+        self._abort_later()
 
     def abort(self, reason: str) -> None:
         """Cut the connection: closing would first try to flush the very bytes that this peer does not read."""
@@ -189,6 +194,9 @@ class WebSocketLink(asyncio.Protocol):
         self._is_sealed = True
         self.session.close()
         self._transport.abort()
+
+    def _abort_later(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_CLOSE_TIMEOUT_S, self._transport.abort)
 
     def hold_requests(self, hold: bool) -> None:
         self._is_held = hold
@@ -220,6 +228,7 @@ class WebSocketLink(asyncio.Protocol):
             return b""
         unsent = self._transport.get_write_buffer_size()
         if unsent:
+            unsent += _kernel_bytes(self._transport)  # a slow peer may take long until the kernel wants more of us
             if not self._progress_s or unsent < self._progress_bytes:
                 self._progress_s = now_s
             elif now_s - self._progress_s >= stall_timeout_s:
@@ -237,6 +246,16 @@ class WebSocketLink(asyncio.Protocol):
             self.pinged_s = now_s
             return ping_frame()
         return b""
+
+
+def _kernel_bytes(transport: asyncio.Transport) -> int:
+    """Return what the kernel holds of a connection's output that the peer has not acknowledged; 0 where unknown."""
+    try:
+        descriptor = transport.get_extra_info("socket").fileno()
+        held: int = _INT.unpack(fcntl.ioctl(descriptor, termios.TIOCOUTQ, _INT.pack(0)))[0]  # tcp(7), SIOCOUTQ
+    except (OSError, ValueError):
+        return 0
+    return held
 
 
 class _NoProtocol:

@@ -132,6 +132,8 @@ def _agreed_code(code: str | None, own: Any) -> str:
     Raises:
         BadTick: they contradict each other, or the tick's is none.
     """
+    if own is None and code is not None:
+        return code
     if type(own) is not str:
         raise BadTick("wrong_type", "code must be a text")
     if own == code:

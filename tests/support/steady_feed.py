@@ -24,6 +24,7 @@ class SteadyFeed:
         padding: more fields of each tick, to make rows longer.
 
     Attributes:
+        codes: may grow meanwhile.
         published: ticks that Redis has taken.
         newest: code to the price last published.
     """
@@ -32,11 +33,12 @@ class SteadyFeed:
         self, redis_url: str, codes: Sequence[str], rate_per_s: float = 500.0, padding: dict[str, Any] | None = None
     ) -> None:
         self._redis = Redis.from_url(redis_url, socket_timeout=2, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
-        self._codes = list(codes)
+        self.codes = list(codes)
         self._rate_per_s = rate_per_s
         self._padding = padding or {}
         self._count = 0
         self._is_stopped = False
+        self._ended = asyncio.Event()
         self.published = 0
         self.newest: dict[str, float] = {}
 
@@ -49,16 +51,21 @@ class SteadyFeed:
             owed += self._rate_per_s * _TURN_S
             batch, owed = int(owed), owed % 1
             with contextlib.suppress(RedisError, OSError, TimeoutError):
-                await self._publish([self._codes[(self._count + n) % len(self._codes)] for n in range(batch)])
+                await self._publish([self.codes[(self._count + n) % len(self.codes)] for n in range(batch)])
             due = max(due + _TURN_S, loop.time() - 0.1)
             await asyncio.sleep(max(0.0, due - loop.time()))
+        self._ended.set()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
+        """End :meth:`run`; from now on ``newest`` stands still."""
         self._is_stopped = True
+        await self._ended.wait()
 
-    async def publish_all(self) -> None:
-        """Publish one more tick of every code; this one must reach Redis."""
-        await self._publish(self._codes)
+    async def finish(self) -> dict[str, float]:
+        """Stop, and publish one more tick of every code, which must reach Redis; return the newest prices."""
+        await self.stop()
+        await self._publish(self.codes)
+        return self.newest
 
     async def _publish(self, codes: Sequence[str]) -> None:
         if not codes:
@@ -89,7 +96,7 @@ async def steady_feed(
     try:
         yield feed
     finally:
-        feed.stop()
+        await feed.stop()
         await task
         await feed.aclose()
 

@@ -120,6 +120,12 @@ def test_a_tick_may_spell_the_code_of_its_channel_in_any_way(spelling: str) -> N
     assert take(board, "600519.SH", {"code": spelling, "last": 1}) is not None
 
 
+def test_a_code_of_null_in_a_tick_says_nothing() -> None:
+    board = make_board()
+    assert take(board, "AAPL", {"code": None, "last": 1}) is not None
+    assert row_of(board, "AAPL")["code"] == "AAPL"
+
+
 def test_seq_rises_by_one_per_accepted_tick_and_code() -> None:
     board = make_board()
     for n in range(1, 5):
@@ -140,6 +146,20 @@ def test_a_tick_that_changes_nothing_but_ts_has_nothing_new_to_show_and_counts()
     assert board.accepted == 5
     assert not board.refused
     assert take(board, "AAPL", {"volume": 11}) is not None
+
+
+def test_ticks_that_nobody_has_looked_at_are_all_in_the_row_that_somebody_looks_at() -> None:
+    board = make_board(watched=set())
+    take(board, "AAPL", {"last": 1, "bid": 2, "prev_close": 4})
+    take(board, "AAPL", {"last": 2, "bid": None, "prev_close": 4})
+    take(board, "AAPL", {"volume": 7})
+    take(board, "AAPL", {"volume": 8, "ts": 5})
+    take(board, "AAPL", {"volume": None, "ts": 6})
+    take(board, "AAPL", {"bids": [[1, 1]] * 7})
+    assert row_of(board, "AAPL") == {
+        "code": "AAPL", "seq": 6, "ts": NOON_MS, "last": 2, "prev_close": 4, "change": -2.0, "change_pct": -50.0,
+    }  # fmt: skip
+    assert board.quotes["AAPL"].book == {"bids": [[1, 1]] * 5}
 
 
 def test_nothing_is_new_to_nobody() -> None:
@@ -456,10 +476,16 @@ class BoardMachine(RuleBasedStateMachine):
         self.accepted = 0
         self.refused: dict[str, int] = {}
 
-    @initialize(drop_older=st.booleans())
-    def start(self, drop_older: bool) -> None:
+    @initialize(drop_older=st.booleans(), watched=st.none() | st.sets(st.sampled_from(CODES)))
+    def start(self, drop_older: bool, watched: set[str] | None) -> None:
         self.drop_older = drop_older
-        self.board = make_board(max_codes=3, drop_older=drop_older)
+        self.watched = watched
+        self.board = make_board(max_codes=3, drop_older=drop_older, watched=watched)
+
+    @precondition(lambda self: self.watched is not None)
+    @rule(code=st.sampled_from(CODES))
+    def watch_or_leave(self, code: str) -> None:
+        self.watched ^= {code}
 
     def refuse(self, reason: str) -> None:
         self.refused[reason] = self.refused.get(reason, 0) + 1
@@ -498,7 +524,8 @@ class BoardMachine(RuleBasedStateMachine):
         self.accepted += 1
         after = {k: v for k, v in quote.row(code).items() if k not in ("seq", "ts")}
         shown = orjson.dumps(before, option=orjson.OPT_SORT_KEYS) != orjson.dumps(after, option=orjson.OPT_SORT_KEYS)
-        assert (returned is not None) == (is_fresh or shown)
+        is_watched = self.watched is None or code in self.watched
+        assert (returned is not None) == (is_watched and (is_fresh or shown))
         assert returned in (None, self.board.quotes[code])
         return None
 
@@ -516,20 +543,33 @@ class BoardMachine(RuleBasedStateMachine):
             # New codes are numbered above every row that has left, so that no seq ever comes twice.
             self.highest[""] = max(self.highest.get("", 0), self.model.pop(code).seq)
 
+    @rule(code=st.sampled_from(CODES))
+    def look(self, code: str) -> None:
+        # Not after every step: what nobody has looked at may be merged later than what somebody has.
+        model = self.model.get(code)
+        if model is None:
+            assert code not in self.board.quotes
+            return
+        quote = self.board.quotes[code]
+        encoded = quote.encoded()
+        assert orjson.loads(encoded) == quote.row == model.row(code)
+        assert quote.book == model.book
+        assert encoded == quote.encoded() == orjson.dumps(quote.row)
+        assert list(quote.row)[:3] == ["code", "seq", "ts"]
+
     @invariant()
     def agree(self) -> None:
         if not hasattr(self, "board"):
             return
         assert set(self.board.quotes) == set(self.model)
         for code, model in self.model.items():
-            quote = self.board.quotes[code]
-            assert quote.seq == model.seq == self.board.seq(code)
-            assert quote.row == model.row(code)
-            assert quote.book == model.book
-            assert quote.encoded() == orjson.dumps(quote.row)
-            assert list(quote.row)[:3] == ["code", "seq", "ts"]
+            assert self.board.quotes[code].seq == model.seq == self.board.seq(code)
         assert self.board.accepted == self.accepted
         assert dict(self.board.refused) == self.refused
+
+    def teardown(self) -> None:
+        for code in self.model:
+            self.look(code)
 
 
 TestBoardAgainstItsModel = BoardMachine.TestCase
