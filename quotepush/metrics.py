@@ -39,6 +39,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "rows_out": ("counter", "Rows that were handed to sockets.", ("worker",)),
     "rows_merged": ("counter", "Rows that were merged for slow sessions.", ("worker",)),
     "writes": ("counter", "Writes of rows to sockets.", ("worker",)),
+    "places_spare": ("gauge", "Connections that a worker may take without asking main.", ("worker",)),
     "registry_pending": ("gauge", "Connections whose sets in Redis are not written yet.", ("worker",)),
     "registry_lag_seconds": ("gauge", "Age of the oldest change that is not written yet.", ("worker",)),
     "registry_repairs": ("counter", "Differences between the sets and the truth that were repaired.", ("worker",)),

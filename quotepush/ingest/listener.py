@@ -191,14 +191,15 @@ class FeedListener:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await connection.connect()  # type: ignore[no-untyped-call]
+                # New ones before the first byte: of the last link half a message may be left.
+                self._replies = hiredis.Reader()
+                self._probe = LinkProbe(self._probe_timeout_s)
                 link = _Link(self._take_chunk)
                 # Nothing is under way between connecting and subscribing, so no byte is read by the wrong side.
                 # redis-py has no public way to its transport (5.0 to 8.1).
                 writer: asyncio.StreamWriter = connection._writer  # type: ignore[assignment]
                 writer.transport.set_protocol(link)
                 await connection.send_command("PSUBSCRIBE", *self._channels.patterns)
-            self._replies = hiredis.Reader()
-            self._probe = LinkProbe(self._probe_timeout_s)
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.wait_until_lost())
                 group.create_task(self._keep_probing(connection))

@@ -17,8 +17,8 @@ from typing import Any, cast
 import msgspec
 
 __all__ = [
-    "BUS_VERSION", "Admit", "Admitted", "Answered", "Ask", "BusEnd", "Drain", "Feed", "Figures", "Hello", "Left",
-    "Lend", "Ready", "RegistryClient", "Rows", "Setup", "ToMain", "ToWorker", "Unwatch",
+    "BUS_VERSION", "Answered", "Ask", "BusEnd", "Drain", "Feed", "Figures", "Hello", "Lend", "PlacesBack",
+    "PlacesGranted", "PlacesWanted", "Ready", "RegistryClient", "Rows", "Setup", "ToMain", "ToWorker", "Unwatch",
 ]  # fmt: skip
 
 BUS_VERSION = 1
@@ -57,11 +57,10 @@ class Answered(_Message, tag="answered"):
     refused: dict[str, str]
 
 
-class Admitted(_Message, tag="admitted"):
-    """The answer to :class:`Admit`."""
+class PlacesGranted(_Message, tag="granted"):
+    """The answer to the oldest :class:`PlacesWanted`."""
 
-    question: int
-    is_welcome: bool
+    count: int
 
 
 class Feed(_Message, tag="feed"):
@@ -112,15 +111,15 @@ class Unwatch(_Message, tag="unwatch"):
     codes: list[str]
 
 
-class Admit(_Message, tag="admit"):
-    """May one more connection come in? With ``take`` it then counts."""
+class PlacesWanted(_Message, tag="wanted"):
+    """So many connections need a place now, and so many more places are welcome."""
 
-    question: int
-    take: bool
+    needed: int
+    spare: int
 
 
-class Left(_Message, tag="left"):
-    """So many connections have gone."""
+class PlacesBack(_Message, tag="back"):
+    """So many places are free again."""
 
     count: int
 
@@ -137,8 +136,8 @@ class Figures(_Message, tag="figures"):
     figures: dict[str, Any]
 
 
-ToWorker = Setup | Rows | Answered | Admitted | Feed | Lend | Drain
-ToMain = Hello | Ready | Ask | Unwatch | Admit | Left | RegistryClient | Figures
+ToWorker = Setup | Rows | Answered | PlacesGranted | Feed | Lend | Drain
+ToMain = Hello | Ready | Ask | Unwatch | PlacesWanted | PlacesBack | RegistryClient | Figures
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -98,8 +98,13 @@ class _Main:
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
         max_connections = _raise_file_limit(settings.max_connections)
         sockets = inherited_sockets() or await _open_public(settings)
-        feed_pool = _feed_pool(settings)
-        registry = _registry_client(settings)
+        try:
+            feed_pool = _feed_pool(settings)
+            registry = _registry_client(settings)
+            for pool in (feed_pool, registry.connection_pool):
+                pool.make_connection()  # type: ignore[no-untyped-call]  # connects nowhere, but looks at the options
+        except (TypeError, ValueError) as e:
+            raise SettingsError([f"feed_redis or registry_redis: a wrong option in the URL: {e}"]) from None
         try:
             await _check_redis(Redis(connection_pool=feed_pool), "feed_redis", settings.feed_redis, settings)
             await _check_redis(registry, "registry_redis", settings.registry_url, settings)
@@ -311,6 +316,7 @@ def _feed_pool(settings: Settings) -> ConnectionPool:
     return ConnectionPool.from_url(
         settings.feed_redis,
         protocol=2,
+        socket_timeout=None,  # the probe bounds every wait
         socket_connect_timeout=settings.redis_timeout_s,
         socket_keepalive=True,
         client_name=f"quotepush-{settings.node}-feed",
@@ -320,8 +326,9 @@ def _feed_pool(settings: Settings) -> ConnectionPool:
 def _registry_client(settings: Settings) -> Redis:
     return Redis.from_url(
         settings.registry_url,
-        # No socket_timeout: redis-py would write under wait_for, which can swallow a cancellation in Python 3.11
+        # redis-py 8 has 5 s by default and would write under wait_for, which can swallow a cancellation in Python 3.11
         # (bpo-37658); every use has a bound of its own.
+        socket_timeout=None,
         socket_connect_timeout=settings.redis_timeout_s,
         client_name=f"quotepush-{settings.node}-main",
     )

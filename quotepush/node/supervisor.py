@@ -52,7 +52,7 @@ class WorkerSlot:
     """A worker's place: it outlives the workers that fill it.
 
     Attributes:
-        places: connections that this worker was allowed and has not given back.
+        places: connections that this worker may have: those it has, and a few to spare.
         figures: what the worker last counted.
     """
 
@@ -115,7 +115,7 @@ class Supervisor:
     @property
     def connections(self) -> int:
         """Connections of this machine."""
-        return sum(slot.places for slot in self.slots)
+        return sum(slot.places - slot.figures.get("places_spare", 0) for slot in self.slots)
 
     async def run(self) -> None:
         """Keep the workers running until :meth:`stop` has ended them.
@@ -304,9 +304,9 @@ class Supervisor:
                 self._relay.ask(slot.feed, message)
             case bus.Unwatch():
                 self._relay.unwatch(slot.feed, message.codes)
-            case bus.Admit():
-                slot.bus.send(bus.Admitted(message.question, self._admit(slot, message.take)))
-            case bus.Left():
+            case bus.PlacesWanted():
+                slot.bus.send(bus.PlacesGranted(self._grant(slot, message.needed, message.spare)))
+            case bus.PlacesBack():
                 slot.places -= message.count
             case bus.Figures():
                 slot.figures = message.figures
@@ -319,12 +319,14 @@ class Supervisor:
                 self._take_back(slot)
                 self._on_ready()
 
-    def _admit(self, slot: WorkerSlot, take: bool) -> bool:
-        if self.connections >= self.max_connections:
-            self.refused += take
-            return False
-        slot.places += take
-        return True
+    def _grant(self, slot: WorkerSlot, needed: int, spare: int) -> int:
+        """Give a worker what it needs, and spare places as long as all workers together can hardly fill the machine."""
+        free = self.max_connections - sum(s.places for s in self.slots)
+        granted = max(0, min(needed, free))
+        self.refused += needed - granted
+        granted += max(0, min(spare, (free - granted) // (4 * len(self.slots))))
+        slot.places += granted
+        return granted
 
     async def _tell_news(self) -> None:
         """Tell the workers how the feed is, whenever that changes; the sleep bounds how old their knowledge is."""

@@ -27,6 +27,7 @@ from quotepush.cluster.registry import RegistryMirror, registry_client
 from quotepush.node import bus
 from quotepush.node.collector import quiet_collector
 from quotepush.node.logs import set_up_logging
+from quotepush.node.places import Places
 from quotepush.push.session import Answer, Desk, Limits
 from quotepush.push.site import make_app
 from quotepush.push.subscriptions import Subscriptions
@@ -55,12 +56,15 @@ class WorkerProcess:
         self._lent: asyncio.Queue[bus.Lend] = asyncio.Queue()
         self._setup: asyncio.Future[bus.Setup] = asyncio.get_running_loop().create_future()
         self._stop: asyncio.Future[bus.Drain | None] = asyncio.get_running_loop().create_future()
-        self._questions: dict[int, Callable[[Any], None]] = {}
+        self._questions: dict[int, Callable[[bus.Answered], None]] = {}
         self._next_question = 0
         self._worker: PushWorker | None = None
         self._unwatched: list[str] = []
-        self._left = 0
         self._feed = FeedState()
+        self._places = Places(
+            ask=lambda needed, spare: self._bus.send(bus.PlacesWanted(needed, spare)),
+            give_back=lambda count: self._bus.send(bus.PlacesBack(count)),
+        )
         self._bus = bus.BusEnd(bus.ToWorker, self._receive, self._lost, on_turn=self._turn)
 
     async def run(self) -> int:
@@ -96,8 +100,8 @@ class WorkerProcess:
         )
         worker = self._worker = self._make_worker(setup, settings, life, mirror)
         runner = web.AppRunner(
-            make_app(settings, worker, self._admit, self._leave), access_log=None, keepalive_timeout=_KEEPALIVE_S,
-            handle_signals=False,
+            make_app(settings, worker, self._admit, self._places.leave), access_log=None,
+            keepalive_timeout=_KEEPALIVE_S, handle_signals=False,
         )  # fmt: skip
         await runner.setup()
         tls = _tls(settings)
@@ -173,7 +177,7 @@ class WorkerProcess:
 
         def closed(fd: str) -> None:
             mirror.close(fd)
-            self._leave()
+            self._places.leave()
 
         start_us = int(life.partition(".")[2])
         worker = PushWorker(
@@ -194,28 +198,10 @@ class WorkerProcess:
         self._bus.send(bus.Ask(self._next_question, list(codes), watch))
 
     async def _admit(self, take: bool) -> bool:
-        # Waits for main, which answers within a loop turn or has stopped serving altogether.
-        welcome: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-
-        def answered(message: bus.Admitted) -> None:
-            if not welcome.done():
-                welcome.set_result(message.is_welcome)
-            elif take and message.is_welcome:
-                self._leave()  # the client went away meanwhile
-
-        self._next_question += 1
-        self._questions[self._next_question] = answered
-        self._bus.send(bus.Admit(self._next_question, take))
-        return await welcome
-
-    def _leave(self) -> None:
-        if not self._left:
-            asyncio.get_running_loop().call_soon(self._tell_left)
-        self._left += 1
-
-    def _tell_left(self) -> None:
-        left, self._left = self._left, 0
-        self._bus.send(bus.Left(left))
+        is_welcome = await self._places.take()
+        if is_welcome and not take:
+            self._places.leave()
+        return is_welcome
 
     def _unwatch(self, codes: Iterable[str]) -> None:
         if not self._unwatched:
@@ -252,6 +238,7 @@ class WorkerProcess:
                         "registry_pending": mirror.pending,
                         "registry_lag_seconds": mirror.lag_ms / 1000,
                         "registry_repairs": mirror.repairs,
+                        "places_spare": self._places.settle(),
                     }
                 )
             )
@@ -267,8 +254,10 @@ class WorkerProcess:
                 offer = worker.hub.offer
                 for code, seq, row in message.rows:
                     offer(code, seq, row)
-        elif kind is bus.Answered or kind is bus.Admitted:
+        elif kind is bus.Answered:
             self._questions.pop(message.question)(message)
+        elif kind is bus.PlacesGranted:
+            self._places.granted(message.count)
         elif kind is bus.Feed:
             self._feed.state, self._feed.last_tick_ms = message.state, message.last_tick_ms
         elif kind is bus.Setup:

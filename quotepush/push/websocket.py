@@ -148,6 +148,10 @@ class WebSocketLink(asyncio.Protocol):
     def _broken(self, error: BaseException) -> None:
         code = int(error.code) if isinstance(error, WebSocketError) else int(WSCloseCode.PROTOCOL_ERROR)
         self.close(code, _WORDS.get(code, "protocol_error"))
+        # The reader reads no further, not even the answer to our close: the end of the stream must do
+        # (RFC 6455 §7.1.7).
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
 
     def eof_received(self) -> bool:
         return False  # the transport closes itself

@@ -1,0 +1,88 @@
+"""A worker's share of the machine's connections.
+
+Main counts the places of the whole machine. Asking it about each connection would cost more than
+the rest of a handshake (two switches between processes), so a worker holds a few spare places and
+asks for more before they are used up. Spare places that nobody needs go back within a second, and
+main gives fewer the fuller the machine is: at the limit it is asked about every connection.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+
+__all__ = ["SPARE_PLACES", "Places"]
+
+SPARE_PLACES = 64
+
+
+class Places:
+    """The places that this worker has and does not use.
+
+    Args:
+        ask: asks main for places: how many are needed now, and how many more are welcome; main
+            answers each question once, in order, through :meth:`granted`.
+        give_back: gives places back to main.
+    """
+
+    def __init__(self, ask: Callable[[int, int], None], give_back: Callable[[int], None]) -> None:
+        self._ask = ask
+        self._give_back = give_back
+        self._spare = 0
+        self._waiting: deque[asyncio.Future[bool]] = deque()
+        self._asked: deque[int] = deque()  # how many waited at each question that is not answered yet
+        self._taken_lately = 0
+
+    async def take(self) -> bool:
+        """Take a place for a connection; False when the machine is full.
+
+        Waits for main only when nothing is spare; main answers within a turn of its loop.
+        """
+        self._taken_lately += 1
+        if self._spare:
+            self._spare -= 1
+            if self._spare < SPARE_PLACES // 2 and not self._asked:
+                self._question(0)
+            return True
+        place: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._waiting.append(place)
+        self._question(1)
+        try:
+            return await place
+        except asyncio.CancelledError:
+            if place.done() and not place.cancelled() and place.result():
+                self.leave()
+            raise
+
+    def _question(self, needed: int) -> None:
+        self._asked.append(needed)
+        self._ask(needed, SPARE_PLACES)
+
+    def granted(self, places: int) -> None:
+        """Main answers the oldest question."""
+        for _ in range(self._asked.popleft()):
+            place = self._waiting.popleft()
+            welcome = places > 0
+            places -= welcome
+            if not place.done():
+                place.set_result(welcome)
+            elif welcome:  # the client went away meanwhile
+                places += 1
+        self._spare += places
+
+    def leave(self) -> None:
+        """A connection is gone."""
+        self._spare += 1
+        if self._spare > 2 * SPARE_PLACES:
+            self._return(self._spare - SPARE_PLACES)
+
+    def settle(self) -> int:
+        """Give back what was not needed since the last time; called every second. Return what is spare now."""
+        idle = self._spare - min(SPARE_PLACES, self._taken_lately)
+        self._taken_lately = 0
+        if idle > 0:
+            self._return(idle)
+        return self._spare
+
+    def _return(self, places: int) -> None:
+        self._spare -= places
+        self._give_back(places)

@@ -1,0 +1,138 @@
+"""A worker's share of the machine's connections, against a main that can be slow, empty or generous."""
+
+import asyncio
+import random
+
+import pytest
+
+from quotepush.node.places import SPARE_PLACES, Places
+
+
+class FakeMain:
+    """Counts like the supervisor; answers when a test says so."""
+
+    def __init__(self, limit: int, *, spares: bool = True) -> None:
+        self.limit = limit
+        self.spares = spares
+        self.granted = 0
+        self.questions: list[tuple[int, int]] = []
+        self.places = Places(lambda needed, spare: self.questions.append((needed, spare)), self.take_back)
+
+    def take_back(self, count: int) -> None:
+        self.granted -= count
+        assert self.granted >= 0
+
+    def answer(self) -> None:
+        needed, spare = self.questions.pop(0)
+        count = min(self.limit - self.granted, needed + (spare if self.spares else 0))
+        self.granted += count
+        self.places.granted(count)
+
+
+async def test_the_first_connection_waits_for_main_and_the_next_ones_do_not() -> None:
+    main = FakeMain(1000)
+    first = asyncio.ensure_future(main.places.take())
+    await asyncio.sleep(0)
+    assert not first.done()
+    main.answer()
+    assert await first is True
+    for _ in range(SPARE_PLACES // 2):
+        assert await main.places.take() is True
+    assert main.questions == []
+
+
+async def test_more_is_asked_for_before_the_spare_places_are_used_up() -> None:
+    main = FakeMain(1000)
+    task = asyncio.ensure_future(main.places.take())
+    await asyncio.sleep(0)
+    main.answer()
+    await task
+    for _ in range(SPARE_PLACES // 2 + 1):
+        await main.places.take()
+    assert main.questions == [(0, SPARE_PLACES)]
+
+
+async def test_a_full_machine_refuses_exactly_those_who_find_no_place() -> None:
+    main = FakeMain(3, spares=False)
+    tasks = [asyncio.ensure_future(main.places.take()) for _ in range(5)]
+    await asyncio.sleep(0)
+    while main.questions:
+        main.answer()
+    assert await asyncio.gather(*tasks) == [True, True, True, False, False]
+    main.places.leave()
+    assert await main.places.take() is True
+
+
+async def test_a_client_that_gives_up_while_main_is_asked_leaves_its_place_to_another() -> None:
+    main = FakeMain(1, spares=False)
+    impatient = asyncio.ensure_future(main.places.take())
+    await asyncio.sleep(0)
+    impatient.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await impatient
+    main.answer()
+    assert await main.places.take() is True
+
+
+async def test_spare_places_that_nobody_needs_go_back_within_two_rounds() -> None:
+    main = FakeMain(1000)
+    task = asyncio.ensure_future(main.places.take())
+    await asyncio.sleep(0)
+    main.answer()
+    await task
+    main.places.settle()
+    assert main.places.settle() == 0
+    assert main.granted == 1
+
+
+async def test_many_leaving_at_once_give_their_places_back() -> None:
+    main = FakeMain(1000)
+    for _ in range(500):
+        task = asyncio.ensure_future(main.places.take())
+        await asyncio.sleep(0)
+        while main.questions:
+            main.answer()
+        assert await task
+    for _ in range(500):
+        main.places.leave()
+    assert main.granted <= 2 * SPARE_PLACES
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_whatever_happens_main_counts_at_least_the_open_connections_and_never_more_than_the_limit(
+    seed: int,
+) -> None:
+    rng = random.Random(seed)
+    main = FakeMain(rng.choice([1, 5, 200]))
+    is_open = 0
+    waiting: list[asyncio.Future[bool]] = []
+    for _ in range(600):
+        step = rng.random()
+        if step < 0.4:
+            waiting.append(asyncio.ensure_future(main.places.take()))
+        elif step < 0.6 and is_open:
+            is_open -= 1
+            main.places.leave()
+        elif step < 0.65 and waiting:
+            rng.choice(waiting).cancel()
+        elif step < 0.7:
+            main.places.settle()
+        elif main.questions:
+            main.answer()
+        await asyncio.sleep(0)
+        still: list[asyncio.Future[bool]] = []
+        for task in waiting:
+            if not task.done():
+                still.append(task)
+            elif not task.cancelled() and task.result():
+                is_open += 1
+        waiting = still
+        assert is_open <= main.granted <= main.limit
+    while main.questions:
+        main.answer()
+    is_open += sum(await asyncio.gather(*waiting))
+    for _ in range(is_open):
+        main.places.leave()
+    for _ in range(2):
+        main.places.settle()
+    assert main.granted == 0

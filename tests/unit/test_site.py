@@ -1,0 +1,303 @@
+"""The public HTTP side: who is let in, what a refused one is told, and the page."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from yarl import URL
+
+from quotepush.push.site import STATIC, make_app
+from quotepush.settings import load
+
+HANDSHAKE = {
+    "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
+    "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+}  # fmt: skip
+
+
+class FakeWorker:
+    """Takes every request that is let through, and answers it in its own way."""
+
+    def __init__(self) -> None:
+        self.is_draining = False
+        self.accepted: list[str | None] = []
+        self.fault: Exception | None = None
+
+    def accept(self, request: web.Request, subprotocol: str | None) -> web.StreamResponse:
+        if self.fault is not None:
+            raise self.fault
+        self.accepted.append(subprotocol)
+        return web.Response(status=299, text="accepted")
+
+
+class Site:
+    def __init__(self) -> None:
+        self.worker = FakeWorker()
+        self.has_room = True
+        self.asked: list[bool] = []
+        self.places = 0
+        self.base = URL()
+        self.http: aiohttp.ClientSession
+
+    async def admit(self, take: bool) -> bool:
+        self.asked.append(take)
+        self.places += take and self.has_room
+        return self.has_room
+
+    def leave(self) -> None:
+        self.places -= 1
+
+    @property
+    def host(self) -> str:
+        return f"{self.base.host}:{self.base.port}"
+
+    async def get(self, path: str = "/ws", method: str = "GET", **headers: str) -> tuple[int, Any, Any]:
+        """Return status, headers and body; underscores in the names of headers stand for hyphens."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        url = self.base.with_path(path, encoded=True)
+        async with self.http.request(method, url, headers=named, allow_redirects=False) as response:
+            is_json = response.content_type == "application/json" and method != "HEAD"
+            return response.status, response.headers, await (response.json() if is_json else response.text())
+
+    async def upgrade(self, path: str = "/ws", **headers: str) -> tuple[int, Any, Any]:
+        """A WebSocket's handshake; a header of "-" is left out."""
+        merged = {**{k.replace("-", "_"): v for k, v in HANDSHAKE.items()}, **headers}
+        return await self.get(path, **{name: value for name, value in merged.items() if value != "-"})
+
+
+@asynccontextmanager
+async def site(**flags: Any) -> AsyncIterator[Site]:
+    found = Site()
+    app = make_app(load(env={}, flags=flags), found.worker, found.admit, found.leave)  # type: ignore[arg-type]
+    runner = web.AppRunner(app, access_log=None, handle_signals=False)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    found.base = URL(f"http://127.0.0.1:{runner.addresses[0][1]}")
+    async with aiohttp.ClientSession() as found.http:
+        yield found
+    await runner.cleanup()
+
+
+# The WebSocket's door
+
+
+async def test_a_handshake_is_let_through_and_takes_a_place() -> None:
+    async with site() as s:
+        assert (await s.upgrade())[0] == 299
+        assert (s.asked, s.places, s.worker.accepted) == ([True], 1, [None])
+
+
+async def test_a_plain_get_hears_that_it_would_be_welcome() -> None:
+    async with site() as s:
+        status, headers, body = await s.get()
+        assert (status, body["error"]) == (426, "upgrade_required")
+        assert headers["Upgrade"] == "websocket"
+        assert headers["Cache-Control"] == "no-store"
+        assert "Retry-After" not in headers
+        assert (s.asked, s.places, s.worker.accepted) == ([False], 0, [])
+
+
+async def test_a_head_hears_the_same_and_a_post_is_no_way_in() -> None:
+    async with site() as s:
+        assert (await s.get(method="HEAD"))[0] == 426
+        assert (await s.get(method="POST"))[0] == 405
+
+
+@pytest.mark.parametrize("wants_upgrade", [True, False])
+async def test_a_full_machine_says_when_to_come_back(wants_upgrade: bool) -> None:
+    async with site() as s:
+        s.has_room = False
+        status, headers, body = await (s.upgrade if wants_upgrade else s.get)(Origin=f"http://{s.host}")
+        assert (status, body["error"], headers["Retry-After"]) == (503, "overloaded", "5")
+        assert (s.asked, s.places) == ([wants_upgrade], 0)
+
+
+@pytest.mark.parametrize("wants_upgrade", [True, False])
+async def test_a_draining_worker_takes_nobody_and_keeps_no_place(wants_upgrade: bool) -> None:
+    async with site() as s:
+        s.worker.is_draining = True
+        status, headers, body = await (s.upgrade if wants_upgrade else s.get)()
+        assert (status, body["error"], headers["Retry-After"]) == (503, "restart", "1")
+        assert (s.places, s.worker.accepted) == (0, [])
+
+
+async def test_a_page_can_read_the_refusal_and_when_to_come_back() -> None:
+    async with site(allowed_origins=["https://example.com"]) as s:
+        for s.has_room, expected in ((True, 426), (False, 503)):
+            status, headers, _ = await s.get(Origin="https://example.com")
+            assert status == expected
+            assert headers["Access-Control-Allow-Origin"] == "https://example.com"
+            assert "Retry-After" in headers["Access-Control-Expose-Headers"]
+            assert headers["Vary"] == "Origin"
+
+
+async def test_without_an_origin_there_are_no_headers_for_pages() -> None:
+    async with site() as s:
+        _, headers, _ = await s.get()
+        assert "Access-Control-Allow-Origin" not in headers
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"Sec_WebSocket_Key": "-"}, "bad_handshake"), ({"Sec_WebSocket_Key": "short"}, "bad_handshake"),
+        ({"Sec_WebSocket_Key": "not base64 at all, no"}, "bad_handshake"), ({"Sec_WebSocket_Version": "12"}, "bad_handshake"),
+        ({"Sec_WebSocket_Version": "-"}, "bad_handshake"), ({"Connection": "keep-alive"}, "bad_handshake"),
+        ({"Sec_WebSocket_Protocol": "graphql-ws"}, "bad_subprotocol"),
+        ({"Sec_WebSocket_Protocol": "quotes.v1.msgpack, quotes.v2.json"}, "bad_subprotocol"),
+    ],
+)  # fmt: skip
+async def test_a_faulty_handshake_is_refused_before_a_place_is_taken(changes: dict[str, str], error: str) -> None:
+    async with site() as s:
+        status, headers, body = await s.upgrade(**changes)
+        assert (status, body["error"]) == (400, error)
+        assert "Retry-After" not in headers
+        assert (s.asked, s.places, s.worker.accepted) == ([], 0, [])
+
+
+@pytest.mark.parametrize(
+    ("offered", "chosen"),
+    [("quotes.v1.json", "quotes.v1.json"), ("other, quotes.v1.json", "quotes.v1.json"), (" quotes.v1.json ,x", "quotes.v1.json"),
+     ("", None)],
+)  # fmt: skip
+async def test_the_subprotocol_is_chosen_among_those_that_are_offered(offered: str, chosen: str | None) -> None:
+    async with site() as s:
+        assert (await s.upgrade(Sec_WebSocket_Protocol=offered))[0] == 299
+        assert s.worker.accepted == [chosen]
+
+
+async def test_the_words_of_the_handshake_are_read_in_any_case() -> None:
+    async with site() as s:
+        assert (await s.upgrade(Upgrade="WebSocket", Connection="keep-alive, upgrade"))[0] == 299
+
+
+async def test_a_place_is_given_back_when_the_upgrade_fails() -> None:
+    async with site() as s:
+        s.worker.fault = RuntimeError("a bug")
+        assert (await s.upgrade())[0] == 500
+        assert s.places == 0
+
+
+# Origins
+
+OWN = "http://{host}"
+SAME = [OWN, "https://{host}", "HTTP://{host}"]
+FOREIGN = [
+    "http://example.com", "https://127.0.0.1", "http://127.0.0.1:1", "null", "", "file://", "http://", "http://[::1",
+    "http://]", "garbage", "http://evil@{host}", "http://{host}.example.com", "http://example.com/{host}", "//",
+    "chrome-extension://abcdef", "http://{host}@example.com",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("origin", SAME)
+@pytest.mark.parametrize("wants_upgrade", [True, False])
+async def test_pages_of_the_own_host_may_connect(origin: str, wants_upgrade: bool) -> None:
+    async with site() as s:
+        status, _, _ = await (s.upgrade if wants_upgrade else s.get)(Origin=origin.format(host=s.host))
+        assert status == (299 if wants_upgrade else 426)
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+@pytest.mark.parametrize("wants_upgrade", [True, False])
+async def test_pages_of_other_hosts_may_not(origin: str, wants_upgrade: bool) -> None:
+    async with site() as s:
+        status, headers, body = await (s.upgrade if wants_upgrade else s.get)(Origin=origin.format(host=s.host))
+        assert (status, body["error"]) == (403, "forbidden_origin")
+        assert "Access-Control-Allow-Origin" not in headers
+        assert (s.asked, s.places) == ([], 0)
+
+
+async def test_programs_without_an_origin_may_connect() -> None:
+    async with site(allowed_origins=["https://example.com"]) as s:
+        assert (await s.upgrade())[0] == 299
+
+
+async def test_listed_origins_may_connect_and_others_may_not() -> None:
+    async with site(allowed_origins=["https://Example.com/", "http://other.test:8080"]) as s:
+        for origin in ("https://example.com", "https://EXAMPLE.com", "http://other.test:8080", f"http://{s.host}"):
+            assert (await s.upgrade(Origin=origin))[0] == 299
+        for origin in ("http://example.com", "https://example.com:444", "http://other.test", "https://a.example.com"):
+            assert (await s.upgrade(Origin=origin))[0] == 403
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+async def test_a_star_lets_every_origin_in(origin: str) -> None:
+    async with site(allowed_origins=["*"]) as s:
+        assert (await s.upgrade(Origin=origin.format(host=s.host)))[0] == 299
+
+
+# The page
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("/", "text/html"), ("/quotepush.js", "text/javascript"), ("/page.js", "text/javascript"), ("/page.css", "text/css")],
+)  # fmt: skip
+async def test_the_page_comes_with_headers_that_keep_strangers_out(path: str, kind: str) -> None:
+    async with site() as s:
+        status, headers, body = await s.get(path)
+        assert status == 200
+        assert headers["Content-Type"].partition(";")[0] in (kind, "application/javascript")
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'self'" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors" in policy
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cache-Control"] == "no-cache"
+        assert body.strip()
+
+
+async def test_files_that_have_not_changed_are_not_sent_again() -> None:
+    async with site() as s:
+        _, headers, _ = await s.get("/page.js")
+        status, _, body = await s.get("/page.js", If_None_Match=headers["ETag"])
+        assert (status, body) == (304, "")
+
+
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/index.html", "/static/page.js", "/../settings.py", "/%2e%2e/settings.py", "/quotes/", "/ws/"]
+)
+async def test_nothing_else_is_served(path: str) -> None:
+    async with site() as s:
+        assert (await s.get(path))[0] == 404
+
+
+async def test_nothing_of_the_private_listener_is_public() -> None:
+    async with site() as s:
+        for path in ("/metrics", "/healthz", "/readyz"):
+            assert (await s.get(path))[0] == 404
+
+
+async def test_everything_moves_below_the_base_path() -> None:
+    async with site(base_path="/quotes") as s:
+        for path in ("/quotes/", "/quotes/page.js", "/quotes/quotepush.js", "/quotes/page.css"):
+            assert (await s.get(path))[0] == 200
+        assert (await s.upgrade("/quotes/ws"))[0] == 299
+        for path in ("/", "/page.js", "/ws"):
+            assert (await s.get(path))[0] == 404
+
+
+async def test_the_base_path_without_its_slash_leads_to_the_page() -> None:
+    async with site(base_path="/quotes") as s:
+        status, headers, _ = await s.get("/quotes")
+        assert (status, headers["Location"]) == (308, "/quotes/")
+
+
+async def test_the_page_knows_where_the_websocket_is() -> None:
+    async with site(ws_path="/live/stream", base_path="/quotes") as s:
+        assert (await s.upgrade("/quotes/live/stream"))[0] == 299
+        _, _, page = await s.get("/quotes/")
+        assert 'data-ws="live/stream"' in page
+    async with site() as s:
+        _, _, page = await s.get("/")
+        assert 'data-ws="ws"' in page
+
+
+async def test_the_page_has_no_script_of_its_own_that_its_policy_would_forbid() -> None:
+    page = (STATIC / "index.html").read_text(encoding="utf-8")
+    for part in page.split("<script")[1:]:
+        assert "src=" in part.partition(">")[0]
+    assert " onclick=" not in page and " style=" not in page and "<style" not in page
