@@ -79,7 +79,9 @@ async def _demo(options: DemoOptions, say: Callable[[str], None]) -> None:
             say(f"quotepush demo: {url}  (Ctrl-C ends it)")
             rate = f"{options.codes:,} codes, about {options.rate_per_s:,.0f} ticks/s"
             say(f"  {rate} through {redis.program} at {redis.url}")
-            say(f"  a tick of your own:  quotepush publish AAPL last=199.5 --redis {redis.url}")
+            # As it was called, so that the line can be copied: in a checkout it is .venv/bin/quotepush.
+            program = sys.argv[0] if sys.argv[0].endswith("quotepush") else "quotepush"
+            say(f"  a tick of your own:  {program} publish AAPL last=199.5 --redis {redis.url}")
             market = Simulation(codes=options.codes, rate_per_s=options.rate_per_s, seed=options.seed)
             feed = asyncio.create_task(
                 run_feed(FeedOptions(redis_url=redis.url, source=market), stop=stop, report=say), name="feed"

@@ -60,8 +60,10 @@ def hold(path: str) -> Iterator[Lock]:
             raise LockError(path, e.strerror or str(e)) from None
         lock = Lock(descriptor, path)
         lock.write("")
-        yield lock
-        os.ftruncate(descriptor, 0)
+        try:
+            yield lock
+        finally:
+            os.ftruncate(descriptor, 0)
     finally:
         os.close(descriptor)
 
