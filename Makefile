@@ -6,7 +6,7 @@ RUN := .venv/bin/python -m
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test faults lint types format clean dev system
+.PHONY: help demo test faults bench lint types format clean dev system
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile | expand -t 16
@@ -20,6 +20,9 @@ test: system lint types ## lint, types and the whole test suite
 
 faults: system ## only the tests that kill, pause or cut something
 	$(RUN) pytest -m fault $(ARGS)
+
+bench: dev ## measure speed and memory on this machine, e.g. ARGS="--load market --pin"; docs/performance.md
+	@.venv/bin/python tools/bench.py $(ARGS)
 
 lint: dev ## ruff: rules and format
 	$(RUN) ruff check

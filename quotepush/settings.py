@@ -12,6 +12,7 @@ Passwords may come in the Redis URL, or from ``QUOTEPUSH_FEED_REDIS_PASSWORD`` a
 
 import dataclasses
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -32,7 +33,8 @@ __all__ = ["ENV_PREFIX", "Settings", "default_node", "example_toml", "load", "ma
 
 ENV_PREFIX = "QUOTEPUSH_"
 _NODE = re.compile(r"[A-Za-z0-9-]{1,32}\Z")
-_PASSWORDS = ("feed_redis_password", "registry_redis_password")
+_URLS = ("feed_redis", "registry_redis")
+_PASSWORDS = tuple(f"{name}_password" for name in _URLS)
 
 
 def _setting(default: Any, doc: str, *, unit: str = "", at_least: float | None = None) -> Any:
@@ -227,7 +229,8 @@ def load(
             try:
                 values[name] = _coerce(value, kinds[name])
             except ValueError as e:
-                faults.append(f"{source}: {name} {e}")
+                # A URL of the wrong type may still hold its password: it is not repeated.
+                faults.append(f"{source}: {name} {'must be a text' if name in _URLS else e}")
     settings = _resolve(Settings(**values), env, faults)
     faults += _faults(settings)
     if faults:
@@ -343,7 +346,9 @@ def _faults(s: Settings) -> list[str]:
     for f in dataclasses.fields(s):
         lowest = f.metadata["at_least"]
         value = getattr(s, f.name)
-        if lowest is not None and not value >= lowest:
+        if isinstance(value, float) and not math.isfinite(value):
+            found.append(f"{f.name} must be a finite number, not {value!r}")
+        elif lowest is not None and not value >= lowest:
             found.append(f"{f.name} must be at least {lowest:g}, not {value!r}")
     if not _NODE.match(s.node):
         found.append(f"node must be 1 to 32 letters, digits or hyphens, not {s.node!r}")

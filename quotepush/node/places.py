@@ -3,7 +3,8 @@
 Main counts the places of the whole machine. Asking it about each connection would cost more than
 the rest of a handshake (two switches between processes), so a worker holds a few spare places and
 asks for more before they are used up. Spare places that nobody needs go back within a second, and
-main gives fewer the fuller the machine is: at the limit it is asked about every connection.
+main gives fewer the fuller the machine is: near the limit none, is asked about every connection, and
+gets each place back at once, so that another worker can give it away.
 """
 
 import asyncio
@@ -31,6 +32,7 @@ class Places:
         self._waiting: deque[asyncio.Future[bool]] = deque()
         self._asked: deque[int] = deque()  # how many waited at each question that is not answered yet
         self._taken_lately = 0
+        self._is_scarce = False  # main has none to spare
 
     async def take(self) -> bool:
         """Take a place for a connection; False when the machine is full.
@@ -67,12 +69,15 @@ class Places:
                 place.set_result(welcome)
             elif welcome:  # the client went away meanwhile
                 places += 1
+        self._is_scarce = places <= 0
         self._spare += places
 
     def leave(self) -> None:
         """A connection is gone."""
         self._spare += 1
-        if self._spare > 2 * SPARE_PLACES:
+        if self._is_scarce:
+            self._return(self._spare)
+        elif self._spare > 2 * SPARE_PLACES:
             self._return(self._spare - SPARE_PLACES)
 
     def settle(self) -> int:

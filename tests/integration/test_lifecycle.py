@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 
 from tests.support.command import run_quotepush
+from tests.support.processes import command_line, is_alive
 from tests.support.raw_websocket import RawWebSocket
 from tests.support.redis_server import RedisServer
 from tests.support.registry_truth import registry_equals
@@ -46,18 +47,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def command_line(pid: int) -> str:
-    """What ``ps`` shows of a process."""
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def spawn(command: list[str], stdout: Path, stderr: Path | None = None, **options: Any) -> subprocess.Popen[bytes]:
@@ -253,6 +242,16 @@ async def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
         assert any(what in line for line in lines), what
     assert any("workers?" in line for line in lines)  # did you mean
     assert (await run_quotepush("check", f"--config={config}")).status == 2
+
+
+@pytest.mark.parametrize("option", ["nonsense=1", "socket_timeout=soon"])
+async def test_a_redis_url_with_a_wrong_option_is_one_line(option: str, tmp_path: Path) -> None:
+    outcome = await run_quotepush(
+        "serve", f"--redis=redis://127.0.0.1:{free_port()}/0?{option}", "--port=0", "--admin-port=0",
+        f"--lock-file={tmp_path / 'lock'}",
+    )  # fmt: skip
+    assert (outcome.status, outcome.stdout) == (2, "")
+    assert option.partition("=")[0] in assert_one_line(outcome.stderr)
 
 
 @pytest.mark.parametrize("arguments", [["--config=/does/not/exist"], ["--symbol-file=/does/not/exist"], ["--no-such"]])
@@ -461,6 +460,31 @@ async def test_at_the_end_clients_are_told_to_come_back_and_nothing_is_left(
     assert "ERROR" not in server.log()
     assert "Traceback" not in server.log()
     assert "killed" not in server.log()
+
+
+async def test_whoever_is_told_to_end_while_it_starts_ends(tmp_path: Path, redis_server: RedisServer) -> None:
+    server = QuotepushServer(tmp_path / "server", redis_server.url)
+    server.directory.mkdir()
+    redis_server.pause()
+    process = spawn(server.command(), server.log_path)
+    try:
+        # As soon as it would not simply die of it, and long before it serves.
+        await wait_until(lambda: catches(process.pid, signal.SIGTERM))
+        process.send_signal(signal.SIGTERM)
+        redis_server.resume()
+        assert await asyncio.to_thread(process.wait, 20) == 0
+    finally:
+        process.kill()
+    async with redis_server.client() as redis:
+        assert await redis.keys("*") == []
+    assert "ERROR" not in server.log()
+    assert "Traceback" not in server.log()
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal (proc(5))."""
+    (mask,) = re.findall(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 async def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_main_decides(

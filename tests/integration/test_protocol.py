@@ -603,22 +603,22 @@ async def test_a_close_is_answered_with_its_own_code(server: QuotepushServer) ->
 
 
 async def test_the_subprotocol_that_a_client_offers_is_confirmed(server: QuotepushServer) -> None:
-    async with connect(server.ws_url, subprotocols=["quotes.v9", "quotes.v1.json"]) as ws:  # type: ignore[list-item]
+    async with connect(server.ws_url, proxy=None, subprotocols=["quotes.v9", "quotes.v1.json"]) as ws:  # type: ignore[list-item]
         assert ws.subprotocol == "quotes.v1.json"
-    async with connect(server.ws_url) as ws:
+    async with connect(server.ws_url, proxy=None) as ws:
         assert ws.subprotocol is None
         assert orjson.loads(await ws.recv())["type"] == "hello"
 
 
 async def test_a_client_that_speaks_only_other_subprotocols_is_refused(server: QuotepushServer) -> None:
     with pytest.raises(InvalidStatus) as refused:
-        await connect(server.ws_url, subprotocols=["quotes.v1.msgpack"])  # type: ignore[list-item]
+        await connect(server.ws_url, proxy=None, subprotocols=["quotes.v1.msgpack"])  # type: ignore[list-item]
     assert refused.value.response.status_code == 400
     assert b"quotes.v1.json" in refused.value.response.body
 
 
 async def test_compression_is_not_negotiated(server: QuotepushServer) -> None:
-    async with connect(server.ws_url, compression="deflate") as ws:
+    async with connect(server.ws_url, proxy=None, compression="deflate") as ws:
         assert "Sec-WebSocket-Extensions" not in ws.response.headers
         assert orjson.loads(await ws.recv())["type"] == "hello"
 
@@ -627,7 +627,7 @@ async def test_beyond_the_connection_limit_the_door_is_shut_until_somebody_leave
     server = await start_server(max_connections=4)
     async with connected_clients(server.ws_url, 4) as clients:
         with pytest.raises(InvalidStatus) as refused:
-            await connect(server.ws_url)
+            await connect(server.ws_url, proxy=None)
         assert refused.value.response.status_code == 503
         assert int(refused.value.response.headers["Retry-After"]) > 0
         assert await server.metric("connections_refused") == 1
@@ -649,24 +649,24 @@ async def test_beyond_the_connection_limit_the_door_is_shut_until_somebody_leave
 
 async def test_pages_of_other_origins_are_refused(server: QuotepushServer) -> None:
     with pytest.raises(InvalidStatus) as refused:
-        await connect(server.ws_url, origin="https://evil.example")  # type: ignore[arg-type]
+        await connect(server.ws_url, proxy=None, origin="https://evil.example")  # type: ignore[arg-type]
     assert refused.value.response.status_code == 403
     assert "Access-Control-Allow-Origin" not in refused.value.response.headers
     with pytest.raises(InvalidStatus) as refused:
-        await connect(server.ws_url, origin="null")  # type: ignore[arg-type]
+        await connect(server.ws_url, proxy=None, origin="null")  # type: ignore[arg-type]
     assert refused.value.response.status_code == 403
-    async with connect(server.ws_url, origin=server.url) as ws:  # type: ignore[arg-type]
+    async with connect(server.ws_url, proxy=None, origin=server.url) as ws:  # type: ignore[arg-type]
         assert orjson.loads(await ws.recv())["type"] == "hello"
 
 
 async def test_listed_origins_may_connect_and_no_others(start_server: StartServer) -> None:
     server = await start_server(workers=1, allowed_origins="https://quotes.example,https://other.example:8443")
     for origin in ("https://quotes.example", "https://Other.example:8443", server.url):
-        async with connect(server.ws_url, origin=origin) as ws:  # type: ignore[arg-type]
+        async with connect(server.ws_url, proxy=None, origin=origin) as ws:  # type: ignore[arg-type]
             assert orjson.loads(await ws.recv())["type"] == "hello"
     for origin in ("http://quotes.example", "https://quotes.example.evil.example", "https://other.example"):
         with pytest.raises(InvalidStatus) as refused:
-            await connect(server.ws_url, origin=origin)  # type: ignore[arg-type]
+            await connect(server.ws_url, proxy=None, origin=origin)  # type: ignore[arg-type]
         assert refused.value.response.status_code == 403
 
 

@@ -124,7 +124,7 @@ async def check_replay(
 
     async def plain_client() -> None:
         """The ten lines that a stranger would write."""
-        async with connect(server.ws_url, max_size=None) as ws:
+        async with connect(server.ws_url, proxy=None, max_size=None) as ws:
             await ws.send(json.dumps({"action": "subscribe", "codes": codes}))
             async for message in ws:
                 said = json.loads(message)

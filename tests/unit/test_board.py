@@ -93,7 +93,16 @@ def test_a_null_inside_a_vendor_field_stays() -> None:
 
 def test_what_the_server_sets_itself_cannot_be_set_by_a_tick() -> None:
     board = make_board()
-    tick = {"code": "aapl", "seq": 99, "prev": 98, "epoch": "e", "change": 5, "change_pct": 5, "reset": False, "last": 1}
+    tick = {
+        "code": "aapl",
+        "seq": 99,
+        "prev": 98,
+        "epoch": "e",
+        "change": 5,
+        "change_pct": 5,
+        "reset": False,
+        "last": 1,
+    }
     take(board, "AAPL", tick, now_ms=7)
     assert row_of(board, "AAPL") == {"code": "AAPL", "seq": 1, "ts": 7, "last": 1}
 
@@ -273,7 +282,8 @@ BAD: list[tuple[bytes, str]] = [
     (b'{"last":7,"high":8,"bid_size":-1}', "negative"),
     (b'{"code":"MSFT","last":1}', "wrong_channel"), (b'{"code":"sh600519"}', "wrong_channel"),
     (b'{"code":"no such"}', "bad_code"), (b'{"code":""}', "bad_code"),
-    (b'{"x":' + b"[" * 600 + b"]" * 600 + b"}", "too_deep"), (b'{"x":' + b'{"a":' * 300 + b"1" + b"}" * 300 + b"}", "too_deep"),
+    (b'{"x":' + b"[" * 600 + b"]" * 600 + b"}", "too_deep"),
+    (b'{"x":' + b'{"a":' * 300 + b"1" + b"}" * 300 + b"}", "too_deep"),
     (b'{"x":"' + b"a" * 9000 + b'"}', "too_large"),
 ]  # fmt: skip
 
@@ -373,7 +383,8 @@ def test_a_first_tick_that_is_too_large_for_a_row_leaves_no_row() -> None:
 
 
 @given(st.lists(st.dictionaries(st.sampled_from("abcdefgh"), st.one_of(
-    st.none(), st.text(max_size=60), st.floats(allow_nan=False, allow_infinity=False)), max_size=4), max_size=30))  # fmt: skip
+    st.none(), st.text(max_size=60), st.floats(allow_nan=False, allow_infinity=False)), max_size=4),
+    max_size=30))  # fmt: skip
 @settings(deadline=None, derandomize=True, max_examples=100)
 def test_the_bound_of_a_row_holds_its_book_too(ticks: list[dict[str, Any]]) -> None:
     board = make_board(max_row_bytes=400)
@@ -573,6 +584,4 @@ class BoardMachine(RuleBasedStateMachine):
 
 
 TestBoardAgainstItsModel = BoardMachine.TestCase
-TestBoardAgainstItsModel.settings = settings(
-    deadline=None, derandomize=True, max_examples=100, stateful_step_count=40
-)
+TestBoardAgainstItsModel.settings = settings(deadline=None, derandomize=True, max_examples=100, stateful_step_count=40)

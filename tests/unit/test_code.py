@@ -131,8 +131,9 @@ def test_exactly_the_allowed_characters_and_lengths_are_accepted(text: str) -> N
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "no such", "AAPL\n", "\nAAPL", " AAPL", "A" * 33, "茅台", "６００５１９", "AAPL,MSFT", "a/b", "*", "a\0b", "ı"],
-)
+    ["", " ", "no such", "AAPL\n", "\nAAPL", " AAPL", "A" * 33, "茅台", "６００５１９", "AAPL,MSFT", "a/b", "*", "a\0b",
+     "ı"],
+)  # fmt: skip
 def test_what_is_no_code_is_refused(text: str) -> None:
     with pytest.raises(BadCode):
         parse_code(text)

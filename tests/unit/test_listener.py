@@ -135,7 +135,7 @@ class Heard:
             publish=self.published.append,
             on_batch=lambda: self.batches.append(len(self.ticks)),
             on_link=self.links.append,
-            **{"probe_interval_s": 0.05, "probe_timeout_s": 0.5, "timeout_s": 2.0, **options},
+            **{"probe_interval_s": 0.05, "probe_timeout_s": 5.0, "timeout_s": 5.0, **options},
         )
 
     def merge(self, code: str | None, payload: bytes, now_ms: int) -> bytes | None:
@@ -265,7 +265,7 @@ async def test_a_link_that_redis_cuts_is_made_again(redis_server: RedisServer) -
 
 @on_uvloop
 async def test_a_link_that_is_silently_dead_is_noticed(redis_server: RedisServer) -> None:
-    async with listening(redis_server.url) as heard:
+    async with listening(redis_server.url, probe_timeout_s=0.5) as heard:
         redis_server.pause()
         try:
             await wait_until(lambda: heard.listener.lag_s > 0.1, what="the lag grows while nothing is answered")
@@ -296,10 +296,12 @@ async def test_a_redis_that_restarts_is_found_again(
 
 
 @on_uvloop
-async def test_a_redis_that_is_not_there_yet_is_waited_for(redis_server: RedisServer) -> None:
+async def test_a_redis_that_is_not_there_yet_is_waited_for(
+    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+) -> None:
     redis_server.kill()
     async with listening(redis_server.url, is_up=False) as heard:
-        await asyncio.sleep(0.05)
+        await wait_until(lambda: "feed link lost" in caplog.text, what="a first attempt has failed")
         assert heard.links == []
         await asyncio.to_thread(redis_server.start)
         await heard.up()
@@ -308,9 +310,8 @@ async def test_a_redis_that_is_not_there_yet_is_waited_for(redis_server: RedisSe
 
 @on_uvloop
 async def test_a_listener_that_is_cancelled_leaves_redis(redis_server: RedisServer) -> None:
-    async with listening(redis_server.url):
-        async with redis_server.client() as redis:
-            assert [c["name"] for c in await redis.client_list(_type="pubsub")] == ["feed"]
+    async with listening(redis_server.url), redis_server.client() as redis:
+        assert [c["name"] for c in await redis.client_list(_type="pubsub")] == ["feed"]
     async with redis_server.client() as redis:
 
         async def has_left() -> bool:
@@ -320,9 +321,7 @@ async def test_a_listener_that_is_cancelled_leaves_redis(redis_server: RedisServ
 
 
 @on_uvloop
-async def test_a_password_is_used_and_never_logged(
-    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_a_password_is_used_and_never_logged(redis_server: RedisServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     async with redis_server.client() as redis:
         await redis.config_set("requirepass", "open-sesame")
@@ -441,6 +440,6 @@ async def test_a_redis_that_accepts_and_says_nothing_is_left() -> None:
             return b""
         return well_behaved(command)
 
-    async with FakeRedis(behave) as redis, listening(redis.url, is_up=False) as heard:
+    async with FakeRedis(behave) as redis, listening(redis.url, is_up=False, probe_timeout_s=0.5) as heard:
         await heard.up()
         assert redis.connections == 2

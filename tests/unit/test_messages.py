@@ -131,7 +131,8 @@ actions = st.sampled_from(["subscribe", "unsubscribe", "list", "snapshot", "ping
     st.binary(max_size=60),
     json_values.map(orjson.dumps),
     st.fixed_dictionaries(
-        {}, optional={"action": actions | json_values, "id": json_values, "codes": st.lists(st.text(max_size=4)) | json_values,
+        {}, optional={"action": actions | json_values, "id": json_values,
+        "codes": st.lists(st.text(max_size=4)) | json_values,
                       "snapshot": json_values, "fields": json_values},
     ).map(orjson.dumps),
 ))  # fmt: skip
@@ -188,7 +189,8 @@ def test_an_error_says_whether_to_try_again() -> None:
     }  # fmt: skip
     passing = PeerError("rate_limited", "slowly", retry_after_ms=400)
     assert orjson.loads(messages.error(passing, 5)) == {
-        "type": "error", "error": "rate_limited", "message": "slowly", "retryable": True, "retry_after_ms": 400, "time": 5,
+        "type": "error", "error": "rate_limited", "message": "slowly", "retryable": True, "retry_after_ms": 400,
+        "time": 5,
     }  # fmt: skip
 
 
@@ -238,8 +240,10 @@ def test_close_codes_are_those_of_the_protocol() -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ('{"action":"ping","id":7}', (7, "ping")), ('{"action":"subscribe","id":"a","codes":["A"]}', ("a", "subscribe")),
-        ('{"action":"fly","id":7}', (7, None)), ('{"id":[1],"action":"ping"}', (None, None)), ("nonsense", (None, None)),
+        ('{"action":"ping","id":7}', (7, "ping")), ('{"action":"subscribe","id":"a","codes":["A"]}',
+        ("a", "subscribe")),
+        ('{"action":"fly","id":7}', (7, None)), ('{"id":[1],"action":"ping"}', (None, None)),
+        ("nonsense", (None, None)),
         ("[]", (None, None)),
     ],
 )  # fmt: skip

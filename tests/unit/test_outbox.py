@@ -230,7 +230,9 @@ def test_clearing_forgets_everything() -> None:
     st.sampled_from([0, 200, 70_000]),
 )
 @settings(deadline=None, derandomize=True, max_examples=300)
-def test_whatever_is_merged_and_taken_when_the_chain_of_prev_holds(steps: list[tuple[str, int, int]], size: int) -> None:
+def test_whatever_is_merged_and_taken_when_the_chain_of_prev_holds(
+    steps: list[tuple[str, int, int]], size: int
+) -> None:
     outbox = make_outbox()
     channels = {code: Channel(code, 0, None) for code in "ABC"}
     last = dict.fromkeys("ABC", 0)

@@ -59,8 +59,21 @@ async def test_a_full_machine_refuses_exactly_those_who_find_no_place() -> None:
     while main.questions:
         main.answer()
     assert await asyncio.gather(*tasks) == [True, True, True, False, False]
+
+
+async def test_on_a_full_machine_a_place_goes_back_at_once_so_that_another_worker_can_give_it_away() -> None:
+    main = FakeMain(3, spares=False)
+    tasks = [asyncio.ensure_future(main.places.take()) for _ in range(3)]
+    await asyncio.sleep(0)
+    while main.questions:
+        main.answer()
+    assert all(await asyncio.gather(*tasks))
     main.places.leave()
-    assert await main.places.take() is True
+    assert main.granted == 2
+    again = asyncio.ensure_future(main.places.take())
+    await asyncio.sleep(0)
+    main.answer()
+    assert await again is True
 
 
 async def test_a_client_that_gives_up_while_main_is_asked_leaves_its_place_to_another() -> None:

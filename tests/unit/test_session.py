@@ -189,7 +189,7 @@ def test_several_spellings_of_one_instrument_are_one_subscription() -> None:
     counter = Counter(codes=1)
     session, link = counter.open()
     say(session, action="subscribe", codes=["600519", "sh600519", "600519.SH", "SSE.600519"])
-    assert list(counter.watches)[0].codes == ["600519.SH"]
+    assert counter.watches[0].codes == ["600519.SH"]
     counter.answer_all()
     ack, snapshot = link.take()
     assert [entry["code"] for entry in ack["accepted"]] == ["600519.SH"] * 4
@@ -630,7 +630,7 @@ def test_a_snapshot_request_stands_for_the_rows_that_wait() -> None:
         session.outbox.rows.append(Row(channel, seq, channel.seq, bare))
         channel.seq, channel.row, channel.rows = seq, bare, channel.rows + 1
     say(session, action="snapshot", codes=["A"])
-    ack, snapshot = link.take()
+    _, snapshot = link.take()
     assert snapshot["data"] == [{"code": "A", "seq": 3}]
     assert session.outbox.pending == 0
     say(session, action="list")

@@ -144,7 +144,8 @@ async def test_without_an_origin_there_are_no_headers_for_pages() -> None:
     ("changes", "error"),
     [
         ({"Sec_WebSocket_Key": "-"}, "bad_handshake"), ({"Sec_WebSocket_Key": "short"}, "bad_handshake"),
-        ({"Sec_WebSocket_Key": "not base64 at all, no"}, "bad_handshake"), ({"Sec_WebSocket_Version": "12"}, "bad_handshake"),
+        ({"Sec_WebSocket_Key": "not base64 at all, no"}, "bad_handshake"),
+        ({"Sec_WebSocket_Version": "12"}, "bad_handshake"),
         ({"Sec_WebSocket_Version": "-"}, "bad_handshake"), ({"Connection": "keep-alive"}, "bad_handshake"),
         ({"Sec_WebSocket_Protocol": "graphql-ws"}, "bad_subprotocol"),
         ({"Sec_WebSocket_Protocol": "quotes.v1.msgpack, quotes.v2.json"}, "bad_subprotocol"),
@@ -160,8 +161,8 @@ async def test_a_faulty_handshake_is_refused_before_a_place_is_taken(changes: di
 
 @pytest.mark.parametrize(
     ("offered", "chosen"),
-    [("quotes.v1.json", "quotes.v1.json"), ("other, quotes.v1.json", "quotes.v1.json"), (" quotes.v1.json ,x", "quotes.v1.json"),
-     ("", None)],
+    [("quotes.v1.json", "quotes.v1.json"), ("other, quotes.v1.json", "quotes.v1.json"),
+     (" quotes.v1.json ,x", "quotes.v1.json"), ("", None)],
 )  # fmt: skip
 async def test_the_subprotocol_is_chosen_among_those_that_are_offered(offered: str, chosen: str | None) -> None:
     async with site() as s:
@@ -234,8 +235,13 @@ async def test_a_star_lets_every_origin_in(origin: str) -> None:
 
 @pytest.mark.parametrize(
     ("path", "kind"),
-    [("/", "text/html"), ("/quotepush.js", "text/javascript"), ("/page.js", "text/javascript"), ("/page.css", "text/css")],
-)  # fmt: skip
+    [
+        ("/", "text/html"),
+        ("/quotepush.js", "text/javascript"),
+        ("/page.js", "text/javascript"),
+        ("/page.css", "text/css"),
+    ],
+)
 async def test_the_page_comes_with_headers_that_keep_strangers_out(path: str, kind: str) -> None:
     async with site() as s:
         status, headers, body = await s.get(path)

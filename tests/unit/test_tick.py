@@ -113,8 +113,10 @@ def test_no_two_prices_can_break_the_derivation(last: float, prev_close: float) 
         assert all(abs(number) < float("inf") for number in derived)
 
 
-@pytest.mark.parametrize("payload", [b"", b" ", b"{", b"nonsense", b'{"last":NaN}', b'{"last":1e999}', b'{"last":-1e999}',
-    b'{"last":Infinity}', b'{"last":1,}', b"{'last':1}", b'{"name":"\xff"}', b'{"name":"\\ud800"}', b"[" * 2000])  # fmt: skip
+@pytest.mark.parametrize("payload", [b"", b" ", b"{", b"nonsense", b'{"last":NaN}', b'{"last":1e999}',
+b'{"last":-1e999}',
+    b'{"last":Infinity}', b'{"last":1,}', b"{'last':1}", b'{"name":"\xff"}', b'{"name":"\\ud800"}',
+    b"[" * 2000])  # fmt: skip
 def test_what_is_not_json_is_refused(payload: bytes) -> None:
     with pytest.raises(BadTick) as fault:
         decode_tick(payload)

@@ -66,16 +66,18 @@ class Served:
         self.questions: list[Callable[[], None]] = []
         self.answers_at_once = True
         self.places = 0
-        limits = Limits(
-            settings.max_codes, settings.codes_per_request, settings.requests_per_s, settings.message_bytes
-        )
+        limits = Limits(settings.max_codes, settings.codes_per_request, settings.requests_per_s, settings.message_bytes)
         self.desk = Desk(
             subscriptions=Subscriptions(), limits=limits, server="0", epoch="e", heartbeat_ms=settings.heartbeat_ms,
             watch=self._ask, look=self._ask, unwatch=lambda codes: None, subscribed=lambda fd: None,
             clock_ms=clock_ms,
         )  # fmt: skip
         self.worker = PushWorker(
-            settings, "n.0.", 1, self.desk, Outside(opened=lambda fd, codes: self.opened.append(fd), closed=self._closed)
+            settings,
+            "n.0.",
+            1,
+            self.desk,
+            Outside(opened=lambda fd, codes: self.opened.append(fd), closed=self._closed),
         )
         self.runner: web.AppRunner
         self.port = 0
@@ -85,7 +87,7 @@ class Served:
         self.places -= 1
 
     def _ask(self, codes: Sequence[str], then: Callable[[Answer], None]) -> None:
-        question = functools.partial(then, Answer({code: (0, None) for code in codes}, {}))
+        question = functools.partial(then, Answer(dict.fromkeys(codes, (0, None)), {}))
         if self.answers_at_once:
             asyncio.get_running_loop().call_soon(question)
         else:
@@ -553,7 +555,8 @@ async def test_a_slow_peer_gets_the_newest_rows_once_it_reads_again() -> None:
             assert (await fast.read_message("tick"))["data"][-1]["seq"] == seq
             if seq > 5000:
                 raise AssertionError("the socket never fills")
-        for seq in range(seq + 1, seq + 200):
+        for _ in range(200):
+            seq += 1
             bench.offer("AB", seq)
             assert outbox.pending <= 2
         last = {"A": 0, "B": 0}
@@ -862,7 +865,7 @@ async def test_everybody_gets_heartbeats_with_the_state_of_the_feed() -> None:
 
 @on_uvloop
 async def test_a_peer_that_does_not_answer_pings_is_dropped_by_the_wheel() -> None:
-    async with served(heartbeat_ms=100, ping_interval_s=0.1, ping_timeout_s=0.2) as bench:
+    async with served(heartbeat_ms=100, ping_interval_s=0.1, ping_timeout_s=1.0) as bench:
         wheel = asyncio.create_task(bench.worker.turn_wheel())
         async with RawWebSocket(bench.port) as dead, connect(f"ws://127.0.0.1:{bench.port}/ws") as alive:
             # The raw client answers nothing by itself, the other one answers its pings.

@@ -1,0 +1,266 @@
+"""Redis dies, sleeps, cuts links, is full, forgets: nobody is disconnected, and in the end everything is true again."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+
+from tests.support.processes import worker_pid
+from tests.support.redis_server import RedisServer
+from tests.support.registry_truth import registry_equals
+from tests.support.server import QuotepushServer
+from tests.support.steady_feed import SteadyFeed, steady_feed
+from tests.support.waiting import wait_until
+from tests.support.ws_client import RecordingClient, connected_clients
+
+pytestmark = pytest.mark.fault
+
+StartServer = Callable[..., Awaitable[QuotepushServer]]
+
+CODES = [f"C{n:02}" for n in range(20)]
+CLIENTS = 50
+QUICK = {"heartbeat_ms": 200, "probe_interval_s": 0.1, "probe_timeout_s": 0.5, "registry_check_s": 0.3}
+
+
+def codes_of(n: int) -> list[str]:
+    return [CODES[(n + step) % len(CODES)] for step in (0, 1, 7)]
+
+
+class Scene:
+    """A server under load: clients that watch, a feed that publishes."""
+
+    def __init__(self, server: QuotepushServer, redis: RedisServer, clients: list[RecordingClient], feed: SteadyFeed):
+        self.server = server
+        self.redis = redis
+        self.clients = clients
+        self.feed = feed
+
+    async def ticks_flow(self) -> None:
+        """Wait until everybody has a tick that was not there yet."""
+        before = [client.received for client in self.clients]
+        await wait_until(lambda: all(c.received > n for c, n in zip(self.clients, before, strict=True)))
+
+    async def everybody_hears_that_the_feed_is(self, state: str) -> None:
+        await wait_until(lambda: all(c.heartbeat and c.heartbeat["feed"] == state for c in self.clients))
+
+    async def ends_well(self) -> None:
+        """Nobody was lost, everybody has the newest price of every code, the registry is complete, the log is clean."""
+        newest = await self.feed.finish()
+        for client in self.clients:
+            await wait_until(lambda c=client: all(c.last(code) == newest[code] for code in c.codes))
+        assert all(client.lives == 1 and client.is_open for client in self.clients)
+        async with self.redis.client() as redis:
+            await registry_equals(redis, {client.fd: client.codes for client in self.clients})
+
+        async def is_ready() -> bool:
+            status, facts = await self.server.admin("/readyz")
+            return bool(status == 200 and facts["connections"] == len(self.clients))
+
+        await wait_until(is_ready)
+        assert "Traceback" not in self.server.log()
+        assert "ERROR" not in self.server.log()
+
+
+@contextlib.asynccontextmanager
+async def under_load(server: QuotepushServer, redis: RedisServer) -> AsyncIterator[Scene]:
+    async with (
+        connected_clients(server.ws_url, CLIENTS, codes_of) as clients,
+        steady_feed(redis.url, CODES, 500) as feed,
+    ):
+        scene = Scene(server, redis, clients, feed)
+        await scene.ticks_flow()
+        async with redis.client() as registry:
+            await registry_equals(registry, {client.fd: client.codes for client in clients})
+        yield scene
+
+
+@pytest.fixture
+async def scene(start_server: StartServer, redis_server: RedisServer) -> AsyncIterator[Scene]:
+    async with under_load(await start_server(**QUICK), redis_server) as scene:
+        yield scene
+
+
+async def test_redis_dies_and_comes_back_empty(scene: Scene) -> None:
+    scene.redis.kill()
+    await scene.everybody_hears_that_the_feed_is("down")
+    for client in scene.clients[:5]:
+        await client.request("snapshot", codes=["C00"])
+    scene.redis.start()
+    await scene.everybody_hears_that_the_feed_is("ok")
+    await scene.ticks_flow()
+    await scene.ends_well()
+
+
+async def test_redis_dies_again_and_again(scene: Scene) -> None:
+    for _ in range(4):
+        scene.redis.restart()
+        await scene.ticks_flow()
+    await scene.ends_well()
+
+
+async def test_clients_come_change_and_go_while_redis_is_away(scene: Scene) -> None:
+    scene.redis.kill()
+    await scene.everybody_hears_that_the_feed_is("down")
+    for client in scene.clients[:10]:
+        await client.subscribe("NEW", "C19")
+        await client.unsubscribe(*codes_of(0))
+    for client in scene.clients[10:15]:
+        await client.close()
+    for client in scene.clients[15:20]:
+        client.abort()
+    del scene.clients[10:20]
+    async with connected_clients(scene.server.ws_url, 10, lambda n: ["C05"]) as late:
+        await wait_until(lambda: _counts(scene.server, CLIENTS))
+        scene.clients += late
+        scene.redis.start()
+        await scene.everybody_hears_that_the_feed_is("ok")
+        scene.feed.codes.append("NEW")
+        await scene.ends_well()
+
+
+async def _counts(server: QuotepushServer, connections: int) -> bool:
+    return bool((await server.admin("/readyz"))[1]["connections"] == connections)
+
+
+async def test_redis_sleeps_for_some_seconds(scene: Scene) -> None:
+    scene.redis.pause()
+    await scene.everybody_hears_that_the_feed_is("down")
+    for client in scene.clients[:5]:
+        await client.ping()
+    await asyncio.sleep(2)  # longer than the probe's patience, several times
+    scene.redis.resume()
+    await scene.everybody_hears_that_the_feed_is("ok")
+    await scene.ticks_flow()
+    await scene.ends_well()
+
+
+async def test_the_links_that_ticks_come_on_are_cut_again_and_again(scene: Scene) -> None:
+    async with scene.redis.client() as redis:
+        for _ in range(10):
+            assert await redis.client_kill_filter(_type="pubsub") >= 1
+            await scene.ticks_flow()
+    assert await scene.server.metric("feed_links") >= 11
+    await scene.ends_well()
+
+
+async def test_every_link_to_redis_is_cut(scene: Scene) -> None:
+    async with scene.redis.client() as redis:
+        for _ in range(3):
+            await redis.client_kill_filter(_type="normal", skipme=True)
+            await redis.client_kill_filter(_type="pubsub")
+            await scene.ticks_flow()
+    await scene.ends_well()
+
+
+async def test_redis_forgets_everything(scene: Scene) -> None:
+    async with scene.redis.client() as redis:
+        for _ in range(3):
+            await redis.flushall()
+            await registry_equals(redis, {client.fd: client.codes for client in scene.clients})
+    await scene.ends_well()
+
+
+async def test_somebody_meddles_with_the_registry(scene: Scene) -> None:
+    async with scene.redis.client() as redis:
+        fd = scene.clients[0].fd
+        await redis.delete("qp:codes", f"qp:fd:{scene.clients[1].fd}", "qp:node:test")
+        await redis.srem("qp:code:C07", *(client.fd for client in scene.clients))
+        await redis.sadd("qp:code:C00", fd.rpartition(".")[0] + ".1")
+        await redis.sadd(f"qp:fd:{fd}", "NOBODY")
+        await redis.sadd("qp:code:NOBODY", fd)
+        await redis.sadd("qp:codes", "NOBODY")
+        await redis.srem("qp:code:C00", fd.rpartition(".")[0] + ".1")  # no life's of ours: not for us to clear
+        await registry_equals(redis, {client.fd: client.codes for client in scene.clients})
+    await scene.ends_well()
+
+
+@pytest.mark.parametrize("trouble", ["full", "read-only", "too few replicas"])
+async def test_a_registry_that_takes_no_writes_does_not_stop_the_pushing(trouble: str, scene: Scene) -> None:
+    async with scene.redis.client() as redis:
+        match trouble:
+            case "full":
+                await redis.config_set("maxmemory-policy", "noeviction")
+                await redis.config_set("maxmemory", "1")
+            case "read-only":
+                with socket.socket() as nobody:
+                    nobody.bind(("127.0.0.1", 0))
+                    port = nobody.getsockname()[1]
+                await redis.replicaof("127.0.0.1", port)
+            case _:
+                await redis.config_set("min-replicas-to-write", "3")
+        for client in scene.clients[:10]:
+            await client.unsubscribe("*")
+            await client.subscribe("C11", "C12")
+        for client in scene.clients[10:15]:
+            await client.close()
+        del scene.clients[10:15]
+        await scene.ticks_flow()
+
+        async def lags() -> bool:
+            return await scene.server.metric("registry_pending") > 0
+
+        await wait_until(lags)
+        await scene.ticks_flow()
+        match trouble:
+            case "full":
+                await redis.config_set("maxmemory", "0")
+            case "read-only":
+                await redis.replicaof("no", "one")
+            case _:
+                await redis.config_set("min-replicas-to-write", "0")
+    await scene.ends_well()
+
+
+async def test_a_worker_dies_while_redis_is_away(scene: Scene) -> None:
+    scene.redis.kill()
+    await scene.everybody_hears_that_the_feed_is("down")
+    os.kill(worker_pid(scene.server, "0"), signal.SIGKILL)
+    lost = [client for client in scene.clients if client.worker == "0"]
+    await wait_until(lambda: all(client.has_ended for client in lost))
+    scene.clients[:] = [client for client in scene.clients if client.worker != "0"]
+    await wait_until(lambda: scene.server.metric("worker_restarts"))
+    scene.redis.start()
+    await scene.everybody_hears_that_the_feed_is("ok")
+    await scene.ends_well()
+
+
+async def test_redis_remembers_a_worker_that_died_while_it_was_away(
+    start_server: StartServer, redis_server: RedisServer
+) -> None:
+    redis_server.stop()
+    redis_server.aof = True
+    redis_server.start()
+    async with under_load(await start_server(**QUICK), redis_server) as scene:
+        scene.redis.kill()
+        await scene.everybody_hears_that_the_feed_is("down")
+        os.kill(worker_pid(scene.server, "1"), signal.SIGKILL)
+        lost = [client for client in scene.clients if client.worker == "1"]
+        await wait_until(lambda: all(client.has_ended for client in lost))
+        scene.clients[:] = [client for client in scene.clients if client.worker != "1"]
+        await asyncio.to_thread(scene.redis.start)
+        await scene.everybody_hears_that_the_feed_is("ok")
+        await scene.ends_well()
+
+
+async def test_redis_cuts_off_a_subscriber_that_was_too_slow(scene: Scene) -> None:
+    """Main stands still for a while, as on a machine that swaps: Redis loses patience, but nobody else does."""
+    async with scene.redis.client() as redis:
+        await redis.config_set("client-output-buffer-limit", "pubsub 100kb 100kb 1")
+        workers = set(scene.server.worker_pids())
+        os.kill(scene.server.pid, signal.SIGSTOP)
+        try:
+            while any(client["psub"] != "0" for client in await redis.client_list()):
+                bulk = redis.pipeline(transaction=False)
+                for _ in range(200):
+                    bulk.publish("quote.OTHER", '{"last":1,"text":"' + "x" * 7000 + '"}')
+                await bulk.execute()
+        finally:
+            os.kill(scene.server.pid, signal.SIGCONT)
+        await scene.everybody_hears_that_the_feed_is("ok")
+        await scene.ticks_flow()
+        assert set(scene.server.worker_pids()) == workers
+    await scene.ends_well()
