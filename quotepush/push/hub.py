@@ -12,6 +12,7 @@ Laws:
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterable
 
@@ -20,6 +21,8 @@ from quotepush.push.subscriptions import Row, Subscriptions
 from quotepush.wire.messages import tick_head
 
 __all__ = ["Hub"]
+
+log = logging.getLogger("quotepush.session")
 
 # A flush goes on in the next turn after so long, so that the loop reads, pings and accepts.
 _BUDGET_S = 0.002
@@ -34,6 +37,7 @@ class Hub:
         max_bytes: bytes an outbox holds before it merges.
         on_merging: called once when an outbox begins to merge.
         on_caught_up: called once when it has been emptied again.
+        on_failed: called when an outbox cannot be flushed, which is a bug: its session has to end.
         clock_ms: epoch milliseconds.
     """
 
@@ -46,6 +50,7 @@ class Hub:
         max_bytes: int,
         on_merging: Callable[[Outbox], None],
         on_caught_up: Callable[[Outbox], None],
+        on_failed: Callable[[Outbox], None],
         clock_ms: Callable[[], int],
     ) -> None:
         self._channels = subscriptions.channels
@@ -54,6 +59,7 @@ class Hub:
         self._max_bytes = max_bytes
         self._on_merging = on_merging
         self._on_caught_up = on_caught_up
+        self._on_failed = on_failed
         self._clock_ms = clock_ms
         self._dirty: list[Outbox] = []  # have rows that wait for the next flush
         self._flushing: list[Outbox] = []  # those of the flush that is going on
@@ -129,15 +135,21 @@ class Hub:
         while done < len(flushing):
             outbox = flushing[done]
             done += 1
-            if outbox.is_blocked:
-                if outbox.rows or outbox.held is not None:
-                    self._parked.add(outbox)
-            elif outbox.held is not None:
-                self._catch_up(outbox, head)
-            elif outbox.rows:
-                self.rows_out += len(outbox.rows)
-                self.writes += 1
-                outbox.write(outbox.take(head, now_ms))
+            try:
+                if outbox.is_blocked:
+                    if outbox.rows or outbox.held is not None:
+                        self._parked.add(outbox)
+                elif outbox.held is not None:
+                    self._catch_up(outbox, head)
+                elif outbox.rows:
+                    self.rows_out += len(outbox.rows)
+                    self.writes += 1
+                    outbox.write(outbox.take(head, now_ms))
+            except Exception:
+                # A bug met in one session is that session's end and nobody else's.
+                log.exception("a session could not be written to")
+                outbox.clear()
+                self._on_failed(outbox)
             if not done & 31 and time.monotonic() > deadline:
                 break
         now_s = time.monotonic()

@@ -110,6 +110,8 @@ class Outbox:
             # Busiest shape: one row, the same frame for the whole audience.
             row = rows[0]
             rows.clear()
+            if self._counted:
+                self._counted = self.waiting_bytes = 0
             if row.frame_ms != now_ms:
                 row.frame = text_frame(head + row.text + TICK_TAIL)
                 row.frame_ms = now_ms

@@ -91,7 +91,7 @@ class _Door:
         handshake = web.WebSocketResponse(protocols=(SUBPROTOCOL,))
         wants_upgrade = request.headers.get("Upgrade", "").strip().lower() == "websocket"
         if not self._is_allowed(request):
-            return _refuse(request, 403, "forbidden_origin", "pages of this origin may not connect", share=False)
+            return _refuse(request, 403, "forbidden_origin", "pages of this origin may not connect")
         if wants_upgrade and not handshake.can_prepare(request).ok:
             return _refuse(request, 400, "bad_handshake", "not a WebSocket handshake of version 13")
         offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",") if p.strip()]
@@ -134,14 +134,13 @@ def _refuse(
     message: str,
     *,
     retry_after_s: int | None = None,
-    share: bool = True,
     headers: dict[str, str] | None = None,
 ) -> web.Response:
     headers = {"Cache-Control": "no-store", "Vary": "Origin", **(headers or {})}
     if retry_after_s is not None:
         headers["Retry-After"] = str(retry_after_s)
     origin = request.headers.get("Origin")
-    if share and origin is not None:
+    if origin is not None:
         headers |= {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Retry-After"}
     body = orjson.dumps({"error": error, "message": message})
     return web.Response(status=status, body=body, content_type="application/json", headers=headers)

@@ -92,6 +92,7 @@ class PushWorker:
             max_bytes=settings.merge_above_bytes,
             on_merging=lambda outbox: outbox.session.say_merging(),
             on_caught_up=lambda outbox: outbox.session.say_caught_up(),
+            on_failed=self._end_failed,
             clock_ms=desk.clock_ms,
         )
         self._left = asyncio.Event()
@@ -149,6 +150,11 @@ class PushWorker:
             outbox.merged,
         )  # fmt: skip
 
+    def _end_failed(self, outbox: Outbox) -> None:
+        link = self.links.get(outbox.session.fd)
+        if link is not None:
+            link.abort("internal")
+
     # The wheel
 
     async def turn_wheel(self) -> None:
@@ -171,8 +177,11 @@ class PushWorker:
         now_ms = self._desk.clock_ms()
         beat = text_frame(messages.heartbeat(now_ms, self.feed.state, self.feed.age_ms(now_ms)))
         for link in list(slot):
-            ping = link.check(now_s, s.stall_timeout_s, s.ping_interval_s, s.ping_timeout_s)
-            link.write(beat + ping if ping else beat)
+            try:
+                ping = link.check(now_s, s.stall_timeout_s, s.ping_interval_s, s.ping_timeout_s)
+                link.write(beat + ping if ping else beat)
+            except Exception:
+                log.exception("%s: could not be looked after", link.session.fd)
 
     # The end
 

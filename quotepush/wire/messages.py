@@ -137,7 +137,7 @@ def _codes(said: Mapping[str, Any], max_codes: int) -> tuple[str, ...]:
 
 def _parse_subscribe(action: str, request_id: int | str | None, said: Mapping[str, Any], max_codes: int) -> Request:
     for option in _NOT_OFFERED:
-        if said.get(option) is not None:
+        if said.get(option) is not None and (option, said[option]) != ("format", "objects"):
             raise PeerError("bad_request", f"this server does not offer {option}")
     wanted = said.get("snapshot", True)
     if type(wanted) is not bool:

@@ -651,7 +651,6 @@ async def test_pages_of_other_origins_are_refused(server: QuotepushServer) -> No
     with pytest.raises(InvalidStatus) as refused:
         await connect(server.ws_url, proxy=None, origin="https://evil.example")  # type: ignore[arg-type]
     assert refused.value.response.status_code == 403
-    assert "Access-Control-Allow-Origin" not in refused.value.response.headers
     with pytest.raises(InvalidStatus) as refused:
         await connect(server.ws_url, proxy=None, origin="null")  # type: ignore[arg-type]
     assert refused.value.response.status_code == 403

@@ -3,7 +3,7 @@
 Larger runs by hand, e.g.::
 
     QUOTEPUSH_REPLAY_FILE=ticks.csv.gz QUOTEPUSH_REPLAY_SPEED=60 QUOTEPUSH_REPLAY_CLIENTS=200 \\
-        python -m pytest tests/integration/test_replay.py -s -k named
+        python -m pytest tests/integration/test_replay.py -s -k at_once
 """
 
 import asyncio
@@ -19,7 +19,6 @@ from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 from typing import Any
 
-import pytest
 from websockets.asyncio.client import connect
 
 from tests.support.redis_server import RedisServer
@@ -32,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 RECORDING = ROOT / "tests" / "data" / "us-ticks-small.csv.gz"
 FEED = ROOT / "tools" / "feed.py"
 
-NAMED_FILE = os.environ.get("QUOTEPUSH_REPLAY_FILE")
+FILE = Path(os.environ.get("QUOTEPUSH_REPLAY_FILE", RECORDING))
 SPEED = os.environ.get("QUOTEPUSH_REPLAY_SPEED", "max")
 CLIENTS = int(os.environ.get("QUOTEPUSH_REPLAY_CLIENTS", "60"))
 
@@ -177,18 +176,10 @@ async def check_replay(
     return clients
 
 
-@pytest.mark.skipif(NAMED_FILE is None, reason="QUOTEPUSH_REPLAY_FILE names no file")
-async def test_every_client_ends_with_the_merge_of_a_named_file(
-    quotepush_server: QuotepushServer, redis_server: RedisServer
-) -> None:
-    assert NAMED_FILE is not None
-    await check_replay(quotepush_server, redis_server, Path(NAMED_FILE), speed=SPEED, count=CLIENTS)
-
-
 async def test_every_client_ends_with_the_merge_of_the_file_when_it_comes_at_once(
     quotepush_server: QuotepushServer, redis_server: RedisServer
 ) -> None:
-    await check_replay(quotepush_server, redis_server, RECORDING, speed="max", count=CLIENTS)
+    await check_replay(quotepush_server, redis_server, FILE, speed=SPEED, count=CLIENTS)
 
 
 async def test_every_client_ends_with_the_merge_of_the_file_and_got_every_row_at_a_market_s_pace(

@@ -66,8 +66,12 @@ class Bench:
             **{"max_delay_s": 0.0, "max_rows": 3, "max_bytes": 10**6, **options},
             on_merging=lambda outbox: self.states.append(("merging", outbox)),
             on_caught_up=lambda outbox: self.states.append(("caught up", outbox)),
+            on_failed=lambda outbox: self.fail(outbox),
             clock_ms=lambda: self.now_ms,
         )
+
+    def fail(self, outbox: Outbox) -> None:
+        pytest.fail("a session could not be written to")
 
     def subscribe(self, code: str, *sockets: Socket, with_prev: bool = True) -> None:
         channel = self.subscriptions.open(code, 0, None)
@@ -114,6 +118,25 @@ async def test_one_write_per_session_and_flush() -> None:
     assert [(r["code"], r["prev"], r["seq"]) for r in a.messages[0]["data"]] == [
         ("X", 0, 1), ("X", 1, 2), ("Y", 0, 1), ("X", 2, 3),
     ]  # fmt: skip
+
+
+async def test_a_session_that_cannot_be_written_to_ends_and_the_others_go_on() -> None:
+    bench, before, broken, after = Bench(), Socket(), Socket(), Socket()
+    failed: list[Outbox] = []
+    bench.fail = failed.append  # type: ignore[method-assign]
+
+    def raising(frame: bytes) -> None:
+        raise ZeroDivisionError
+
+    broken.outbox.write = raising
+    bench.subscribe("X", before, broken, after)
+    bench.offer("X", 1)
+    bench.hub.flush_soon()
+    assert failed == [broken.outbox]
+    bench.subscriptions.discard([bench.subscriptions.channels["X"]], broken.outbox)
+    bench.offer("X", 2)
+    await rest(bench.hub)
+    assert before.seqs == after.seqs == [1, 2]
 
 
 async def test_a_row_that_is_not_newer_is_ignored() -> None:
@@ -396,6 +419,7 @@ class HubMachine(RuleBasedStateMachine):
             self.subscriptions, max_delay_s=0.0, max_rows=max_rows, max_bytes=max_bytes,
             on_merging=lambda outbox: outbox.session.say_merging(),
             on_caught_up=lambda outbox: outbox.session.say_caught_up(),
+            on_failed=lambda outbox: pytest.fail("a session could not be written to"),
             clock_ms=lambda: self.now_ms,
         )  # fmt: skip
         self.clients = [Client(self, name) for name in ("n.0.1", "n.0.2", "n.0.3")]

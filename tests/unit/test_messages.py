@@ -108,6 +108,10 @@ def test_an_option_that_is_not_offered_is_refused_by_name(option: str, value: An
     assert option in found.message
 
 
+def test_the_default_format_may_be_asked_for_by_name() -> None:
+    assert parse_request('{"action":"subscribe","codes":["A"],"format":"objects"}', 10).codes == ("A",)
+
+
 def test_a_view_of_a_snapshot_is_refused_too() -> None:
     assert "fields" in fault({"action": "snapshot", "codes": ["A"], "fields": ["last"]}).message
 

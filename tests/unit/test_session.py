@@ -377,7 +377,7 @@ def test_a_faulty_request_gets_an_error_and_keeps_the_connection(
 @pytest.mark.parametrize(
     "option",
     [{"fields": ["last"]}, {"max_rate": 2}, {"format": "rows"}, {"epoch": "e"}, {"since": {"A": 1}}, {"since": {}},
-     {"fields": []}, {"max_rate": 0}, {"format": "objects"}],
+     {"fields": []}, {"max_rate": 0}, {"format": "columns"}],
 )  # fmt: skip
 def test_an_option_that_is_not_offered_is_refused_and_not_ignored(option: dict[str, Any]) -> None:
     counter = Counter()
