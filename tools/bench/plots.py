@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Draw the plots of docs/performance.md from what ``tools/bench.py --json`` printed.
+"""Draw the plot of docs/performance.md, cost and latency over rows a second, from what ``bench.py --json`` printed.
 
-    python tools/bench/plots.py rate    rate.json    docs/images/perf-rate.svg
-    python tools/bench/plots.py clients clients.json docs/images/perf-clients.svg
+    for rate in 100 400 1600 3200; do
+        python tools/bench.py --json --pin --load market --rate $rate --baseline aiohttp,websockets
+    done > rate.json
+    python tools/bench/plots.py rate.json docs/images/perf-rate.svg
 
 A file may hold several of the benchmark's answers, one behind the other. Needs matplotlib, which nothing else does.
 """
@@ -27,12 +29,8 @@ def read(path: str) -> list[dict[str, Any]]:
     return found
 
 
-def draw(results: list[dict[str, Any]], kind: str, target: str) -> None:
-    """Draw cost and latency side by side.
-
-    Args:
-        kind: ``rate``: over rows a second that were due; ``clients``: over connections.
-    """
+def draw(results: list[dict[str, Any]], target: str) -> None:
+    """Draw cost and latency side by side, over the rows a second that were due."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -42,8 +40,7 @@ def draw(results: list[dict[str, Any]], kind: str, target: str) -> None:
 
     lines: dict[str, list[tuple[float, dict[str, Any]]]] = defaultdict(list)
     for one in results:
-        x = one["rows_due"] / one["seconds"] if kind == "rate" else one["clients"]
-        lines[one["server"]].append((x, one))
+        lines[one["server"]].append((one["rows_due"] / one["seconds"], one))
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2))
     cost = ("cpu_us_row", "CPU of the server, µs a row")
     for axis, (key, title) in zip(axes, (cost, ("p99_ms", "p99, ms")), strict=True):
@@ -53,17 +50,16 @@ def draw(results: list[dict[str, Any]], kind: str, target: str) -> None:
             axis.plot(xs, ys, marker="o", markersize=3.5, label=server, color=_COLOURS.get(server))
         axis.set_xscale("log")
         axis.set_yscale("log")
-        axis.set_xlabel("rows due per second" if kind == "rate" else "clients")
+        axis.set_xlabel("rows due per second")
         axis.set_title(title, fontsize=10)
-        axis.grid(True, which="both", alpha=0.25, linewidth=0.5)
+        axis.grid(True, which="major", alpha=0.25, linewidth=0.5)
         for each in (axis.xaxis, axis.yaxis):
             each.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
-            each.set_minor_formatter(mpl.ticker.NullFormatter())
-    if len(lines) > 1:
-        axes[0].legend(frameon=False, fontsize=9)
+            each.set_minor_locator(mpl.ticker.NullLocator())
+    axes[0].legend(frameon=False, fontsize=9)
     figure.tight_layout()
     figure.savefig(target, metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    draw(read(sys.argv[2]), sys.argv[1], sys.argv[3])
+    draw(read(sys.argv[1]), sys.argv[2])
