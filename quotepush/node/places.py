@@ -30,7 +30,8 @@ class Places:
         self._give_back = give_back
         self._spare = 0
         self._waiting: deque[asyncio.Future[bool]] = deque()
-        self._asked: deque[int] = deque()  # how many waited at each question that is not answered yet
+        self._is_asking = False  # one question at a time, for all who wait: each answer may bring spare places
+        self._needed = 0  # how many waited when it was put
         self._taken_lately = 0
         self._is_scarce = False  # main has none to spare
 
@@ -42,12 +43,12 @@ class Places:
         self._taken_lately += 1
         if self._spare:
             self._spare -= 1
-            if self._spare < SPARE_PLACES // 2 and not self._asked:
-                self._question(0)
+            if self._spare < SPARE_PLACES // 2:
+                self._put_question()
             return True
         place: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._waiting.append(place)
-        self._question(1)
+        self._put_question()
         try:
             return await place
         except asyncio.CancelledError:
@@ -55,22 +56,26 @@ class Places:
                 self.leave()
             raise
 
-    def _question(self, needed: int) -> None:
-        self._asked.append(needed)
-        self._ask(needed, SPARE_PLACES)
+    def _put_question(self) -> None:
+        if not self._is_asking:
+            self._is_asking = True
+            self._needed = len(self._waiting)
+            self._ask(self._needed, SPARE_PLACES)
 
     def granted(self, places: int) -> None:
-        """Main answers the oldest question."""
-        for _ in range(self._asked.popleft()):
+        """Main answers: it refuses those for whom we asked and found no place, in the order in which they came."""
+        self._is_asking = False
+        self._is_scarce = places <= self._needed
+        for number in range(len(self._waiting)):
+            if not places and number >= self._needed:
+                break  # came after the question
             place = self._waiting.popleft()
-            welcome = places > 0
-            places -= welcome
-            if not place.done():
-                place.set_result(welcome)
-            elif welcome:  # the client went away meanwhile
-                places += 1
-        self._is_scarce = places <= 0
+            if not place.done():  # else the client went away meanwhile
+                place.set_result(places > 0)
+                places -= places > 0
         self._spare += places
+        if self._waiting:
+            self._put_question()
 
     def leave(self) -> None:
         """A connection is gone."""

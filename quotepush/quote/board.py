@@ -30,7 +30,9 @@ from quotepush.quote.tick import (
 __all__ = ["Board", "Quote", "TradingDays"]
 
 _NEVER_MS = 1 << 62
-_DEEP_BYTES = 400  # 200 levels of nesting take more
+# So many levels cannot be in fewer brackets, nor in fewer bytes: other ticks need no closer look.
+_DEEP_LEVELS = 200
+_DEEP_BYTES = 2 * _DEEP_LEVELS
 _DERIVED_BYTES = 192  # code, seq, ts, change and change_pct with their names
 
 
@@ -207,7 +209,7 @@ class Board:
             if "code" in tick or code is None:
                 code = _agreed_code(code, tick.get("code"))
             check_tick(tick, shape)
-            if len(payload) >= _DEEP_BYTES:
+            if len(payload) >= _DEEP_BYTES and payload.count(b"[") + payload.count(b"{") >= _DEEP_LEVELS:
                 check_depth(tick)
             return self._merge(code, tick, shape, len(payload), now_ms)
         except BadTick as e:

@@ -149,3 +149,14 @@ async def test_whatever_happens_main_counts_at_least_the_open_connections_and_ne
     for _ in range(2):
         main.places.settle()
     assert main.granted == 0
+
+
+async def test_a_storm_puts_one_question_for_all_who_wait() -> None:
+    main = FakeMain(100_000)
+    tasks = [asyncio.ensure_future(main.places.take()) for _ in range(300)]
+    await asyncio.sleep(0)
+    while main.questions:
+        main.answer()
+        await asyncio.sleep(0)
+    assert all(await asyncio.gather(*tasks))
+    assert main.granted <= 300 + 2 * SPARE_PLACES

@@ -49,7 +49,10 @@ def draw(results: list[dict[str, Any]], target: str) -> None:
             xs, ys = [x for x, _ in points], [one[key] for _, one in points]
             axis.plot(xs, ys, marker="o", markersize=3.5, label=server, color=_COLOURS.get(server))
         axis.set_xscale("log")
-        axis.set_yscale("log")
+        if key == "p99_ms":
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
         axis.set_xlabel("rows due per second")
         axis.set_title(title, fontsize=10)
         axis.grid(True, which="major", alpha=0.25, linewidth=0.5)
