@@ -85,6 +85,14 @@ class ChannelTable:
         return pattern == next((glob for glob, regex in self._templates if regex.fullmatch(text)), pattern)
 
 
+async def _send(connection: AbstractConnection, *command: "str | bytes") -> None:
+    try:
+        await connection.send_command(*command)
+    except RuntimeError as e:
+        # uvloop's word for a transport that was lost in this very turn, before anybody could hear of it.
+        raise EOFError("closed by Redis") from e
+
+
 class _Link(asyncio.Protocol):
     """The receiving side of one connection: what comes in is handed on within the callback of the loop.
 
@@ -199,7 +207,7 @@ class FeedListener:
                 # redis-py has no public way to its transport (5.0 to 8.1).
                 writer: asyncio.StreamWriter = connection._writer  # type: ignore[assignment]
                 writer.transport.set_protocol(link)
-                await connection.send_command("PSUBSCRIBE", *self._channels.patterns)
+                await _send(connection, "PSUBSCRIBE", *self._channels.patterns)
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.wait_until_lost())
                 group.create_task(self._keep_probing(connection))
@@ -211,7 +219,7 @@ class FeedListener:
         while True:
             # Bounded by the probe itself: a PING that cannot be sent is not answered either.
             async with asyncio.timeout(self._probe_timeout_s):
-                await connection.send_command("PING", self._probe.next(loop.time()))
+                await _send(connection, "PING", self._probe.next(loop.time()))
             await asyncio.sleep(self._probe_interval_s)
             if self._probe.is_dead(loop.time()):
                 raise TimeoutError(f"no answer for {self._probe.waiting_s(loop.time()):.1f} s")

@@ -10,7 +10,7 @@ from typing import Any
 import hiredis
 import pytest
 import uvloop
-from redis.asyncio import ConnectionPool
+from redis.asyncio import Connection, ConnectionPool
 
 from quotepush.ingest.listener import ChannelTable, FeedListener
 from tests.support.redis_server import RedisServer
@@ -261,6 +261,32 @@ async def test_a_link_that_redis_cuts_is_made_again(redis_server: RedisServer) -
         await publish(redis_server, ("quote.A", "x"))
         await heard.count(1)
     assert heard.links == [True, False, True, False, True]
+
+
+@on_uvloop
+async def test_a_link_that_is_lost_while_it_is_asked_for_a_sign_of_life_is_made_again(
+    redis_server: RedisServer,
+) -> None:
+    """uvloop raises RuntimeError at a write to a transport that was lost in the same turn."""
+    failures = [RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed")]
+
+    class JustLost(Connection):
+        async def send_command(self, *command: Any, **options: Any) -> None:
+            if command[0] == "PING" and failures:
+                raise failures.pop()
+            await super().send_command(*command, **options)
+
+    heard = Heard(redis_server.url)
+    heard.listener._pool.connection_class = JustLost
+    task = asyncio.create_task(heard.listener.run())
+    try:
+        await heard.up(2)
+        assert not failures
+        await publish(redis_server, ("quote.A", "x"))
+        await heard.count(1)
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @on_uvloop
