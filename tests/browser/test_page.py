@@ -74,7 +74,7 @@ class Witness:
 
     def _hear(self, kind: str, text: str) -> None:
         if kind in ("error", "warning"):
-            # 426 and 503 are what the page hears when it asks why it could not connect, of a server that is back or leaves.
+            # 426 and 503 are answers to the page's question why it could not connect: the server is back, or leaves.
             marks = ("net::ERR", "WebSocket connection to", "a status of 426", "a status of 503")
             is_network = any(mark in text for mark in marks)
             (self.failures if is_network else self.faults).append(text)
