@@ -13,6 +13,7 @@ costs 6 µs a message, ``hiredis.Reader`` in the transport's callback less than 
 
 import asyncio
 import logging
+import math
 import random
 import re
 import time
@@ -32,6 +33,10 @@ __all__ = ["ChannelTable", "FeedListener"]
 log = logging.getLogger("quotepush.feed")
 
 _MAX_CHANNELS = 400_000
+
+# Between two reads when they come faster than that: every read wakes main, and through it the workers. At 8,000 ticks/s
+# a tick cost main 19 µs without this rest and 13 µs with it (docs/performance.md). At a low rate nothing waits.
+_REST_S = 0.001
 
 
 class ChannelTable:
@@ -97,17 +102,32 @@ class _Link(asyncio.Protocol):
     """The receiving side of one connection: what comes in is handed on within the callback of the loop.
 
     A stream's reader would cost a future and a turn of the loop per chunk, at 500 ticks/s a sixth of main.
+    Under load ticks gather in the kernel for a millisecond and are read together.
     """
 
-    def __init__(self, take: Callable[[bytes], None]) -> None:
+    def __init__(self, transport: asyncio.Transport, take: Callable[[bytes], None]) -> None:
+        self._transport = transport
         self._take = take
-        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loop = asyncio.get_running_loop()
+        self._lost: asyncio.Future[None] = self._loop.create_future()
+        self._lost.add_done_callback(lambda lost: lost.cancelled() or lost.exception())  # perhaps nobody waits for it
+        self._ready_s = -math.inf  # when the last read was, or the end of the rest after it
 
     def data_received(self, data: bytes) -> None:  # hot
+        begin_s = time.monotonic()
         try:
             self._take(data)
         except Exception as e:
             self._end(e)
+        if begin_s - self._ready_s < _REST_S and not self._transport.is_closing():
+            self._transport.pause_reading()
+            self._loop.call_later(_REST_S, self._go_on)
+        self._ready_s = begin_s
+
+    def _go_on(self) -> None:
+        if not self._lost.done() and not self._transport.is_closing():
+            self._ready_s = time.monotonic()
+            self._transport.resume_reading()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end(exc or EOFError("closed by Redis"))
@@ -202,11 +222,11 @@ class FeedListener:
                 # New ones before the first byte: of the last link half a message may be left.
                 self._replies = hiredis.Reader()
                 self._probe = LinkProbe(self._probe_timeout_s)
-                link = _Link(self._take_chunk)
                 # Nothing is under way between connecting and subscribing, so no byte is read by the wrong side.
                 # redis-py has no public way to its transport (5.0 to 8.1).
-                writer: asyncio.StreamWriter = connection._writer  # type: ignore[assignment]
-                writer.transport.set_protocol(link)
+                transport: asyncio.Transport = connection._writer.transport  # type: ignore[union-attr, assignment]
+                link = _Link(transport, self._take_chunk)
+                transport.set_protocol(link)
                 await _send(connection, "PSUBSCRIBE", *self._channels.patterns)
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.wait_until_lost())

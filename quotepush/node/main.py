@@ -175,7 +175,7 @@ class _Main:
     # Ticks
 
     def _end_batch(self) -> None:  # hot
-        self._relay.flush_soon()
+        self._relay.flush()
         self._relay.is_lagging = self._listener.lag_s > _LAGGING_S
 
     def _feed_news(self) -> tuple[str, int]:
@@ -355,7 +355,9 @@ def _raise_file_limit(wanted: int) -> int:
     room = max(1, soft - _FILE_RESERVE)
     if wanted > room:
         log.warning("max_connections is lowered from %d to %d: only %d files may be open", wanted, room, soft)
-    return min(wanted, room) if wanted else room
+    connections = min(wanted, room) if wanted else room
+    log.info("open-file limit %d, max_connections %d", soft, connections)
+    return connections
 
 
 def _symbol_check(path: str) -> Callable[[str], bool]:

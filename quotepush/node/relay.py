@@ -5,8 +5,6 @@ up, without a hole and in order; a worker that reads too slowly is held the newe
 and nothing else; a row is encoded at most once, and not at all when nobody wants its code.
 """
 
-import asyncio
-import time
 from collections.abc import Callable, Iterable
 
 from quotepush.node.bus import Answered, Ask, BusEnd, Rows
@@ -16,9 +14,6 @@ __all__ = ["Relay", "WorkerFeed"]
 
 # Above so much unsent, a worker is slow: about 20,000 rows, some tens of milliseconds of its time.
 _SLOW_BYTES = 4 << 20
-
-# Between two frames to the workers. At less than 1,000 batches a second nothing waits.
-_REST_S = 0.001
 
 _Entry = tuple[str, int, bytes]
 
@@ -84,8 +79,6 @@ class Relay:
         self.board: Board  # set by main: the board asks us what is watched, we ask it for rows
         self._dirty: list[WorkerFeed] = []
         self._late: dict[str, Quote] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._next_flush = 0.0
         self.is_lagging = False
         self.merged = 0
 
@@ -105,21 +98,8 @@ class Relay:
                 self._dirty.append(feed)
             feed.rows.append(entry)
 
-    def flush_soon(self) -> None:  # hot
-        """Send what a batch of ticks has changed: now, or a moment after the last time.
-
-        Every frame wakes a worker; at thousands of batches a second that would cost more than the rows.
-        """
-        if self._timer is None and (self._dirty or self._late):
-            wait_s = self._next_flush - time.monotonic()
-            if wait_s <= 0:
-                self.flush()
-            else:
-                self._timer = asyncio.get_running_loop().call_later(wait_s, self.flush)
-
     def flush(self) -> None:  # hot
-        """Send what has changed."""
-        self._timer = None
+        """Send what a batch of ticks has changed."""
         if self._late:
             late, self._late = self._late, {}
             lagging, self.is_lagging = self.is_lagging, False
@@ -131,7 +111,6 @@ class Relay:
             self._dirty = []
             for feed in dirty:
                 feed.push()
-        self._next_flush = time.monotonic() + _REST_S
 
     def ask(self, feed: WorkerFeed, question: Ask) -> None:
         """Answer a worker's question; with ``watch`` also note what it wants from now on."""

@@ -50,8 +50,8 @@ class Quote:
     """
 
     __slots__ = (
-        "_book", "_encoded", "_row", "_row_bound", "_waiting", "_waiting_shape", "_waiting_size", "arrived_ms", "code",
-        "day_end_ms", "seq", "ts",
+        "_book", "_encoded", "_row", "_row_bound", "_waiting", "_waiting_shape", "arrived_ms", "code", "day_end_ms",
+        "seq", "ts",
     )  # fmt: skip
 
     def __init__(self, code: str, seq: int) -> None:
@@ -63,11 +63,10 @@ class Quote:
         self._row: dict[str, Any] = {"code": code, "seq": seq, "ts": 0}
         self._book: dict[str, Any] = {}
         self._row_bound = 0  # row and book are at most this long, encoded
-        # A checked tick that nobody has asked for yet: the next one with the same fields takes its place,
-        # and only the last of them is merged.
-        self._waiting: dict[str, Any] | None = None
+        # A checked tick that nobody has asked for yet: the next one with the same fields takes its place, and only
+        # the last of them is merged. As text, for it is most often thrown away, and a dict in cold memory is dear.
+        self._waiting: bytes | None = None
         self._waiting_shape: Shape | None = None
-        self._waiting_size = 0
         self._encoded: bytes | None = None
 
     @property
@@ -89,17 +88,23 @@ class Quote:
 
     def _settle(self) -> None:
         """Merge the tick that waits."""
-        tick, shape = self._waiting, self._waiting_shape
-        if tick is None or shape is None:
-            return
+        text, shape = self._waiting, self._waiting_shape
+        if text is not None and shape is not None:
+            tick = decode_tick(text)
+            check_tick(tick, shape)  # it was found good before; this makes its sizes whole numbers
+            self._merge(tick, shape, len(text))
+
+    def _merge(self, tick: dict[str, Any], shape: Shape, size: int) -> None:  # hot
+        """Merge a checked tick of ``size`` bytes that is the newest; ``tick`` is used up."""
         self._waiting = None
         row = self._row
+        has_nulls = None in tick.values()
         merge_fields(row, self._book, tick, shape)
         row["ts"] = self.ts
         row["seq"] = self.seq
-        if None in tick.values():
+        if has_nulls:
             clear_nulls(row)
-        self._row_bound += self._waiting_size
+        self._row_bound += size
 
 
 class TradingDays:
@@ -202,53 +207,52 @@ class Board:
             nobody does, when the tick was refused (see ``refused``), or changed only ``ts``.
         """
         try:
-            if len(payload) > self._max_tick_bytes:
+            size = len(payload)
+            if size > self._max_tick_bytes:
                 raise BadTick("too_large", f"a tick has at most {self._max_tick_bytes} bytes")
             tick = decode_tick(payload)
             shape = SHAPES.get(tuple(tick)) or shape_of(tick)
-            if "code" in tick or code is None:
+            if shape.codes or code is None:
                 code = _agreed_code(code, tick.get("code"))
             check_tick(tick, shape)
-            if len(payload) >= _DEEP_BYTES and payload.count(b"[") + payload.count(b"{") >= _DEEP_LEVELS:
+            if size >= _DEEP_BYTES and payload.count(b"[") + payload.count(b"{") >= _DEEP_LEVELS:
                 check_depth(tick)
-            return self._merge(code, tick, shape, len(payload), now_ms)
+            ts = tick["ts"] if shape.ts else None
+            if ts is None:
+                ts = now_ms
+            quote = self.quotes.get(code)
+            if quote is None:
+                quote = self._admit(code)
+            elif self._drop_older and ts < quote.ts:
+                raise BadTick("older", f"ts {ts} is before the row's {quote.ts}")
+            is_fresh = ts >= quote.day_end_ms or (shape.resets and tick["reset"] is True)
+            if quote._waiting is not None and (quote._waiting_shape is not shape or is_fresh):
+                quote._settle()
+            if (0 if is_fresh else quote._row_bound) + size + _DERIVED_BYTES > self._max_row_bytes:
+                self._measure(quote, tick, shape, is_fresh)
         except BadTick as e:
             self.refused[e.reason] += 1
             self.last_fault = f"{code or '?'}: {e}"
             return None
-
-    def _merge(  # hot
-        self, code: str, tick: dict[str, Any], shape: Shape, size: int, now_ms: int
-    ) -> Quote | None:
-        ts = tick["ts"] if shape.ts else None
-        if ts is None:
-            ts = now_ms
-        quote = self.quotes.get(code)
-        if quote is None:
-            quote = self._admit(code)
-        elif self._drop_older and ts < quote.ts:
-            raise BadTick("older", f"ts {ts} is before the row's {quote.ts}")
-        is_fresh = ts >= quote.day_end_ms or (shape.resets and tick["reset"] is True)
-        if quote._waiting is not None and (quote._waiting_shape is not shape or is_fresh):
-            quote._settle()
-        if (0 if is_fresh else quote._row_bound) + size + _DERIVED_BYTES > self._max_row_bytes:
-            self._measure(quote, tick, shape, is_fresh)
         if is_fresh:
             quote._row = {"code": code, "seq": quote.seq, "ts": 0}
             quote._book = {}
             quote._row_bound = 0
             quote.day_end_ms = self._days.end_ms(code, ts)
-        watched = self._watched
-        is_watched = watched is None or code in watched
-        is_news = is_watched and (is_fresh or has_news(quote.row, tick, shape))
-        quote._waiting = tick
-        quote._waiting_shape = shape
-        quote._waiting_size = size
-        quote._encoded = None
+        self.accepted += 1
         quote.ts = ts
         quote.seq += 1
         quote.arrived_ms = self.newest_ms = now_ms
-        self.accepted += 1
+        quote._encoded = None
+        watched = self._watched
+        if watched is not None and code not in watched:
+            quote._waiting = payload
+            quote._waiting_shape = shape
+            return None
+        if quote._waiting is not None:
+            quote._settle()
+        is_news = is_fresh or has_news(quote._row, tick, shape)
+        quote._merge(tick, shape, size)
         return quote if is_news else None
 
     def _admit(self, code: str) -> Quote:

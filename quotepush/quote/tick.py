@@ -25,7 +25,7 @@ _MAX_WHOLE = 2.0**63
 # The latest ts that can be milliseconds: year 5138. More is microseconds or nanoseconds by mistake.
 MAX_TS_MS = 10**14
 
-_PRICE, _SIZE, _TEXT, _LEVELS, _TS = range(5)
+_PRICE, _SIZE, _TS, _TEXT, _LEVELS = range(5)  # numbers first
 _KINDS = {
     **dict.fromkeys(
         ("last", "prev_close", "open", "high", "low", "amount", "bid", "ask", "limit_up", "limit_down"), _PRICE
@@ -78,10 +78,11 @@ class Shape:
     A publisher sends the same fields again and again, so the questions are asked once.
     """
 
-    __slots__ = ("derives", "known", "levels", "ours", "resets", "ts", "values")
+    __slots__ = ("codes", "derives", "known", "levels", "ours", "resets", "ts", "values")
 
     def __init__(self, fields: tuple[str, ...]) -> None:
         self.known = tuple((name, _KINDS[name]) for name in fields if name in _KINDS)
+        self.codes = "code" in fields
         self.levels = tuple(name for name in fields if name in BOOK_FIELDS)
         self.ours = tuple(name for name in fields if name in _OURS)
         self.values = tuple(name for name in fields if name not in _OURS and name not in BOOK_FIELDS and name != "ts")
@@ -114,30 +115,44 @@ def check_tick(tick: dict[str, Any], shape: Shape) -> None:  # hot
     for name, kind in shape.known:
         value = tick[name]
         t = type(value)
-        if kind == _PRICE:
-            if t is float or t is int:
-                if value >= 0:
-                    continue
-                raise BadTick("negative", f"{name} must not be negative")
-            if value is not None:
-                raise BadTick("wrong_type", f"{name} must be a number")
-        elif value is None:
+        if t is float:
+            if kind == _PRICE and value >= 0:
+                continue
+        elif t is int:
+            if kind <= _TS and 0 <= value < MAX_TS_MS:
+                continue
+        elif t is str:
+            if kind == _TEXT:
+                continue
+        elif t is list and kind == _LEVELS and _are_levels(value):
             continue
-        elif kind == _SIZE:
-            if t is float and value.is_integer() and value < _MAX_WHOLE:
-                value = tick[name] = int(value)
-            elif t is not int:
-                raise BadTick("wrong_type", f"{name} must be a whole number")
-            if value < 0:
-                raise BadTick("negative", f"{name} must not be negative")
-        elif kind == _TS:
-            if t is not int or not 0 <= value < MAX_TS_MS:
-                raise BadTick("wrong_type", "ts must be epoch milliseconds")
-        elif kind == _TEXT:
-            if t is not str:
-                raise BadTick("wrong_type", f"{name} must be a text")
-        else:
+        tick[name] = _checked(name, kind, value)
+
+
+def _checked(name: str, kind: int, value: Any) -> Any:
+    """Return an unusual value of a known field as it goes into the row."""
+    t = type(value)
+    if kind == _LEVELS:
+        if value is not None:
             _check_levels(name, value)
+    elif kind == _TEXT:
+        if value is not None and t is not str:
+            raise BadTick("wrong_type", f"{name} must be a text")
+    elif value is None:
+        pass
+    elif kind == _TS:
+        if t is not int or not 0 <= value < MAX_TS_MS:
+            raise BadTick("wrong_type", "ts must be epoch milliseconds")
+    elif kind == _PRICE:
+        if t is not float and t is not int:
+            raise BadTick("wrong_type", f"{name} must be a number")
+    elif t is float and value.is_integer() and value < _MAX_WHOLE:
+        value = int(value)
+    elif t is not int:
+        raise BadTick("wrong_type", f"{name} must be a whole number")
+    if kind < _TS and value is not None and value < 0:
+        raise BadTick("negative", f"{name} must not be negative")
+    return value
 
 
 def check_depth(tick: dict[str, Any]) -> None:
@@ -150,6 +165,20 @@ def check_depth(tick: dict[str, Any]) -> None:
         orjson.dumps([tick])
     except orjson.JSONEncodeError:
         raise BadTick("too_deep", "a field is nested too deep") from None
+
+
+def _are_levels(levels: list[Any]) -> bool:  # hot
+    for level in levels:
+        if type(level) is not list or len(level) != 2:
+            return False
+        price, size = level
+        if type(price) is not float and type(price) is not int:
+            return False
+        if type(size) is not int and type(size) is not float:
+            return False
+        if price < 0 or size < 0:
+            return False
+    return True
 
 
 def _check_levels(name: str, levels: Any) -> None:

@@ -12,6 +12,7 @@ import pytest
 import uvloop
 from redis.asyncio import Connection, ConnectionPool
 
+from quotepush.ingest import listener
 from quotepush.ingest.listener import ChannelTable, FeedListener
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
@@ -237,6 +238,40 @@ async def test_large_and_binary_payloads_arrive_whole(redis_server: RedisServer)
                 await redis.publish("quote.A", payload)
         await heard.count(len(payloads))
     assert [payload for _, payload in heard.ticks] == payloads
+
+
+class FakeTransport:
+    """Remembers whether it is read from."""
+
+    is_reading = True
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None:
+        self.is_reading = False
+
+    def resume_reading(self) -> None:
+        self.is_reading = True
+
+
+@on_uvloop
+async def test_ticks_that_come_in_quick_succession_gather_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "_REST_S", 3600.0)
+    transport, taken = FakeTransport(), []
+    link = listener._Link(transport, taken.append)  # type: ignore[arg-type]
+    link.data_received(b"1")
+    assert transport.is_reading  # the first after a quiet time waits for nothing
+    link.data_received(b"2")
+    assert not transport.is_reading
+    link._go_on()
+    assert transport.is_reading
+    link.data_received(b"3")
+    assert not transport.is_reading
+    link.connection_lost(None)
+    link._go_on()
+    assert not transport.is_reading  # nobody is there any more
+    assert taken == [b"1", b"2", b"3"]
 
 
 @on_uvloop

@@ -224,24 +224,6 @@ def test_what_nobody_watches_is_not_merged_by_a_lagging_main() -> None:
     assert bench.relay.merged == 0
 
 
-async def test_batches_in_quick_succession_share_a_frame() -> None:
-    bench = Bench()
-    _, bus = bench.worker("A")
-    bench.tick("A", flush=False)
-    bench.relay.flush_soon()
-    assert bus.seqs == [("A", 1)]
-    bench.relay._next_flush += 3600  # as if the next one were far away
-    for _ in range(3):
-        bench.tick("A", flush=False)
-        bench.relay.flush_soon()
-    assert bus.take() == []
-    assert bench.relay._timer is not None
-    bench.relay._timer.cancel()
-    bench.relay.flush()
-    (frame,) = bus.take()
-    assert [seq for _, seq, _ in frame.rows] == [2, 3, 4]
-
-
 CODES = ("A", "B", "C")
 
 
