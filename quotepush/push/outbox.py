@@ -17,7 +17,7 @@ from typing import Any
 
 from quotepush.push.subscriptions import Channel, Row
 from quotepush.wire.frames import frame_header, text_frame
-from quotepush.wire.messages import TICK_TAIL, row_with_prev
+from quotepush.wire.messages import TICK_TAIL
 
 __all__ = ["Held", "Outbox"]
 
@@ -36,9 +36,7 @@ class Held:
         self.merged = 0
 
     def text(self) -> bytes:
-        if self.prev is None:
-            return self.row.bare
-        return self.row.text if self.prev == self.row.prev else row_with_prev(self.row.bare, self.prev)
+        return self.row.text_after(self.prev)
 
 
 class Outbox:
@@ -112,10 +110,12 @@ class Outbox:
             rows.clear()
             if self._counted:
                 self._counted = self.waiting_bytes = 0
-            if row.frame_ms != now_ms:
-                row.frame = text_frame(head + row.text + TICK_TAIL)
-                row.frame_ms = now_ms
-            return row.frame
+            channel = row.channel
+            if channel.framed is not row or channel.frame_ms != now_ms:
+                channel.framed = row
+                channel.frame_ms = now_ms
+                channel.frame = text_frame(head + row.text + TICK_TAIL)
+            return channel.frame
         body = b",".join([row.text for row in rows])
         rows.clear()
         if self._counted:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from quotepush.wire.messages import row_with_prev
+from quotepush.wire.messages import row_with_prev, row_without_prev
 
 if TYPE_CHECKING:
     from quotepush.push.outbox import Outbox
@@ -27,21 +27,23 @@ class Row:
     Attributes:
         seq: number of this row.
         prev: number of the row before it in this channel; None for an outbox's first row without a snapshot.
-        bare: the row as JSON text without ``prev``.
-        text: with ``prev``; the same bytes for all.
+        text: JSON with ``prev``; the same bytes for all, and the only copy while it waits.
     """
 
-    __slots__ = ("bare", "channel", "frame", "frame_ms", "prev", "seq", "text")
+    __slots__ = ("channel", "prev", "seq", "text")
 
     def __init__(self, channel: "Channel", seq: int, prev: int | None, bare: bytes) -> None:
         self.channel = channel
         self.seq = seq
         self.prev = prev
-        self.bare = bare
         self.text = bare if prev is None else row_with_prev(bare, prev)
-        # The whole WebSocket frame of a message with just this row, for the time it was made at.
-        self.frame = b""
-        self.frame_ms = 0
+
+    def text_after(self, prev: int | None) -> bytes:
+        """Return the row as JSON for somebody who was last sent the row ``prev`` (None: no row)."""
+        if prev == self.prev:
+            return self.text
+        bare = self.text if self.prev is None else row_without_prev(self.text)
+        return bare if prev is None else row_with_prev(bare, prev)
 
 
 class Channel:
@@ -53,9 +55,11 @@ class Channel:
         rows: how many rows were handed out here.
         audience: who gets the next row with the common ``prev``.
         newcomers: who gets the next row without ``prev``: subscribed without a snapshot.
+        framed: the row that was last sent alone in a message, at ``frame_ms``; ``frame`` is the whole WebSocket
+            frame. Here and not in the row: rows wait for slow clients, frames must not.
     """
 
-    __slots__ = ("audience", "code", "newcomers", "row", "rows", "seq")
+    __slots__ = ("audience", "code", "frame", "frame_ms", "framed", "newcomers", "row", "rows", "seq")
 
     def __init__(self, code: str, seq: int, row: bytes | None) -> None:
         self.code = code
@@ -64,6 +68,9 @@ class Channel:
         self.rows = 0
         self.audience: set[Outbox] = set()
         self.newcomers: set[Outbox] = set()
+        self.framed: Row | None = None
+        self.frame_ms = 0
+        self.frame = b""
 
     @property
     def is_watched(self) -> bool:

@@ -25,6 +25,7 @@ __all__ = [
     "parse_request",
     "pong",
     "row_with_prev",
+    "row_without_prev",
     "snapshot",
     "snapshot_row",
     "status",
@@ -236,6 +237,11 @@ def tick_head(time_ms: int) -> bytes:
 def row_with_prev(row: bytes, prev: int) -> bytes:
     """Return ``row`` (a JSON object) with ``prev`` as its first field."""
     return b'{"prev":%d,%b' % (prev, row[1:])
+
+
+def row_without_prev(row: bytes) -> bytes:
+    """Return a row made by :func:`row_with_prev` as it was before."""
+    return b"{" + row[row.index(b",") + 1 :]
 
 
 def _id(request_id: int | str | None) -> dict[str, int | str]:

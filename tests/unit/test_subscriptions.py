@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import orjson
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -102,8 +104,16 @@ def test_a_row_carries_prev_first_and_shares_its_bytes() -> None:
     channel = Channel("AAPL", 7, b"{}")
     row = Row(channel, 9, 7, b'{"code":"AAPL","seq":9}')
     assert row.text == b'{"prev":7,"code":"AAPL","seq":9}'
-    first = Row(channel, 9, None, b'{"code":"AAPL","seq":9}')
-    assert first.text is first.bare
+
+
+@pytest.mark.parametrize("made_after", [None, 7])
+@pytest.mark.parametrize("sent_after", [None, 0, 7, 12_345])
+def test_a_row_can_be_told_as_following_any_other(made_after: int | None, sent_after: int | None) -> None:
+    bare = b'{"code":"AAPL","seq":12346,"name":"a,b"}'
+    row = Row(Channel("AAPL", 7, b"{}"), 12_346, made_after, bare)
+    told = orjson.loads(row.text_after(sent_after))
+    assert told.pop("prev", None) == sent_after
+    assert told == orjson.loads(bare)
 
 
 def hand_out(channel: Channel, seq: int) -> None:
