@@ -22,7 +22,7 @@ import aiohttp
 
 from quotepush.client_state import BadMessage, Message, decode_message
 from quotepush.errors import QuotepushError
-from quotepush.wire.messages import SUBPROTOCOL
+from quotepush.wire.formats import JSON
 
 __all__ = ["ClientError", "ClientLink", "Refused", "StateChange", "WrongUrl"]
 
@@ -265,7 +265,7 @@ class ClientLink:
         assert self._http is not None
         return await self._http.ws_connect(
             self._url,
-            protocols=(SUBPROTOCOL,),
+            protocols=(JSON.subprotocol,),
             headers=self._headers,
             ssl=self._ssl,
             compress=0,
@@ -283,14 +283,14 @@ class ClientLink:
                 try:
                     self._on_message(decode_message(frame.data))
                 except BadMessage as e:
-                    raise _Lost(f"the server does not speak {SUBPROTOCOL}: {e}") from None
+                    raise _Lost(f"the server does not speak {JSON.subprotocol}: {e}") from None
             elif frame.type is aiohttp.WSMsgType.CLOSE:
                 code, said = frame.data, str(frame.extra or "")
                 if code in _PERMANENT_CLOSES:
                     raise Refused(self.url, said, close_code=code)
                 raise _Lost(f"closed by the server: {code} {said}".rstrip())
             elif frame.type is aiohttp.WSMsgType.BINARY:
-                raise _Lost(f"the server does not speak {SUBPROTOCOL}: a binary message")
+                raise _Lost(f"the server does not speak {JSON.subprotocol}: a binary message")
             else:
                 error = socket.exception()
                 raise _Lost(_reason_of(error) if error else "connection lost")

@@ -122,6 +122,9 @@ class Settings:
     message_bytes: int = _setting(
         131_072, "A larger message of a client closes it with 1009.", unit="bytes", at_least=1024
     )
+    extra_fields: list[str] = _setting(
+        [], "Fields of your feed that clients may name in fields, besides those of the protocol."
+    )
     symbol_file: str = _setting("", "Text file with one known code a line; others are refused with unknown_code.")
 
     # Pushing.

@@ -44,16 +44,19 @@ class Setup(_Message, tag="setup"):
 
 
 class Rows(_Message, tag="rows"):
-    """Newest rows, in order: code, seq, JSON text without ``prev``."""
+    """Newest rows, in order: code, seq, JSON text without ``prev`` and without the book.
 
-    rows: list[tuple[str, int, bytes]]
+    Where this worker has asked for a code's book, it follows as a JSON object.
+    """
+
+    rows: list[tuple[Any, ...]]
 
 
 class Answered(_Message, tag="answered"):
     """The answer to :class:`Ask`."""
 
     question: int
-    rows: list[tuple[str, int, bytes | None]]
+    rows: list[tuple[str, int, bytes | None, bytes | None]]
     refused: dict[str, str]
 
 
@@ -98,11 +101,12 @@ class Ready(_Message, tag="ready"):
 
 
 class Ask(_Message, tag="ask"):
-    """The newest rows of these codes; with ``watch`` also their later ticks."""
+    """The newest rows of these codes; with ``watch`` also their later ticks; with ``books`` both with their books."""
 
     question: int
     codes: list[str]
     watch: bool
+    books: bool
 
 
 class Unwatch(_Message, tag="unwatch"):

@@ -85,6 +85,7 @@ class _Main:
             max_tick_bytes=settings.max_tick_bytes,
             drop_older=settings.drop_older,
             watched=self._relay.wanted,
+            books_watched=self._relay.books,
         )
         self._listener: FeedListener
         self._supervisor: Supervisor

@@ -5,6 +5,7 @@ up, without a hole and in order; a worker that reads too slowly is held the newe
 and nothing else; a row is encoded at most once, and not at all when nobody wants its code.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 from quotepush.node.bus import Answered, Ask, BusEnd, Rows
@@ -15,7 +16,8 @@ __all__ = ["Relay", "WorkerFeed"]
 # Above so much unsent, a worker is slow: about 20,000 rows, some tens of milliseconds of its time.
 _SLOW_BYTES = 4 << 20
 
-_Entry = tuple[str, int, bytes]
+# Code, seq and row; for a worker that has asked for it also the book.
+_Entry = tuple[str, int, bytes] | tuple[str, int, bytes, bytes]
 
 
 class WorkerFeed:
@@ -23,12 +25,14 @@ class WorkerFeed:
 
     Attributes:
         codes: what it wants.
+        books: of which of them it wants the book too.
         merged: rows that were merged because it was slow.
     """
 
     def __init__(self, bus: BusEnd) -> None:
         self._bus = bus
         self.codes: set[str] = set()
+        self.books: set[str] = set()
         self.rows: list[_Entry] = []
         self.merged = 0
         self._held: dict[str, _Entry] | None = None
@@ -55,7 +59,9 @@ class WorkerFeed:
         if held:
             self._bus.send(Rows(list(held.values())))
 
-    def answer(self, question: int, rows: list[tuple[str, int, bytes | None]], refused: dict[str, str]) -> None:
+    def answer(
+        self, question: int, rows: list[tuple[str, int, bytes | None, bytes | None]], refused: dict[str, str]
+    ) -> None:
         """Answer behind every row that is older than the answer."""
         self.push()
         self._bus.send(Answered(question, rows, refused))
@@ -69,6 +75,7 @@ class Relay:
 
     Attributes:
         wanted: the codes that somebody on this machine watches, and the feeds of their workers.
+        books: of which of them somebody wants the book, and how many workers do.
         is_lagging: main is behind the feed: per batch only a code's newest row is sent.
         merged: rows that were merged for this reason.
     """
@@ -76,6 +83,7 @@ class Relay:
     def __init__(self, is_known: Callable[[str], bool]) -> None:
         self._is_known = is_known
         self.wanted: dict[str, list[WorkerFeed]] = {}
+        self.books: Counter[str] = Counter()
         self.board: Board  # set by main: the board asks us what is watched, we ask it for rows
         self._dirty: list[WorkerFeed] = []
         self._late: dict[str, Quote] = {}
@@ -92,11 +100,11 @@ class Relay:
                 self.merged += 1
             self._late[quote.code] = quote
             return
-        entry = (quote.code, quote.seq, quote.encoded())
+        entry: _Entry = (quote.code, quote.seq, quote.encoded())
         for feed in feeds:
             if not feed.rows:
                 self._dirty.append(feed)
-            feed.rows.append(entry)
+            feed.rows.append(entry if quote.code not in feed.books else (*entry, quote.encoded_book()))
 
     def flush(self) -> None:  # hot
         """Send what a batch of ticks has changed."""
@@ -115,15 +123,22 @@ class Relay:
     def ask(self, feed: WorkerFeed, question: Ask) -> None:
         """Answer a worker's question; with ``watch`` also note what it wants from now on."""
         refused = {code: "unknown_code" for code in question.codes if not self._is_known(code)}
-        rows: list[tuple[str, int, bytes | None]] = []
+        rows: list[tuple[str, int, bytes | None, bytes | None]] = []
         for code in question.codes:
             if code in refused:
                 continue
-            if question.watch and code not in feed.codes:
-                feed.codes.add(code)
-                self.wanted.setdefault(code, []).append(feed)
+            if question.watch:
+                if code not in feed.codes:
+                    feed.codes.add(code)
+                    self.wanted.setdefault(code, []).append(feed)
+                if question.books and code not in feed.books:
+                    feed.books.add(code)
+                    self.books[code] += 1
             quote = self.board.quotes.get(code)
-            rows.append((code, quote.seq, quote.encoded()) if quote is not None else (code, 0, None))
+            if quote is None:
+                rows.append((code, 0, None, b"{}" if question.books else None))
+            else:
+                rows.append((code, quote.seq, quote.encoded(), quote.encoded_book() if question.books else None))
         feed.answer(question.question, rows, refused)
 
     def unwatch(self, feed: WorkerFeed, codes: Iterable[str]) -> None:
@@ -135,6 +150,11 @@ class Relay:
                 feeds.remove(feed)
                 if not feeds:
                     del self.wanted[code]
+            if code in feed.books:
+                feed.books.discard(code)
+                self.books[code] -= 1
+                if not self.books[code]:
+                    del self.books[code]
 
     def forget(self, feed: WorkerFeed) -> None:
         """A worker is gone."""

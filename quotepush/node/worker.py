@@ -168,10 +168,11 @@ class WorkerProcess:
             server=setup.server,
             epoch=setup.epoch,
             heartbeat_ms=settings.heartbeat_ms,
-            watch=lambda codes, then: self._ask(codes, True, then),
-            look=lambda codes, then: self._ask(codes, False, then),
+            watch=lambda codes, books, then: self._ask(codes, then, watch=True, books=books),
+            look=lambda codes, then: self._ask(codes, then, watch=False, books=False),
             unwatch=self._unwatch,
             subscribed=mirror.touch,
+            extra_fields=frozenset(settings.extra_fields),
             clock_ms=clock_ms,
         )
 
@@ -188,14 +189,14 @@ class WorkerProcess:
 
     # To main
 
-    def _ask(self, codes: Sequence[str], watch: bool, then: Callable[[Answer], None]) -> None:
+    def _ask(self, codes: Sequence[str], then: Callable[[Answer], None], *, watch: bool, books: bool) -> None:
         def answered(message: bus.Answered) -> None:
-            then(Answer({code: (seq, row) for code, seq, row in message.rows}, message.refused))
+            then(Answer({code: (seq, row, book) for code, seq, row, book in message.rows}, message.refused))
 
         self._next_question += 1
         self._questions[self._next_question] = answered
         self._tell_unwatched()
-        self._bus.send(bus.Ask(self._next_question, list(codes), watch))
+        self._bus.send(bus.Ask(self._next_question, list(codes), watch, books))
 
     async def _admit(self, take: bool) -> bool:
         is_welcome = await self._places.take()
@@ -252,8 +253,8 @@ class WorkerProcess:
             worker = self._worker
             if worker is not None:
                 offer = worker.hub.offer
-                for code, seq, row in message.rows:
-                    offer(code, seq, row)
+                for row in message.rows:
+                    offer(*row)
         elif kind is bus.Answered:
             self._questions.pop(message.question)(message)
         elif kind is bus.PlacesGranted:

@@ -15,10 +15,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterable
+from heapq import heappop, heappush
+from itertools import count
 
 from quotepush.push.outbox import Outbox
-from quotepush.push.subscriptions import Row, Subscriptions
-from quotepush.wire.messages import tick_head
+from quotepush.push.subscriptions import Lane, Row, Subscriptions
 
 __all__ = ["Hub"]
 
@@ -68,40 +69,128 @@ class Hub:
         self._parked: set[Outbox] = set()  # have rows, but their socket is full
         self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
         self._next_flush = 0.0
+        self._due: list[tuple[float, int, Lane]] = []  # lanes with a rate that have something for later, a heap
+        self._numbers = count()  # so that lanes need not be compared
+        self._due_timer: asyncio.TimerHandle | None = None
         self.rows_in = 0
         self.rows_out = 0
         self.writes = 0
         self.rows_merged = 0
 
-    def offer(self, code: str, seq: int, bare: bytes) -> None:  # hot
+    def offer(self, code: str, seq: int, bare: bytes, book: bytes | None = None) -> None:  # hot
         """Queue the newest row of ``code`` for everybody who watches it here.
 
         Args:
-            bare: the row as JSON text without ``prev``.
+            bare: the row as JSON without ``prev``, whole but for the book.
+            book: the book as a JSON object, when this worker has asked for it.
         """
         channel = self._channels.get(code)
         if channel is None or seq <= channel.seq:
             return
-        row = Row(channel, seq, channel.seq, bare)
-        channel.seq = seq
-        channel.row = bare
-        channel.rows += 1
+        channel.renew(seq, bare, book)
         self.rows_in += 1
+        lane = channel.plain
+        if lane is not None:
+            if book is None:
+                self._hand_out(lane, seq, bare)
+            else:
+                self._offer_to(lane)
+        if channel.lanes:
+            for lane in channel.lanes.values():
+                self._offer_to(lane)
+
+    def _hand_out(self, lane: Lane, seq: int, bare: bytes) -> None:  # hot
+        row = Row(lane, seq, lane.seq, bare)
+        lane.seq = seq
+        lane.rows += 1
         dirty = self._dirty
-        for outbox in channel.audience:
+        for outbox in lane.audience:
             rows = outbox.rows
             if not rows:
                 dirty.append(outbox)
             rows.append(row)
-        if channel.newcomers:
-            first = Row(channel, seq, None, bare)
-            for outbox in channel.newcomers:
-                if not outbox.rows:
-                    dirty.append(outbox)
-                outbox.rows.append(first)
+        if lane.newcomers:
+            self._welcome(lane, seq, bare)
+
+    def _welcome(self, lane: Lane, seq: int, bare: bytes) -> None:
+        """Hand the row to those who were sent something else before than the rest of the lane."""
+        code = lane.channel.code
+        for outbox, base in lane.newcomers.items():
+            if base is not None and base >= seq:
+                outbox.session.note_skipped_row(code)  # it was in the snapshot
+                continue
+            if not outbox.rows:
+                self._dirty.append(outbox)
+            outbox.rows.append(Row(lane, seq, base, bare))
+            if base is None:
                 outbox.session.note_first_row(code, seq)
-            channel.audience |= channel.newcomers
-            channel.newcomers.clear()
+        lane.audience.update(lane.newcomers)
+        lane.newcomers.clear()
+
+    def _offer_to(self, lane: Lane) -> None:
+        """Hand the channel's newest row to a lane with a view, a format or a rate of its own."""
+        if not lane.has_news():
+            return
+        rate = lane.shape.max_rate
+        if rate is not None:
+            now_s = time.monotonic()
+            if now_s < lane.next_s:
+                self._hand_out_later(lane)
+                return
+            lane.next_s = now_s + 1 / rate
+        self._hand_out_newest(lane)
+
+    def _hand_out_newest(self, lane: Lane) -> None:
+        lane.note_shown()
+        self._hand_out(lane, lane.channel.seq, lane.channel.text(lane.view, lane.format))
+
+    def deliver(self, lane: Lane, outbox: Outbox) -> None:
+        """Queue the newest row for one of the lane's newcomers, who has missed it while he changed lanes."""
+        channel = lane.channel
+        base = lane.newcomers.pop(outbox)
+        row = Row(lane, channel.seq, base, channel.text(lane.view, lane.format))
+        if not outbox.rows:
+            self._dirty.append(outbox)
+        outbox.rows.append(row)
+        if lane.seq == channel.seq:
+            lane.audience.add(outbox)
+        else:
+            lane.newcomers[outbox] = channel.seq
+        self.flush_soon()
+
+    def _hand_out_later(self, lane: Lane) -> None:
+        """The lane has had its row for now: its newest one goes out when the next may, whatever comes until then."""
+        if lane.is_due:
+            return
+        lane.is_due = True
+        heappush(self._due, (lane.next_s, next(self._numbers), lane))
+        if self._due_timer is None or self._due[0][2] is lane:
+            self._wake_for_due()
+
+    def _wake_for_due(self) -> None:
+        if self._due_timer is not None:
+            self._due_timer.cancel()
+            self._due_timer = None
+        if self._due:
+            wait_s = max(0.0, self._due[0][0] - time.monotonic())
+            self._due_timer = asyncio.get_running_loop().call_later(wait_s, self._hand_out_due)
+
+    def _hand_out_due(self) -> None:
+        self._due_timer = None
+        now_s = time.monotonic()
+        # Timers have milliseconds; what is due within one goes now.
+        while self._due and self._due[0][0] <= now_s + 0.001:
+            lane = heappop(self._due)[2]
+            lane.is_due = False
+            channel = lane.channel
+            if not lane.is_watched or channel.seq <= lane.seq:
+                continue
+            if lane.has_news():
+                assert lane.shape.max_rate is not None
+                lane.next_s = now_s + 1 / lane.shape.max_rate
+                self._hand_out_newest(lane)
+        self._wake_for_due()
+        self.flush_soon()
 
     def flush_soon(self) -> None:
         """Flush now, or when the rest after the last flush is over."""
@@ -129,7 +218,6 @@ class Hub:
         begin = time.monotonic()
         deadline = begin + _BUDGET_S
         now_ms = self._clock_ms()
-        head = tick_head(now_ms)
         flushing = self._flushing
         done = self._flushed
         while done < len(flushing):
@@ -140,11 +228,11 @@ class Hub:
                     if outbox.rows or outbox.held is not None:
                         self._parked.add(outbox)
                 elif outbox.held is not None:
-                    self._catch_up(outbox, head)
+                    self._catch_up(outbox, now_ms)
                 elif outbox.rows:
                     self.rows_out += len(outbox.rows)
                     self.writes += 1
-                    outbox.write(outbox.take(head, now_ms))
+                    outbox.write(outbox.take(now_ms))
             except Exception:
                 # A bug met in one session is that session's end and nobody else's.
                 log.exception("a session could not be written to")
@@ -169,11 +257,11 @@ class Hub:
             # uvloop's timers count from the begin of the turn, which is the slice's.
             self._timer = asyncio.get_running_loop().call_later(rest_s + now_s - begin, self._flush)
 
-    def _catch_up(self, outbox: Outbox, head: bytes) -> None:
+    def _catch_up(self, outbox: Outbox, now_ms: int) -> None:
         """Send a merging session its newest rows, as far as the socket takes them."""
         if outbox.pending:
             merged, sent = outbox.merged, outbox.sent
-            outbox.write(outbox.take(head, 0))
+            outbox.write(outbox.take(now_ms))
             self.writes += 1
             self.rows_out += outbox.sent - sent
             self.rows_merged += outbox.merged - merged

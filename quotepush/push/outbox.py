@@ -15,9 +15,8 @@ fan-out costs); everything else happens here. No clock, no socket.
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from quotepush.push.subscriptions import Channel, Row
-from quotepush.wire.frames import frame_header, text_frame
-from quotepush.wire.messages import TICK_TAIL
+from quotepush.push.subscriptions import Lane, Row
+from quotepush.wire.formats import JSON, Codec
 
 __all__ = ["Held", "Outbox"]
 
@@ -45,20 +44,27 @@ class Outbox:
     Attributes:
         session: whose it is; the hub never looks at it.
         write: hands bytes to the socket at once.
+        codec: the language of the connection.
+        has_arrays: some of its rows may be arrays, whose messages name their columns.
         rows: in order, all of them; the hub appends.
-        held: newest row per channel while merging, else None.
+        held: newest row per lane while merging, else None.
         is_blocked: the socket has not taken all of the last write; nothing is written meanwhile.
         sent: rows handed to the socket.
         merged: rows that were merged into a newer one.
     """
 
-    __slots__ = ("_counted", "held", "is_blocked", "merged", "rows", "sent", "session", "waiting_bytes", "write")
+    __slots__ = (
+        "_counted", "codec", "has_arrays", "held", "is_blocked", "merged", "rows", "sent", "session", "waiting_bytes",
+        "write",
+    )  # fmt: skip
 
-    def __init__(self, session: Any, write: Callable[[bytes], None]) -> None:
+    def __init__(self, session: Any, write: Callable[[bytes], None], codec: Codec = JSON) -> None:
         self.session = session
         self.write = write
+        self.codec = codec
+        self.has_arrays = False
         self.rows: list[Row] = []
-        self.held: dict[Channel, Held] | None = None
+        self.held: dict[Lane, Held] | None = None
         self.is_blocked = False
         self.sent = 0
         self.merged = 0
@@ -84,9 +90,9 @@ class Outbox:
         if held is None:
             held = self.held = {}
         for row in self.rows:
-            slot = held.get(row.channel)
+            slot = held.get(row.lane)
             if slot is None:
-                held[row.channel] = Held(row)
+                held[row.lane] = Held(row)
             else:
                 slot.row = row
                 slot.merged += 1
@@ -94,14 +100,13 @@ class Outbox:
         self._forget_rows()
         self.waiting_bytes = sum(len(slot.row.text) for slot in held.values())
 
-    def take(self, head: bytes, now_ms: int) -> bytes:  # hot
-        """Return what waits as one frame and forget it; some of it while catching up.
+    def take(self, now_ms: int) -> bytes:  # hot
+        """Return what waits as one frame (several, when rows differ in their columns) and forget it.
 
-        Args:
-            head: of a tick message at ``now_ms``.
+        While catching up it is some of what waits.
         """
         if self.held is not None:
-            return self._take_held(head)
+            return self._take_held(now_ms)
         rows = self.rows
         self.sent += len(rows)
         if len(rows) == 1:
@@ -110,32 +115,43 @@ class Outbox:
             rows.clear()
             if self._counted:
                 self._counted = self.waiting_bytes = 0
-            channel = row.channel
-            if channel.framed is not row or channel.frame_ms != now_ms:
-                channel.framed = row
-                channel.frame_ms = now_ms
-                channel.frame = text_frame(head + row.text + TICK_TAIL)
-            return channel.frame
-        body = b",".join([row.text for row in rows])
+            lane = row.lane
+            if lane.framed is not row or lane.frame_ms != now_ms:
+                lane.framed = row
+                lane.frame_ms = now_ms
+                cols = lane.view.cols if lane.format.is_array else None
+                lane.frame = self.codec.rows_frame("tick", now_ms, (row.text,), cols)
+            return lane.frame
+        if self.has_arrays:
+            frames = self._frames(now_ms, ((row.lane, row.text) for row in rows))
+        else:
+            frames = self.codec.rows_frame("tick", now_ms, [row.text for row in rows])
         rows.clear()
         if self._counted:
             self._counted = self.waiting_bytes = 0
-        return b"".join((frame_header(len(head) + len(body) + 2), head, body, TICK_TAIL))
+        return frames
 
-    def _take_held(self, head: bytes) -> bytes:
+    def _frames(self, now_ms: int, texts: Iterable[tuple[Lane, bytes]]) -> bytes:
+        """Return one message per list of columns; rows of one lane stay in order, for they share theirs."""
+        groups: dict[int | None, list[bytes]] = {}
+        for lane, text in texts:
+            groups.setdefault(lane.view.cols if lane.format.is_array else None, []).append(text)
+        return b"".join([self.codec.rows_frame("tick", now_ms, group, cols) for cols, group in groups.items()])
+
+    def _take_held(self, now_ms: int) -> bytes:
         if self.rows:
             self.merge()
         held = self.held
         assert held
-        texts: list[bytes] = []
+        texts: list[tuple[Lane, bytes]] = []
         size = 0
-        for channel in list(held):
-            slot = held.pop(channel)
+        for lane in list(held):
+            slot = held.pop(lane)
             text = slot.text()
-            texts.append(text)
+            texts.append((lane, text))
             size += len(text)
             if slot.merged:
-                self.session.note_merged(channel.code, slot.merged)
+                self.session.note_merged(lane.channel.code, slot.merged)
             if size >= _CATCH_UP_BYTES:
                 break
         self.sent += len(texts)
@@ -143,34 +159,34 @@ class Outbox:
         if not held:
             self.held = None
             self.waiting_bytes = 0
-        return text_frame(head + b",".join(texts) + TICK_TAIL)
+        return self._frames(now_ms, texts)
 
-    def drop(self, channels: Iterable[Channel]) -> None:
-        """Forget what waits of these channels: the session no longer wants it, or has just been sent newer."""
-        gone = set(channels)
+    def drop(self, lanes: Iterable[Lane]) -> None:
+        """Forget what waits of these lanes: the session no longer wants it, or has just been sent newer."""
+        gone = set(lanes)
         if self.rows:
-            kept = [row for row in self.rows if row.channel not in gone]
+            kept = [row for row in self.rows if row.lane not in gone]
             self._forget_rows()
             self.rows.extend(kept)
             self.waiting_bytes = 0
         if self.held:
             # Even when nothing is left it stays a dict: the hub has yet to say that we have caught up.
-            for channel in gone:
-                self.held.pop(channel, None)
+            for lane in gone:
+                self.held.pop(lane, None)
 
-    def last_sent(self, channel: Channel) -> tuple[int, int]:
-        """Return the seq of the last row that was sent of ``channel`` (0: none), and how many of its rows wait."""
+    def last_sent(self, lane: Lane) -> tuple[int, int]:
+        """Return the seq of the last row that was sent of ``lane`` (0: none), and how many of its rows wait."""
         first: int | None = None
         waiting = 0
-        if self.held and (slot := self.held.get(channel)):
+        if self.held and (slot := self.held.get(lane)):
             first, waiting = slot.prev or 0, 1 + slot.merged
         for row in self.rows:
-            if row.channel is channel:
+            if row.lane is lane:
                 waiting += 1
                 if first is None:
                     first = row.prev or 0
         if first is None:
-            first = 0 if self in channel.newcomers else channel.seq
+            first = lane.newcomers[self] or 0 if self in lane.newcomers else lane.seq
         return first, waiting
 
     def clear(self) -> None:

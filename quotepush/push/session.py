@@ -20,12 +20,12 @@ from typing import Any, Protocol
 
 from quotepush.errors import PeerError
 from quotepush.push.outbox import Outbox
-from quotepush.push.subscriptions import Subscription, Subscriptions
+from quotepush.push.subscriptions import Channel, Lane, Shape, Subscription, Subscriptions
 from quotepush.quote.code import BadCode, parse_code
-from quotepush.quote.tick import BOOK_FIELDS, KNOWN_FIELDS
+from quotepush.quote.tick import BOOK_FIELDS
 from quotepush.wire import messages
-from quotepush.wire.frames import text_frame
-from quotepush.wire.messages import CLOSE_CODES, Request, RequestError, parse_request
+from quotepush.wire.formats import DEFAULT_FIELDS, DEFAULT_VIEW, JSON, Codec, View
+from quotepush.wire.messages import CLOSE_CODES, Message, Request, RequestError, parse_request
 
 __all__ = ["Answer", "Desk", "Limits", "Link", "Session"]
 
@@ -87,12 +87,16 @@ class Answer:
     """What main says to a question about codes.
 
     Attributes:
-        rows: per code its seq and its newest row as JSON text (None: no tick yet).
+        rows: per code its seq, its newest row as JSON text (None: no tick yet), and its book, if that was asked for.
         refused: per code the error word, e.g. ``unknown_code``.
     """
 
-    rows: Mapping[str, tuple[int, bytes | None]]
+    rows: Mapping[str, tuple[int, bytes | None, bytes | None]]
     refused: Mapping[str, str]
+
+
+def _nobody(lane: Lane, outbox: Outbox) -> None:
+    raise AssertionError("no hub yet")
 
 
 @dataclass(slots=True)
@@ -100,9 +104,11 @@ class Desk:
     """What a worker offers its sessions: the index, main behind it, the registry, the clock.
 
     Attributes:
-        watch: ask main for these codes and their later ticks; answers through the callback, in
+        watch: ask main for these codes (with their books?) and their later ticks; answers through the callback, in
             the stream of ticks, so that nothing falls between the answer and the next tick.
         look: the same without their later ticks.
+        deliver: queue a lane's newest row for one of its newcomers; set by the worker that has the hub.
+        extra_fields: what views may name besides the fields of the protocol.
         unwatch: nobody here watches these codes any more.
         subscribed: a session's codes have changed (for the registry).
         clock_ms: epoch milliseconds.
@@ -113,11 +119,13 @@ class Desk:
     server: str
     epoch: str
     heartbeat_ms: int
-    watch: Callable[[Sequence[str], Callable[[Answer], None]], None]
+    watch: Callable[[Sequence[str], bool, Callable[[Answer], None]], None]
     look: Callable[[Sequence[str], Callable[[Answer], None]], None]
     unwatch: Callable[[Iterable[str]], None]
     subscribed: Callable[[str], None]
     clock_ms: Callable[[], int]
+    extra_fields: frozenset[str] = frozenset()
+    deliver: Callable[[Lane, Outbox], None] = _nobody
 
 
 class Session:
@@ -125,19 +133,21 @@ class Session:
 
     Attributes:
         fd: its name in the cluster, ``<node>.<worker>.<n>``.
+        codec: the language it speaks.
         subscriptions: canonical code to subscription, in the order of subscribing.
     """
 
     __slots__ = (
-        "_desk", "_inbox", "_is_waiting", "_limited_since_ms", "_link", "_tokens", "_tokens_at_ms", "fd", "is_closed",
-        "opened_ms", "outbox", "subscriptions",
+        "_desk", "_inbox", "_is_waiting", "_limited_since_ms", "_link", "_tokens", "_tokens_at_ms", "codec", "fd",
+        "is_closed", "opened_ms", "outbox", "subscriptions",
     )  # fmt: skip
 
-    def __init__(self, fd: str, link: Link, desk: Desk) -> None:
+    def __init__(self, fd: str, link: Link, desk: Desk, codec: Codec = JSON) -> None:
         self.fd = fd
+        self.codec = codec
         self._link = link
         self._desk = desk
-        self.outbox = Outbox(self, link.write)
+        self.outbox = Outbox(self, link.write, codec)
         self.subscriptions: dict[str, Subscription] = {}
         self.is_closed = False
         self.opened_ms = desk.clock_ms()
@@ -145,7 +155,7 @@ class Session:
         self._tokens_at_ms = self.opened_ms
         self._limited_since_ms = 0
         self._is_waiting = False  # for main's answer to a request
-        self._inbox: deque[str] | None = None
+        self._inbox: deque[str | bytes] | None = None
 
     def greet(self) -> None:
         """Send ``hello``."""
@@ -158,31 +168,37 @@ class Session:
                 epoch=desk.epoch,
                 time_ms=self.opened_ms,
                 heartbeat_ms=desk.heartbeat_ms,
-                fields=(name for name in KNOWN_FIELDS if name not in BOOK_FIELDS),
+                fields=DEFAULT_FIELDS,
                 limits=desk.limits.as_said(),
             )
         )
 
     # What the client says
 
-    def receive(self, text: str) -> None:
+    def receive(self, data: str | bytes) -> None:
         """Take one message of the client."""
         if self.is_closed:
             return
         if self._is_waiting:
             if self._inbox is None:
                 self._inbox = deque()
-            self._inbox.append(text)
+            self._inbox.append(data)
             return
         now_ms = self._desk.clock_ms()
+        said: Any = None
         try:
+            try:
+                said = self.codec.decode(data)
+            except ValueError as e:  # what both orjson and msgspec raise
+                self._spend_token(now_ms)
+                raise RequestError("bad_json", f"not {self.codec.language}: {e}") from None
             self._spend_token(now_ms)
-            request = parse_request(text, self._desk.limits.codes_per_request)
+            request = parse_request(said, self._desk.limits.codes_per_request, self._desk.extra_fields)
             _HANDLERS[request.action](self, request, now_ms)
         except RequestError as e:
             self._say(messages.error(e, now_ms, e.request_id, e.action))
         except PeerError as e:
-            self._say(messages.error(e, now_ms, *messages.named(text)))
+            self._say(messages.error(e, now_ms, *messages.named(said)))
             if e.close_code is not None:
                 self._link.close(e.close_code, e.error)
 
@@ -209,15 +225,20 @@ class Session:
 
     def _subscribe(self, request: Request, now_ms: int) -> None:
         results, codes = self._understand(request.codes, self._desk.limits.codes - len(self.subscriptions))
+        shape = Shape(View.of(request.fields), self.codec.format(request.format), request.max_rate)
         channels = self._desk.subscriptions.channels
-        missing = [code for code in codes if code not in channels]
+        missing = [
+            code
+            for code in codes
+            if (channel := channels.get(code)) is None or (shape.view.has_book and channel.book is None)
+        ]
         if missing:
             self._ask(
-                self._desk.watch, missing, codes,
-                lambda answer: self._finish_subscribe(request, results, codes, answer),
+                lambda then: self._desk.watch(missing, shape.view.has_book, then), codes,
+                lambda answer: self._finish_subscribe(request, shape, results, codes, answer),
             )  # fmt: skip
         else:
-            self._finish_subscribe(request, results, codes, None)
+            self._finish_subscribe(request, shape, results, codes, None)
 
     def _understand(
         self, spellings: Iterable[str], room: int | None
@@ -250,6 +271,7 @@ class Session:
     def _finish_subscribe(
         self,
         request: Request,
+        shape: Shape,
         results: list[dict[str, Any]],
         codes: dict[str, list[dict[str, Any]]],
         answer: Answer | None,
@@ -263,31 +285,58 @@ class Session:
             self._refuse(codes, answer.refused)
         now_ms = self._desk.clock_ms()
         rows: list[bytes] = []
-        outbox = self.outbox
+        missed: list[Lane] = []
         for code in codes:
-            seq, row = answer.rows.get(code, (0, None)) if answer is not None else (0, None)
-            channel = subscriptions.open(code, seq, row)
+            channel = subscriptions.open(code, *_found(answer, code))
             if code in self.subscriptions:
-                if not request.snapshot:
-                    continue  # nothing has changed, and what waits must still arrive
-                outbox.drop([channel])  # not newer than the snapshot
+                if request.snapshot or self.subscriptions[code].lane.shape != shape:
+                    self._change(channel, shape, request.snapshot, missed)
+            else:
+                base = channel.seq if request.snapshot else None
+                lane = subscriptions.add(channel, self.outbox, shape, base=base)
+                self.subscriptions[code] = Subscription(lane, base)
             if request.snapshot:
-                rows.append(messages.snapshot_row(code, channel.row))
-            self.subscriptions[code] = subscriptions.add(channel, outbox, with_prev=request.snapshot)
+                rows.append(channel.text(shape.view, shape.format))
         self._release(asked)
+        columns: dict[str, Any] = {}
+        cols = None
+        if shape.format.is_array:
+            self.outbox.has_arrays = True
+            cols = shape.view.cols
+            columns = {"cols": cols, "columns": shape.view.columns}
         self._say(
             messages.ack(
                 request.action, request.id, now_ms,
                 accepted=[{"code": r["code"], "as": r["as"]} for r in results if "error" not in r],
                 rejected=[r for r in results if "error" in r],
-                total=len(self.subscriptions), limit=self._desk.limits.codes,
+                total=len(self.subscriptions), limit=self._desk.limits.codes, **columns,
             )
         )  # fmt: skip
         if rows:
-            self._say(messages.snapshot(now_ms, rows))
+            self._link.write(self.codec.rows_frame("snapshot", now_ms, rows, cols))
+        for lane in missed:
+            self._desk.deliver(lane, self.outbox)
         if codes:
             self._desk.subscribed(self.fd)
         self._go_on()
+
+    def _change(self, channel: Channel, shape: Shape, is_sent: bool, missed: list[Lane]) -> None:
+        """Give a subscription other options without a hole; what waits in its old shape goes.
+
+        Args:
+            is_sent: the client is being sent the newest row as a snapshot.
+            missed: gets the lane when the newest row has to be delivered there instead.
+        """
+        before = self.subscriptions[channel.code]
+        seq, waiting = self.outbox.last_sent(before.lane)
+        self.outbox.drop([before.lane])
+        self._desk.subscriptions.leave(before.lane, self.outbox)
+        base = channel.seq if is_sent else seq or None
+        lane = self._desk.subscriptions.add(channel, self.outbox, shape, base=base)
+        after = self.subscriptions[channel.code] = before.go_on(lane, base, seq, waiting)
+        if base is not None and base < channel.seq:
+            after.add_own()
+            missed.append(lane)
 
     def _refuse(self, codes: dict[str, list[dict[str, Any]]], refused: Mapping[str, str]) -> None:
         for code, word in refused.items():
@@ -312,17 +361,27 @@ class Session:
             self._desk.subscribed(self.fd)
 
     def _drop(self, codes: Iterable[str]) -> None:
-        channels = [self.subscriptions.pop(code).channel for code in codes]
-        self.outbox.drop(channels)
-        left = self._desk.subscriptions.discard(channels, self.outbox)
+        lanes = [self.subscriptions.pop(code).lane for code in codes]
+        self.outbox.drop(lanes)
+        left = self._desk.subscriptions.discard(lanes, self.outbox)
         if left:
             self._desk.unwatch(left)
 
     def _list(self, request: Request, now_ms: int) -> None:
         listed = []
         for code, subscription in self.subscriptions.items():
-            seq, waiting = self.outbox.last_sent(subscription.channel)
-            listed.append({"code": code, "seq": seq, "merged": subscription.merged_until(seq, waiting)})
+            lane = subscription.lane
+            seq, waiting = self.outbox.last_sent(lane)
+            listed.append(
+                {
+                    "code": code,
+                    "fields": lane.view.fields,
+                    "max_rate": lane.shape.max_rate,
+                    "format": "rows" if lane.format.is_array else "objects",
+                    "seq": seq,
+                    "merged": subscription.merged_until(seq, waiting),
+                }
+            )
         self._say(
             messages.ack(
                 request.action, request.id, now_ms, subscriptions=listed, total=len(listed),
@@ -336,7 +395,7 @@ class Session:
         missing = [code for code in codes if code not in channels]
         if missing:
             self._ask(
-                self._desk.look, missing, codes,
+                lambda then: self._desk.look(missing, then), codes,
                 lambda answer: self._finish_snapshot(request, results, codes, answer),
             )  # fmt: skip
         else:
@@ -358,14 +417,15 @@ class Session:
         now_ms = self._desk.clock_ms()
         rows = []
         for code in codes:
-            channel = self._desk.subscriptions.channels.get(code)
-            if channel is not None:
-                row = channel.row
-            else:
-                row = answer.rows[code][1] if answer is not None and code in answer.rows else None
-            rows.append(messages.snapshot_row(code, row))
-            if code in self.subscriptions:
-                self._continue_from_snapshot(code)
+            channel = self._desk.subscriptions.channels.get(code) or Channel(code, *_found(answer, code))
+            before = self.subscriptions.get(code)
+            if before is None:
+                rows.append(channel.text(DEFAULT_VIEW, self.codec.objects))
+                continue
+            # It stands for the rows that wait, so it shows what they would have shown.
+            view = View.of((*DEFAULT_FIELDS, *BOOK_FIELDS)) if before.lane.view.has_book else DEFAULT_VIEW
+            rows.append(channel.text(view, self.codec.objects))
+            self._change(channel, before.lane.shape, True, [])
         self._release(asked)
         self._say(
             messages.ack(
@@ -374,24 +434,15 @@ class Session:
                 rejected=[r for r in results if "error" in r],
             )
         )  # fmt: skip
-        self._say(messages.snapshot(now_ms, rows))
+        self._link.write(self.codec.rows_frame("snapshot", now_ms, rows))
         self._go_on()
-
-    def _continue_from_snapshot(self, code: str) -> None:
-        """The snapshot stands for the rows of ``code`` that wait: they go, and the next tick follows on it."""
-        before = self.subscriptions[code]
-        seq, waiting = self.outbox.last_sent(before.channel)
-        self.outbox.drop([before.channel])
-        self._desk.subscriptions.add(before.channel, self.outbox, with_prev=True)
-        self.subscriptions[code] = before.restart(seq, waiting)
 
     def _ping(self, request: Request, now_ms: int) -> None:
         self._say(messages.pong(request.id, now_ms))
 
     def _ask(
         self,
-        ask: Callable[[Sequence[str], Callable[[Answer], None]], None],
-        missing: Sequence[str],
+        ask: Callable[[Callable[[Answer], None]], None],
         codes: Iterable[str],
         finish: Callable[[Answer], None],
     ) -> None:
@@ -408,7 +459,7 @@ class Session:
         self._desk.subscriptions.claim(codes)
         self._is_waiting = True
         self._link.hold_requests(True)
-        ask(missing, answered)
+        ask(answered)
 
     def _release(self, asked: Iterable[str]) -> None:
         left = self._desk.subscriptions.release(asked)
@@ -430,8 +481,8 @@ class Session:
 
     # What the server says
 
-    def _say(self, message: bytes) -> None:
-        self._link.write(text_frame(message))
+    def _say(self, message: Message) -> None:
+        self._link.write(self.codec.frame(message))
 
     def say_merging(self) -> None:
         """Tell the client that it is too slow for every row."""
@@ -457,6 +508,12 @@ class Session:
         if subscription is not None:
             subscription.start(seq)
 
+    def note_skipped_row(self, code: str) -> None:
+        """A row was handed out that this session had been sent in a snapshot."""
+        subscription = self.subscriptions.get(code)
+        if subscription is not None:
+            subscription.skip()
+
     def close(self) -> None:
         """The connection is over: leave every audience."""
         if self.is_closed:
@@ -468,6 +525,10 @@ class Session:
         # Break the circle of link, session and outbox: they go at once, not with the garbage collector.
         self._link = _GONE
         self.outbox.write = _GONE.write
+
+
+def _found(answer: Answer | None, code: str) -> tuple[int, bytes | None, bytes | None]:
+    return (0, None, None) if answer is None else answer.rows.get(code, (0, None, None))
 
 
 _HANDLERS: dict[str, Callable[[Session, Request, int], None]] = {

@@ -15,7 +15,7 @@ from aiohttp import web
 from quotepush.push.websocket import Detached
 from quotepush.push.worker import PushWorker
 from quotepush.settings import Settings
-from quotepush.wire.messages import SUBPROTOCOL
+from quotepush.wire.formats import CODECS
 
 __all__ = ["Admit", "make_app"]
 
@@ -25,6 +25,7 @@ Admit = Callable[[bool], Awaitable[bool]]
 STATIC = Path(__file__).parent.parent / "static"
 _FILES = {f"/{name}": name for name in ("quotepush.js", "page.js", "page.css")}
 _RETRY_AFTER_S = 5
+_SUBPROTOCOLS = tuple(codec.subprotocol for codec in CODECS)
 
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
@@ -88,15 +89,16 @@ class _Door:
         self._origins = frozenset(origin.rstrip("/").lower() for origin in settings.allowed_origins)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        handshake = web.WebSocketResponse(protocols=(SUBPROTOCOL,))
+        handshake = web.WebSocketResponse(protocols=_SUBPROTOCOLS)
         wants_upgrade = request.headers.get("Upgrade", "").strip().lower() == "websocket"
         if not self._is_allowed(request):
             return _refuse(request, 403, "forbidden_origin", "pages of this origin may not connect")
         if wants_upgrade and not handshake.can_prepare(request).ok:
             return _refuse(request, 400, "bad_handshake", "not a WebSocket handshake of version 13")
         offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",") if p.strip()]
-        if offered and SUBPROTOCOL not in offered:
-            return _refuse(request, 400, "bad_subprotocol", f"this server speaks {SUBPROTOCOL}")
+        subprotocol = next((p for p in offered if p in _SUBPROTOCOLS), None)
+        if offered and subprotocol is None:
+            return _refuse(request, 400, "bad_subprotocol", f"this server speaks {' and '.join(_SUBPROTOCOLS)}")
         if not await self._admit(wants_upgrade):
             return _refuse(request, 503, "overloaded", "this server holds all it can", retry_after_s=_RETRY_AFTER_S)
         if self._worker.is_draining:  # asked last: it may have begun while main was asked
@@ -107,7 +109,7 @@ class _Door:
             headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
             return _refuse(request, 426, "upgrade_required", "connect with a WebSocket", headers=headers)
         try:
-            return self._worker.accept(request, SUBPROTOCOL if offered else None)
+            return self._worker.accept(request, subprotocol)
         except ConnectionResetError:  # it went away while main was asked: nobody is left to answer
             self._leave()
             return Detached()

@@ -1,49 +1,125 @@
-"""Who watches what in this worker.
+"""Who watches what in this worker, and in which shape.
 
-Invariant: an outbox stands in a channel's audience exactly when its session is
-subscribed to the channel's code, in both directions, and a channel lives as long as
-it has an audience or a claim. Only then main is told that the code is not wanted, so
+Invariant: an outbox stands in exactly one lane of a channel when its session is subscribed to
+the channel's code, and in none otherwise, in both directions; a channel lives as long as
+somebody stands in it or claims it. Only then main is told that the code is not wanted, so
 an answer of main that is still under way is never about a code it has stopped sending.
 
-A *channel* is one code here; it counts the rows it has handed out, so that a
-subscription knows how many were merged for it without counting per row.
+A *channel* is one code here and knows its newest row. A *lane* of it is everybody who gets the
+same rows of it: same view, same format, same rate. It counts the rows it has handed out, so
+that a subscription knows how many were merged for it without counting per row.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from quotepush.wire.messages import row_with_prev, row_without_prev
+import orjson
+
+from quotepush.quote.tick import BOOK_FIELDS
+from quotepush.wire.formats import DEFAULT_VIEW, JSON, Format, View
 
 if TYPE_CHECKING:
     from quotepush.push.outbox import Outbox
 
-__all__ = ["Channel", "Row", "Subscription", "Subscriptions"]
+__all__ = ["PLAIN", "Channel", "Lane", "Row", "Shape", "Subscription", "Subscriptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What somebody wants of a code.
+
+    Attributes:
+        max_rate: most rows per second; None: every row.
+    """
+
+    view: View
+    format: Format
+    max_rate: float | None = None
+
+
+# What nearly everybody wants, and main has encoded already.
+PLAIN = Shape(DEFAULT_VIEW, JSON.objects)
+
+
+# What the default view does not show, or what is no news.
+_NO_NEWS = frozenset((*BOOK_FIELDS, "seq", "ts"))
 
 
 class Row:
-    """One row on its way to everybody who watches its code.
+    """One row on its way to everybody in a lane.
 
     Attributes:
         seq: number of this row.
-        prev: number of the row before it in this channel; None for an outbox's first row without a snapshot.
-        text: JSON with ``prev``; the same bytes for all, and the only copy while it waits.
+        prev: number of the row before it in this lane; None for an outbox's first row without a snapshot.
+        text: encoded with ``prev``; the same bytes for all, and the only copy while it waits.
     """
 
-    __slots__ = ("channel", "prev", "seq", "text")
+    __slots__ = ("lane", "prev", "seq", "text")
 
-    def __init__(self, channel: "Channel", seq: int, prev: int | None, bare: bytes) -> None:
-        self.channel = channel
+    def __init__(self, lane: "Lane", seq: int, prev: int | None, bare: bytes) -> None:
+        self.lane = lane
         self.seq = seq
         self.prev = prev
-        self.text = bare if prev is None else row_with_prev(bare, prev)
+        self.text = bare if prev is None else lane.format.with_prev(bare, prev)
 
     def text_after(self, prev: int | None) -> bytes:
-        """Return the row as JSON for somebody who was last sent the row ``prev`` (None: no row)."""
+        """Return the row for somebody who was last sent the row ``prev`` (None: no row)."""
         if prev == self.prev:
             return self.text
-        bare = self.text if self.prev is None else row_without_prev(self.text)
-        return bare if prev is None else row_with_prev(bare, prev)
+        spelled = self.lane.format
+        bare = self.text if self.prev is None else spelled.without_prev(self.text)
+        return bare if prev is None else spelled.with_prev(bare, prev)
+
+
+class Lane:
+    """Those who get the same rows of one code.
+
+    Attributes:
+        seq: of the row that was handed out last.
+        rows: how many rows were handed out.
+        audience: who gets the next row with the common ``prev``.
+        newcomers: who gets it with another ``prev``: the seq of the snapshot he was sent (None: he was sent none).
+        next_s: no row before this time, for a lane with a rate; loop time.
+        is_due: a row waits for that time.
+        framed: the row that was last sent alone in a message, at ``frame_ms``; ``frame`` is the whole WebSocket
+            frame. Here and not in the row: rows wait for slow clients, frames must not.
+    """
+
+    __slots__ = (
+        "_shown", "audience", "channel", "format", "frame", "frame_ms", "framed", "is_due", "newcomers", "next_s",
+        "rows", "seq", "shape", "view",
+    )  # fmt: skip
+
+    def __init__(self, channel: "Channel", shape: Shape) -> None:
+        self.channel = channel
+        self.shape = shape
+        self.view = shape.view
+        self.format = shape.format
+        self.seq = channel.seq
+        self.rows = 0
+        self.audience: set[Outbox] = set()
+        self.newcomers: dict[Outbox, int | None] = {}
+        self.next_s = -math.inf
+        self.is_due = False
+        self.framed: Row | None = None
+        self.frame_ms = 0
+        self.frame = b""
+        self._shown = channel.values(shape.view)
+
+    @property
+    def is_watched(self) -> bool:
+        return bool(self.audience or self.newcomers)
+
+    def has_news(self) -> bool:
+        """Say whether the channel's newest row shows these people something that they have not seen."""
+        return bool(self.channel.values(self.view) != self._shown)
+
+    def note_shown(self) -> None:
+        """They are being sent the channel's newest row."""
+        self._shown = self.channel.values(self.view)
 
 
 class Channel:
@@ -51,30 +127,77 @@ class Channel:
 
     Attributes:
         seq: of the newest row, 0 before the first.
-        row: the newest row as JSON text without ``prev``; None before the first.
-        rows: how many rows were handed out here.
-        audience: who gets the next row with the common ``prev``.
-        newcomers: who gets the next row without ``prev``: subscribed without a snapshot.
-        framed: the row that was last sent alone in a message, at ``frame_ms``; ``frame`` is the whole WebSocket
-            frame. Here and not in the row: rows wait for slow clients, frames must not.
+        row: the newest row, whole but without the book, as JSON; None before the first.
+        book: its ``bids`` and ``asks`` as a JSON object; None when nobody here has asked for it.
+        plain: the lane of :data:`PLAIN`, when somebody is in it.
+        lanes: the others.
     """
 
-    __slots__ = ("audience", "code", "frame", "frame_ms", "framed", "newcomers", "row", "rows", "seq")
+    __slots__ = ("_fields", "_texts", "_values", "book", "code", "lanes", "plain", "row", "seq")
 
-    def __init__(self, code: str, seq: int, row: bytes | None) -> None:
+    def __init__(self, code: str, seq: int, row: bytes | None, book: bytes | None = None) -> None:
         self.code = code
+        self.plain: Lane | None = None
+        self.lanes: dict[Shape, Lane] = {}
+        self.renew(seq, row, book)
+
+    def renew(self, seq: int, row: bytes | None, book: bytes | None) -> None:
+        """Hold a newer row."""
         self.seq = seq
         self.row = row
-        self.rows = 0
-        self.audience: set[Outbox] = set()
-        self.newcomers: set[Outbox] = set()
-        self.framed: Row | None = None
-        self.frame_ms = 0
-        self.frame = b""
+        self.book = book
+        self._fields: Mapping[str, Any] | None = None
+        self._texts: dict[tuple[View, Format], bytes] | None = None
+        self._values: dict[View, Any] | None = None
 
     @property
     def is_watched(self) -> bool:
-        return bool(self.audience or self.newcomers)
+        return self.plain is not None or bool(self.lanes)
+
+    def all_lanes(self) -> list[Lane]:
+        """Return every lane."""
+        return [*([self.plain] if self.plain is not None else ()), *self.lanes.values()]
+
+    def fields(self) -> Mapping[str, Any]:
+        """Return the newest row, its book included as far as it is here."""
+        if self._fields is None:
+            fields: dict[str, Any] = (
+                {"code": self.code, "seq": self.seq} if self.row is None else orjson.loads(self.row)
+            )
+            if self.book:
+                fields |= orjson.loads(self.book)
+            self._fields = fields
+        return self._fields
+
+    def text(self, view: View, spelled: Format) -> bytes:
+        """Return the newest row in a view and format, without ``prev``; made once for all."""
+        if self.row is not None and view is DEFAULT_VIEW and spelled is JSON.objects:
+            return self.row
+        if self._texts is None:
+            self._texts = {}
+        text = self._texts.get((view, spelled))
+        if text is None:
+            text = self._texts[view, spelled] = spelled.encode(self.fields(), view)
+        return text
+
+    def values(self, view: View) -> Any:
+        """Return what a view shows of the newest row, but for its time; equal to the last when nothing is new.
+
+        The default view shows every field but the book, and main sends nothing else that shows nothing new.
+        """
+        if view is DEFAULT_VIEW and self.book is None:
+            return self.seq
+        if self._values is None:
+            self._values = {}
+        values = self._values.get(view)
+        if values is None:
+            fields = self.fields()
+            if view is DEFAULT_VIEW:
+                values = {name: value for name, value in fields.items() if name not in _NO_NEWS}
+            else:
+                values = tuple(map(fields.get, view.columns[4:]))
+            self._values[view] = values
+        return values
 
 
 class Subscription:
@@ -84,44 +207,53 @@ class Subscription:
         merged: rows merged for this session alone, because it was slow.
     """
 
-    __slots__ = ("_rows_before", "_seq_before", "channel", "merged")
+    __slots__ = ("_rows_before", "_seq_before", "lane", "merged")
 
-    def __init__(self, channel: Channel, *, has_base: bool) -> None:
-        self.channel = channel
+    def __init__(self, lane: Lane, seq: int | None) -> None:
+        self.lane = lane
         self.merged = 0
-        self._seq_before = channel.seq if has_base else -1
-        self._rows_before = channel.rows
+        self._seq_before = -1 if seq is None else seq
+        self._rows_before = lane.rows
 
     def start(self, seq: int) -> None:
         """Begin to count at the first row, for a subscription without a snapshot."""
         if self._seq_before < 0:
             self._seq_before = seq
-            self._rows_before = self.channel.rows
+            self._rows_before = self.lane.rows
 
     def merged_until(self, seq: int, rows_waiting: int) -> int:
         """Return how many rows were merged for this subscription up to ``seq``, here and upstream.
 
         Args:
             seq: of the last row that was sent.
-            rows_waiting: rows of the channel that are still in the session's outbox.
+            rows_waiting: rows of the lane that are still in the session's outbox.
         """
         if self._seq_before < 0:
             return 0
-        handed_out = self.channel.rows - self._rows_before - rows_waiting
+        handed_out = self.lane.rows - self._rows_before - rows_waiting
         return max(0, seq - self._seq_before - handed_out) + self.merged
 
-    def restart(self, seq: int, rows_waiting: int) -> "Subscription":
-        """Return this subscription as it is after a snapshot that stands for what waited.
+    def skip(self) -> None:
+        """The lane has handed out a row that this session had been sent already."""
+        self._rows_before += 1
+
+    def add_own(self) -> None:
+        """The session was handed a row that the rest of the lane was not."""
+        self._rows_before -= 1
+
+    def go_on(self, lane: Lane, base: int | None, seq: int, rows_waiting: int) -> "Subscription":
+        """Return this subscription as it goes on in ``lane`` behind the row ``base``, keeping its count.
 
         Args:
-            seq: of the last row that was sent.
-            rows_waiting: rows that the snapshot replaced.
+            base: sent as a snapshot just now, or sent last (None: nothing was).
+            seq: of the last row that was sent before.
+            rows_waiting: rows that were waiting for the session and are not sent any more.
         """
-        after = Subscription(self.channel, has_base=True)
+        after = Subscription(lane, base)
         after.merged = self.merged_until(seq, rows_waiting)
-        if rows_waiting:
+        if rows_waiting and base is not None:
             # All but the newest, also the ones that were merged upstream.
-            after.merged += self.channel.seq - max(seq, self._seq_before - 1) - 1
+            after.merged += max(0, base - max(seq, self._seq_before - 1) - 1)
         return after
 
 
@@ -133,35 +265,57 @@ class Subscriptions:
         self.count = 0
         self._claims: Counter[str] = Counter()
 
-    def open(self, code: str, seq: int, row: bytes | None) -> Channel:
+    def open(self, code: str, seq: int, row: bytes | None, book: bytes | None = None) -> Channel:
         """Return the channel of ``code``, made from its newest row if it is new here."""
         channel = self.channels.get(code)
         if channel is None:
-            channel = self.channels[code] = Channel(code, seq, row)
+            channel = self.channels[code] = Channel(code, seq, row, book)
+        elif book is not None and channel.book is None:
+            channel.renew(channel.seq, channel.row, book)  # it was not wanted here until now
         return channel
 
-    def add(self, channel: Channel, outbox: "Outbox", *, with_prev: bool) -> Subscription:
-        """Put ``outbox`` into the audience; subscribing again starts anew, without a hole.
+    def add(self, channel: Channel, outbox: "Outbox", shape: Shape = PLAIN, *, base: int | None) -> Lane:
+        """Put ``outbox`` into the lane of ``shape``; the caller has taken it out of another one.
 
         Args:
-            with_prev: the session has been sent the channel's newest row as a snapshot.
+            base: seq of the row that the session was sent last; None: it was sent none.
         """
-        if outbox not in channel.audience and outbox not in channel.newcomers:
+        lane = channel.plain if shape == PLAIN else channel.lanes.get(shape)
+        if lane is None:
+            lane = Lane(channel, shape)
+            if shape == PLAIN:
+                channel.plain = lane
+            else:
+                channel.lanes[shape] = lane
+        if outbox not in lane.audience and outbox not in lane.newcomers:
             self.count += 1
-        channel.audience.discard(outbox)
-        channel.newcomers.discard(outbox)
-        (channel.audience if with_prev else channel.newcomers).add(outbox)
-        return Subscription(channel, has_base=with_prev)
+        lane.audience.discard(outbox)
+        lane.newcomers.pop(outbox, None)
+        if base is not None and base == lane.seq:
+            lane.audience.add(outbox)
+        else:
+            lane.newcomers[outbox] = base
+        return lane
 
-    def discard(self, channels: Iterable[Channel], outbox: "Outbox") -> list[str]:
-        """Take ``outbox`` out of these audiences; return the codes that are not wanted here any more."""
+    def leave(self, lane: Lane, outbox: "Outbox") -> None:
+        """Take ``outbox`` out of a lane; the channel stays, for the caller goes on with it or gives it up."""
+        if outbox in lane.audience or outbox in lane.newcomers:
+            self.count -= 1
+            lane.audience.discard(outbox)
+            lane.newcomers.pop(outbox, None)
+        if not lane.is_watched:
+            channel = lane.channel
+            if channel.plain is lane:
+                channel.plain = None
+            elif channel.lanes.get(lane.shape) is lane:
+                del channel.lanes[lane.shape]
+
+    def discard(self, lanes: Iterable[Lane], outbox: "Outbox") -> list[str]:
+        """Take ``outbox`` out of these lanes; return the codes that are not wanted here any more."""
         left = []
-        for channel in channels:
-            if outbox in channel.audience or outbox in channel.newcomers:
-                self.count -= 1
-                channel.audience.discard(outbox)
-                channel.newcomers.discard(outbox)
-            left += self._close(channel.code)
+        for lane in lanes:
+            self.leave(lane, outbox)
+            left += self._close(lane.channel.code)
         return left
 
     def claim(self, codes: Iterable[str]) -> None:

@@ -126,7 +126,7 @@ class WebSocketLink(asyncio.Protocol):
             if kind is WSMsgType.CLOSE:
                 self._transport.close()
             return
-        if kind is WSMsgType.TEXT:
+        if kind is (WSMsgType.BINARY if self.session.codec.is_binary else WSMsgType.TEXT):
             try:
                 self.session.receive(message.data)
             except Exception:
@@ -142,7 +142,7 @@ class WebSocketLink(asyncio.Protocol):
             self.session.close()
             self._transport.close()
             self._abort_later()  # closing waits for what this peer has not read, and perhaps never will
-        elif kind is WSMsgType.BINARY:
+        elif kind in (WSMsgType.BINARY, WSMsgType.TEXT):
             self.close(CLOSE_CODES["wrong_frame_kind"], "wrong_frame_kind")
 
     def _broken(self, error: BaseException) -> None:

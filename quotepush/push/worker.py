@@ -21,7 +21,7 @@ from quotepush.push.subscriptions import Subscriptions
 from quotepush.push.websocket import Detached, WebSocketLink, upgrade
 from quotepush.settings import Settings
 from quotepush.wire import messages
-from quotepush.wire.frames import text_frame
+from quotepush.wire.formats import CODECS, JSON
 
 __all__ = ["FeedState", "Outside", "PushWorker", "clock_ms"]
 
@@ -95,6 +95,7 @@ class PushWorker:
             on_failed=self._end_failed,
             clock_ms=desk.clock_ms,
         )
+        desk.deliver = self.hub.deliver
         self._left = asyncio.Event()
         slots = max(1, round(settings.heartbeat_ms / 1000 / _SLOT_S))
         self._wheel: list[set[WebSocketLink]] = [set() for _ in range(slots)]
@@ -103,10 +104,11 @@ class PushWorker:
     # The life of a session
 
     def accept(self, request: web.Request, subprotocol: str | None) -> Detached:
-        """Turn a checked upgrade request into a session."""
+        """Turn a checked upgrade request into a session that speaks ``subprotocol`` (None: the usual one, unsaid)."""
+        codec = next((codec for codec in CODECS if codec.subprotocol == subprotocol), JSON)
         link = WebSocketLink(self, request.remote or "?")
         fd = f"{self._fd_prefix}{self._next_fd}"
-        link.session = Session(fd, link, self._desk)
+        link.session = Session(fd, link, self._desk, codec)
         response = upgrade(request, link, subprotocol, self._settings.message_bytes, lambda: self.opened(link))
         self._next_fd += 1
         return response
@@ -175,10 +177,12 @@ class PushWorker:
     def _look_after(self, slot: set[WebSocketLink], now_s: float) -> None:
         s = self._settings
         now_ms = self._desk.clock_ms()
-        beat = text_frame(messages.heartbeat(now_ms, self.feed.state, self.feed.age_ms(now_ms)))
+        heartbeat = messages.heartbeat(now_ms, self.feed.state, self.feed.age_ms(now_ms))
+        beats = {codec: codec.frame(heartbeat) for codec in CODECS}
         for link in list(slot):
             try:
                 ping = link.check(now_s, s.stall_timeout_s, s.ping_interval_s, s.ping_timeout_s)
+                beat = beats[link.session.codec]
                 link.write(beat + ping if ping else beat)
             except Exception:
                 log.exception("%s: could not be looked after", link.session.fd)

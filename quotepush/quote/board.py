@@ -22,6 +22,7 @@ from quotepush.quote.tick import (
     check_tick,
     clear_nulls,
     decode_tick,
+    has_book_news,
     has_news,
     merge_fields,
     shape_of,
@@ -50,8 +51,8 @@ class Quote:
     """
 
     __slots__ = (
-        "_book", "_encoded", "_row", "_row_bound", "_waiting", "_waiting_shape", "arrived_ms", "code", "day_end_ms",
-        "seq", "ts",
+        "_book", "_encoded", "_encoded_book", "_row", "_row_bound", "_waiting", "_waiting_shape", "arrived_ms", "code",
+        "day_end_ms", "seq", "ts",
     )  # fmt: skip
 
     def __init__(self, code: str, seq: int) -> None:
@@ -68,6 +69,7 @@ class Quote:
         self._waiting: bytes | None = None
         self._waiting_shape: Shape | None = None
         self._encoded: bytes | None = None
+        self._encoded_book: bytes | None = None
 
     @property
     def row(self) -> dict[str, Any]:
@@ -86,10 +88,18 @@ class Quote:
             text = self._encoded = orjson.dumps(self.row)
         return text
 
+    def encoded_book(self) -> bytes:
+        """Return the book as JSON text, made once per tick."""
+        text = self._encoded_book
+        if text is None:
+            text = self._encoded_book = orjson.dumps(self.book)
+        return text
+
     def _settle(self) -> None:
         """Merge the tick that waits."""
         text, shape = self._waiting, self._waiting_shape
         if text is not None and shape is not None:
+            self._encoded_book = None
             tick = decode_tick(text)
             check_tick(tick, shape)  # it was found good before; this makes its sizes whole numbers
             self._merge(tick, shape, len(text))
@@ -161,6 +171,7 @@ class Board:
         days: ends of trading days; a later day's first tick replaces the row.
         drop_older: refuse a tick whose ``ts`` is below the row's.
         watched: codes whose news somebody waits for; None: all of them.
+        books_watched: codes of which a change of the book is news too.
 
     Attributes:
         newest_ms: when the newest accepted tick arrived; 0: none yet.
@@ -175,6 +186,7 @@ class Board:
         max_tick_bytes: int = 8_192,
         drop_older: bool = False,
         watched: Container[str] | None = None,
+        books_watched: Container[str] = (),
     ) -> None:
         self.quotes: dict[str, Quote] = {}
         self.accepted = 0
@@ -182,6 +194,7 @@ class Board:
         self.last_fault = ""
         self.newest_ms = 0
         self._watched = watched
+        self._books_watched = books_watched
         self._days = days
         self._max_codes = max_codes
         self._max_row_bytes = max_row_bytes
@@ -237,6 +250,7 @@ class Board:
         if is_fresh:
             quote._row = {"code": code, "seq": quote.seq, "ts": 0}
             quote._book = {}
+            quote._encoded_book = None
             quote._row_bound = 0
             quote.day_end_ms = self._days.end_ms(code, ts)
         self.accepted += 1
@@ -252,6 +266,10 @@ class Board:
         if quote._waiting is not None:
             quote._settle()
         is_news = is_fresh or has_news(quote._row, tick, shape)
+        if shape.levels:
+            quote._encoded_book = None
+            if not is_news and code in self._books_watched:
+                is_news = has_book_news(quote._book, tick, shape)
         quote._merge(tick, shape, size)
         return quote if is_news else None
 

@@ -12,7 +12,7 @@ import orjson
 
 __all__ = [
     "BOOK_FIELDS", "KNOWN_FIELDS", "SHAPES", "BadTick", "Shape", "check_depth", "check_tick", "clear_nulls",
-    "decode_tick", "derive_change", "has_news", "merge_fields", "shape_of",
+    "decode_tick", "derive_change", "has_book_news", "has_news", "merge_fields", "shape_of",
 ]  # fmt: skip
 
 # Heavy fields, apart from the row: only a view that names them gets them.
@@ -205,6 +205,15 @@ def has_news(row: dict[str, Any], tick: dict[str, Any], shape: Shape) -> bool:  
             old = row.get(name, row)  # the row itself: equal to no field
             if old != value or type(old) is not type(value):
                 return True
+    return False
+
+
+def has_book_news(book: dict[str, Any], tick: dict[str, Any], shape: Shape) -> bool:
+    """Say whether merging ``tick`` would change the book."""
+    for name in shape.levels:
+        levels = tick[name]
+        if book.get(name) != (None if levels is None else levels[:BOOK_LEVELS]):
+            return True
     return False
 
 

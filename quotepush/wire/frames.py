@@ -9,9 +9,9 @@ import base64
 import hashlib
 import struct
 
-__all__ = ["accept_key", "close_frame", "frame_header", "ping_frame", "pong_frame", "text_frame"]
+__all__ = ["BINARY", "TEXT", "accept_key", "close_frame", "frame_header", "ping_frame", "pong_frame", "text_frame"]
 
-_TEXT = 0x81  # FIN and opcode 1
+TEXT, BINARY = 0x81, 0x82  # FIN and the opcode
 _CLOSE, _PING, _PONG = 0x88, 0x89, 0x8A
 _GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
 
@@ -19,7 +19,7 @@ _pack_16 = struct.Struct("!BBH").pack
 _pack_64 = struct.Struct("!BBQ").pack
 
 
-def frame_header(length: int, first_byte: int = _TEXT) -> bytes:
+def frame_header(length: int, first_byte: int = TEXT) -> bytes:
     """Return the header of an unmasked frame with ``length`` bytes of payload."""
     if length < 126:
         return bytes((first_byte, length))

@@ -1,22 +1,20 @@
-"""What is said on the wire, quotes.v1 as JSON: requests in, messages out.
+"""What is said on the wire, quotes.v1: requests in, messages out; how it is spelled is for the codecs.
 
 Requests are parsed by a table from action to fields; everything that is wrong
 with one is a :class:`~quotepush.errors.PeerError` that names the word on the wire.
 Messages are built here and nowhere else. All of it: docs/protocol.md.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import orjson
-
 from quotepush.errors import PeerError
+from quotepush.quote.tick import KNOWN_FIELDS
 
 __all__ = [
     "CLOSE_CODES",
     "PROTOCOL",
-    "SUBPROTOCOL",
     "Request",
     "ack",
     "error",
@@ -24,18 +22,10 @@ __all__ = [
     "named",
     "parse_request",
     "pong",
-    "row_with_prev",
-    "row_without_prev",
-    "snapshot",
-    "snapshot_row",
     "status",
-    "tick_head",
 ]
 
 PROTOCOL = "quotes.v1"
-SUBPROTOCOL = "quotes.v1.json"
-
-TICK_TAIL = b"]}"
 
 # Close codes by the word that goes with them; the close reason repeats the word.
 CLOSE_CODES = {
@@ -51,7 +41,11 @@ CLOSE_CODES = {
 
 # Options of PROTOCOL quotes.v1 that this server does not offer: refused, so that no client
 # believes it was granted what it asked for.
-_NOT_OFFERED = ("fields", "max_rate", "format", "epoch", "since")
+_NOT_OFFERED = ("epoch", "since")
+
+# What a view may name; a server can be told of more (``extra_fields``).
+_FIELDS = frozenset((*KNOWN_FIELDS, "code", "seq", "ts", "prev"))
+_MOST_RATE = 1000.0
 
 _ID_BYTES = 128
 
@@ -65,27 +59,32 @@ class Request:
         id: what the client called it, sent back in the answer; None: nothing.
         codes: as the client spelled them.
         snapshot: whether a subscribe wants the newest rows first.
+        fields: the view; None: the default one.
+        max_rate: most rows per second and code; None: every row.
+        format: ``objects`` or ``rows``.
     """
 
     action: str
     id: int | str | None = None
     codes: tuple[str, ...] = ()
     snapshot: bool = True
+    fields: tuple[str, ...] | None = None
+    max_rate: float | None = None
+    format: str = "objects"
 
 
-def parse_request(text: str | bytes, max_codes: int) -> Request:
-    """Return what a client's message asks for.
+def parse_request(said: Any, max_codes: int, extra_fields: Collection[str] = ()) -> Request:
+    """Return what a client's decoded message asks for.
+
+    Args:
+        extra_fields: what a view may name besides the fields of the protocol.
 
     Raises:
-        PeerError: ``bad_json``, ``bad_request``, ``unknown_action``; its ``request`` attribute
+        PeerError: ``bad_request``, ``unknown_action``, ``unknown_field``; its ``request`` attribute
             is the ``id`` and ``action`` as far as they could be read.
     """
-    try:
-        said = orjson.loads(text)
-    except orjson.JSONDecodeError as e:
-        raise RequestError("bad_json", f"not JSON: {e}") from None
     if type(said) is not dict:
-        raise RequestError("bad_request", "a message is a JSON object")
+        raise RequestError("bad_request", "a message is an object")
     request_id = said.get("id")
     if not (
         request_id is None or type(request_id) is int or (type(request_id) is str and len(request_id) <= _ID_BYTES)
@@ -100,15 +99,15 @@ def parse_request(text: str | bytes, max_codes: int) -> Request:
         known = ", ".join(_ACTIONS)
         raise RequestError("unknown_action", f"{action[:40]!r} is none of {known}", request_id) from None
     try:
-        return parse(action, request_id, said, max_codes)
+        return parse(action, request_id, said, max_codes, extra_fields)
     except PeerError as e:
         raise RequestError(e.error, e.message, request_id, action) from None
 
 
-def named(text: str | bytes) -> tuple[int | str | None, str | None]:
-    """Return ``id`` and ``action`` of a message that is not carried out, as far as they can be read."""
+def named(said: Any) -> tuple[int | str | None, str | None]:
+    """Return ``id`` and ``action`` of a decoded message that is not carried out, as far as they can be read."""
     try:
-        request = parse_request(text, max_codes=0)
+        request = parse_request(said, max_codes=0)
     except RequestError as e:
         return e.request_id, e.action
     return request.id, request.action
@@ -136,27 +135,57 @@ def _codes(said: Mapping[str, Any], max_codes: int) -> tuple[str, ...]:
     return tuple(codes)
 
 
-def _parse_subscribe(action: str, request_id: int | str | None, said: Mapping[str, Any], max_codes: int) -> Request:
+_Said = Mapping[str, Any]
+_Id = int | str | None
+
+
+def _parse_subscribe(action: str, request_id: _Id, said: _Said, max_codes: int, extra: Collection[str]) -> Request:
     for option in _NOT_OFFERED:
-        if said.get(option) is not None and (option, said[option]) != ("format", "objects"):
+        if said.get(option) is not None:
             raise PeerError("bad_request", f"this server does not offer {option}")
     wanted = said.get("snapshot", True)
     if type(wanted) is not bool:
         raise PeerError("bad_request", "snapshot must be true or false")
-    return Request(action, request_id, _codes(said, max_codes), wanted)
+    spelled = said.get("format") or "objects"
+    if spelled not in ("objects", "rows"):
+        raise PeerError("bad_request", "format must be objects or rows")
+    codes = _codes(said, max_codes)
+    return Request(action, request_id, codes, wanted, _view(said, extra), _max_rate(said), spelled)
 
 
-def _parse_codes(action: str, request_id: int | str | None, said: Mapping[str, Any], max_codes: int) -> Request:
-    if action == "snapshot" and said.get("fields") is not None:
-        raise PeerError("bad_request", "this server does not offer fields")
+def _view(said: _Said, extra: Collection[str]) -> tuple[str, ...] | None:
+    fields = said.get("fields")
+    if fields is None:
+        return None
+    if type(fields) is not list or not fields or not all(type(name) is str for name in fields):
+        raise PeerError("bad_request", "fields must be a list of at least one name")
+    for name in fields:
+        if name not in _FIELDS and name not in extra:
+            raise PeerError("unknown_field", f"{name[:40]!r} is no field; hello lists the usual ones")
+    return tuple(fields)
+
+
+def _max_rate(said: _Said) -> float | None:
+    rate = said.get("max_rate")
+    if rate is None:
+        return None
+    if type(rate) not in (int, float) or not 0 < rate <= _MOST_RATE:  # NaN is not above 0 either
+        raise PeerError("bad_request", f"max_rate must be above 0 and at most {_MOST_RATE:g} rows a second")
+    return float(rate)
+
+
+def _parse_codes(action: str, request_id: _Id, said: _Said, max_codes: int, extra: Collection[str]) -> Request:
+    for option in ("fields", "format", "max_rate"):
+        if said.get(option) is not None:
+            raise PeerError("bad_request", f"{option} is for subscribe")
     return Request(action, request_id, _codes(said, max_codes))
 
 
-def _parse_plain(action: str, request_id: int | str | None, said: Mapping[str, Any], max_codes: int) -> Request:
+def _parse_plain(action: str, request_id: _Id, said: _Said, max_codes: int, extra: Collection[str]) -> Request:
     return Request(action, request_id)
 
 
-def _parse_auth(action: str, request_id: int | str | None, said: Mapping[str, Any], max_codes: int) -> Request:
+def _parse_auth(action: str, request_id: _Id, said: _Said, max_codes: int, extra: Collection[str]) -> Request:
     raise PeerError("bad_request", "this server takes no tokens; everybody may subscribe")
 
 
@@ -170,79 +199,54 @@ _ACTIONS = {
 }
 
 
+Message = dict[str, Any]
+
+
 def hello(
     *, server: str, conn: str, conn_key: str, epoch: str, time_ms: int, heartbeat_ms: int, fields: Iterable[str],
     limits: Mapping[str, Any],
-) -> bytes:  # fmt: skip
+) -> Message:  # fmt: skip
     """Return the first message of every connection."""
-    return orjson.dumps(
-        {
-            "type": "hello", "version": PROTOCOL, "server": server, "conn": conn, "conn_key": conn_key, "epoch": epoch,
-            "time": time_ms, "auth": "none", "heartbeat_ms": heartbeat_ms, "fields": list(fields),
-            "limits": dict(limits),
-        }
-    )  # fmt: skip
+    return {
+        "type": "hello", "version": PROTOCOL, "server": server, "conn": conn, "conn_key": conn_key, "epoch": epoch,
+        "time": time_ms, "auth": "none", "heartbeat_ms": heartbeat_ms, "fields": list(fields), "limits": dict(limits),
+    }  # fmt: skip
 
 
-def ack(action: str, request_id: int | str | None, time_ms: int, **results: Any) -> bytes:
+def ack(action: str, request_id: int | str | None, time_ms: int, **results: Any) -> Message:
     """Return the answer to a request that was carried out."""
-    return orjson.dumps({"type": "ack", **_id(request_id), "action": action, "time": time_ms, **results})
+    return {"type": "ack", **_id(request_id), "action": action, "time": time_ms, **results}
 
 
-def pong(request_id: int | str | None, time_ms: int) -> bytes:
+def pong(request_id: int | str | None, time_ms: int) -> Message:
     """Return the answer to ``{"action":"ping"}``."""
-    return orjson.dumps({"type": "pong", **_id(request_id), "time": time_ms})
+    return {"type": "pong", **_id(request_id), "time": time_ms}
 
 
-def error(fault: PeerError, time_ms: int, request_id: int | str | None = None, action: str | None = None) -> bytes:
+def error(fault: PeerError, time_ms: int, request_id: int | str | None = None, action: str | None = None) -> Message:
     """Return what a client is told about its fault."""
-    said: dict[str, Any] = {"type": "error", **_id(request_id)}
+    said: Message = {"type": "error", **_id(request_id)}
     if action is not None:
         said["action"] = action
     said |= {"error": fault.error, "message": fault.message, "retryable": fault.retry_after_ms is not None}
     if fault.retry_after_ms is not None:
         said["retry_after_ms"] = fault.retry_after_ms
     said["time"] = time_ms
-    return orjson.dumps(said)
+    return said
 
 
-def heartbeat(time_ms: int, feed: str, feed_age_ms: int | None) -> bytes:
+def heartbeat(time_ms: int, feed: str, feed_age_ms: int | None) -> Message:
     """Return the sign of life; ``feed_age_ms`` is absent while no tick was ever seen."""
-    said: dict[str, Any] = {"type": "heartbeat", "time": time_ms, "feed": feed}
+    said: Message = {"type": "heartbeat", "time": time_ms, "feed": feed}
     if feed_age_ms is not None:
         said["feed_age_ms"] = feed_age_ms
-    return orjson.dumps(said)
+    return said
 
 
-def status(time_ms: int, scope: str, state: str, **facts: Any) -> bytes:
+def status(time_ms: int, scope: str, state: str, **facts: Any) -> Message:
     """Return a change of state: of the connection, or of some codes."""
-    return orjson.dumps({"type": "status", "time": time_ms, "scope": scope, "state": state, **facts})
+    return {"type": "status", "time": time_ms, "scope": scope, "state": state, **facts}
 
 
-def snapshot(time_ms: int, rows: Iterable[bytes]) -> bytes:
-    """Return the newest rows, each as JSON text."""
-    return b'{"type":"snapshot","time":%d,"data":[%b]}' % (time_ms, b",".join(rows))
-
-
-def snapshot_row(code: str, row: bytes | None) -> bytes:
-    """Return a snapshot's row: the newest one, or ``seq`` 0 for a code without a value."""
-    return row if row is not None else b'{"code":"%b","seq":0}' % code.encode()
-
-
-def tick_head(time_ms: int) -> bytes:
-    """Return what stands before the rows of a tick message; :data:`TICK_TAIL` stands behind them."""
-    return b'{"type":"tick","time":%d,"data":[' % time_ms
-
-
-def row_with_prev(row: bytes, prev: int) -> bytes:
-    """Return ``row`` (a JSON object) with ``prev`` as its first field."""
-    return b'{"prev":%d,%b' % (prev, row[1:])
-
-
-def row_without_prev(row: bytes) -> bytes:
-    """Return a row made by :func:`row_with_prev` as it was before."""
-    return b"{" + row[row.index(b",") + 1 :]
-
-
-def _id(request_id: int | str | None) -> dict[str, int | str]:
+def _id(request_id: int | str | None) -> Message:
     return {} if request_id is None else {"id": request_id}
