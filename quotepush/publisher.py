@@ -24,7 +24,6 @@ import random
 import secrets
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from math import isfinite
 from types import TracebackType
 from typing import Any, Self
@@ -39,11 +38,12 @@ from redis.exceptions import NoScriptError, RedisError, ResponseError
 from redis.retry import Retry
 
 from quotepush.errors import RedisUnavailable, SettingsError
+from quotepush.ingest.keys import FeedKeys
 from quotepush.quote.code import BadCode, parse_code
 from quotepush.quote.tick import BadTick, check_tick, shape_of
 from quotepush.settings import without_password
 
-__all__ = ["BlockingPublisher", "FeedKeys", "Publisher"]
+__all__ = ["BlockingPublisher", "Publisher"]
 
 _TIMEOUT_S = 5.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 2.0
@@ -112,37 +112,6 @@ redis.call('SET', done_key, string.format('%d', batch), 'EX', ARGV[10])
 redis.call('PUBLISH', channel, message)
 return reply
 """
-
-
-@dataclass(frozen=True, slots=True)
-class FeedKeys:
-    """The names in Redis of what publishers write."""
-
-    prefix: str = "qp:"
-
-    @property
-    def epoch(self) -> str:
-        return f"{self.prefix}epoch"
-
-    @property
-    def seq(self) -> str:
-        return f"{self.prefix}seq"
-
-    @property
-    def log(self) -> str:
-        return f"{self.prefix}log"
-
-    @property
-    def row(self) -> str:
-        """What stands before the code in the name of its row."""
-        return f"{self.prefix}row:"
-
-    @property
-    def channel(self) -> str:
-        return f"{self.prefix}feed"
-
-    def publisher(self, name: str) -> str:
-        return f"{self.prefix}publisher:{name}"
 
 
 class _Batches:
@@ -233,14 +202,20 @@ def _is_passing(error: Exception) -> bool:
 
 
 def _wait_s(attempt: int) -> float:
-    return random.uniform(0.5, 1.0) * min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** min(attempt, 10))
+    return random.uniform(0.5, 1.0) * min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * float(2 ** min(attempt, 10)))
 
 
 class _Publisher:
     """What both publishers have in common."""
 
     def __init__(
-        self, url: str, *, prefix: str = "qp:", log_batches: int = 10_000, copies: str = "", give_up_s: float | None = None
+        self,
+        url: str,
+        *,
+        prefix: str = "qp:",
+        log_batches: int = 10_000,
+        copies: str = "",
+        give_up_s: float | None = None,
     ) -> None:
         if copies and copies.count("{code}") != 1:
             raise SettingsError(["copies: a channel with {code} where the code goes"])
@@ -283,7 +258,13 @@ class Publisher(_Publisher):
     """
 
     def __init__(
-        self, url: str, *, prefix: str = "qp:", log_batches: int = 10_000, copies: str = "", give_up_s: float | None = None
+        self,
+        url: str,
+        *,
+        prefix: str = "qp:",
+        log_batches: int = 10_000,
+        copies: str = "",
+        give_up_s: float | None = None,
     ) -> None:
         super().__init__(url, prefix=prefix, log_batches=log_batches, copies=copies, give_up_s=give_up_s)
         try:
@@ -335,15 +316,15 @@ class Publisher(_Publisher):
                     attempt += 1
 
     async def _call(self, batch: list[Any]) -> Any:
+        redis: Any = self._redis  # redis-py's annotations are neither here nor there
         arguments = self._batches.arguments(batch)
         if self._sha:
             try:
-                return await self._redis.execute_command("EVALSHA", self._sha, *arguments)
+                return await redis.evalsha(self._sha, *arguments)
             except NoScriptError:
                 pass
-        loaded = await self._redis.execute_command("SCRIPT LOAD", _SCRIPT)
-        self._sha = loaded.decode() if isinstance(loaded, bytes) else loaded
-        return await self._redis.execute_command("EVALSHA", self._sha, *arguments)
+        self._sha = await redis.script_load(_SCRIPT)
+        return await redis.evalsha(self._sha, *arguments)
 
 
 class BlockingPublisher(_Publisher):
@@ -356,7 +337,13 @@ class BlockingPublisher(_Publisher):
     """
 
     def __init__(
-        self, url: str, *, prefix: str = "qp:", log_batches: int = 10_000, copies: str = "", give_up_s: float | None = None
+        self,
+        url: str,
+        *,
+        prefix: str = "qp:",
+        log_batches: int = 10_000,
+        copies: str = "",
+        give_up_s: float | None = None,
     ) -> None:
         super().__init__(url, prefix=prefix, log_batches=log_batches, copies=copies, give_up_s=give_up_s)
         try:
@@ -396,12 +383,12 @@ class BlockingPublisher(_Publisher):
                 attempt += 1
 
     def _call(self, batch: list[Any]) -> Any:
+        redis: Any = self._redis
         arguments = self._batches.arguments(batch)
         if self._sha:
             try:
-                return self._redis.execute_command("EVALSHA", self._sha, *arguments)
+                return redis.evalsha(self._sha, *arguments)
             except NoScriptError:
                 pass
-        loaded = self._redis.execute_command("SCRIPT LOAD", _SCRIPT)
-        self._sha = loaded.decode() if isinstance(loaded, bytes) else loaded
-        return self._redis.execute_command("EVALSHA", self._sha, *arguments)
+        self._sha = redis.script_load(_SCRIPT)
+        return redis.evalsha(self._sha, *arguments)

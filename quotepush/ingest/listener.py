@@ -34,6 +34,9 @@ log = logging.getLogger("quotepush.feed")
 
 _MAX_CHANNELS = 400_000
 
+# No pattern is called so: of our own channels nothing is taken through a pattern, nor counted as ignored.
+_OWN_ROUTE: tuple[bytes, str | None] = (b"\0", None)
+
 # Between two reads when they come faster than that: every read wakes main, and through it the workers. At 8,000 ticks/s
 # a tick cost main 19 µs without this rest and 13 µs with it (docs/performance.md). At a low rate nothing waits.
 _REST_S = 0.001
@@ -45,9 +48,11 @@ class ChannelTable:
     Args:
         templates: each with at most one ``{code}``; ``*`` stands for anything. Of several that
             match a channel the first one counts.
+        own: begin of the names of our own channels, which are never the feed's; empty: there are none.
     """
 
-    def __init__(self, templates: list[str]) -> None:
+    def __init__(self, templates: list[str], own: str = "") -> None:
+        self._own = own.encode()
         self._templates = [(self._glob(t).encode(), self._regex(t)) for t in templates]
         # Channel to (the pattern that counts, code); the pattern is empty for a channel that is ignored.
         self.routes: dict[bytes, tuple[bytes, str | None]] = {}
@@ -71,6 +76,8 @@ class ChannelTable:
     def look_up(self, channel: bytes) -> tuple[bytes, str | None]:
         """Return which pattern counts for ``channel``, and its code (None: the tick names it)."""
         route: tuple[bytes, str | None] = b"", None
+        if self._own and channel.startswith(self._own):
+            return _OWN_ROUTE
         text = channel.decode("utf-8", "replace")
         for glob, regex in self._templates:
             if match := regex.fullmatch(text):
@@ -149,6 +156,8 @@ class FeedListener:
         merge: takes code (None: the tick names it), payload and arrival (epoch milliseconds); returns
             what it has made of them when there is news, else None.
         publish: takes the news.
+        log_channel: of the publishers' log; its messages go to ``take_batch``.
+        own_prefix: of our own channels.
         on_batch: called after the messages of one read.
         on_link: called with True when subscribed, with False when the link is lost.
 
@@ -168,12 +177,17 @@ class FeedListener:
         publish: Callable[[Any], None],
         on_batch: Callable[[], None],
         on_link: Callable[[bool], None],
+        log_channel: str = "",
+        own_prefix: str = "",
+        take_batch: Callable[[bytes], None] = lambda message: None,
         probe_interval_s: float,
         probe_timeout_s: float,
         timeout_s: float,
     ) -> None:
         self._pool = pool
-        self._channels = ChannelTable(templates)
+        self._channels = ChannelTable(templates, own_prefix)
+        self._log_channel = log_channel
+        self._take_batch = take_batch
         self._merge = merge
         self._publish = publish
         self._on_batch = on_batch
@@ -227,6 +241,8 @@ class FeedListener:
                 transport: asyncio.Transport = connection._writer.transport  # type: ignore[union-attr, assignment]
                 link = _Link(transport, self._take_chunk)
                 transport.set_protocol(link)
+                if self._log_channel:
+                    await _send(connection, "SUBSCRIBE", self._log_channel)
                 await _send(connection, "PSUBSCRIBE", *self._channels.patterns)
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.wait_until_lost())
@@ -275,12 +291,22 @@ class FeedListener:
                 if self.bugs == 1:
                     log.exception("a tick could not be taken; further ones of this kind are counted only")
 
+    def _take_log(self, message: bytes) -> None:
+        try:
+            self._take_batch(message)
+        except Exception:
+            self.bugs += 1
+            if self.bugs == 1:
+                log.exception("a batch could not be taken; further ones of this kind are counted only")
+
     def _take_other(self, reply: Any) -> None:
         if isinstance(reply, hiredis.ReplyError):
             raise ConnectionError(str(reply))
         if type(reply) is not list:
             return
-        if reply[0] == b"pong":
+        if reply[0] == b"message":
+            self._take_log(reply[2])
+        elif reply[0] == b"pong":
             self._probe.answered(reply[1], asyncio.get_running_loop().time())
         elif reply[0] == b"psubscribe" and not self.is_up:
             self.is_up = True

@@ -46,7 +46,8 @@ class Setup(_Message, tag="setup"):
 class Rows(_Message, tag="rows"):
     """Newest rows, in order: code, seq, JSON text without ``prev`` and without the book.
 
-    Where this worker has asked for a code's book, it follows as a JSON object.
+    Where this worker has asked for a code's book, it follows as a JSON object (else None or nothing). Of a row that is
+    restated the code's epoch and the reason (``quote.board``) follow too.
     """
 
     rows: list[tuple[Any, ...]]
@@ -56,7 +57,7 @@ class Answered(_Message, tag="answered"):
     """The answer to :class:`Ask`."""
 
     question: int
-    rows: list[tuple[str, int, bytes | None, bytes | None]]
+    rows: list[tuple[str, int, bytes | None, bytes | None, str]]
     refused: dict[str, str]
 
 
@@ -67,10 +68,11 @@ class PlacesGranted(_Message, tag="granted"):
 
 
 class Feed(_Message, tag="feed"):
-    """How the feed is."""
+    """How the feed is, and the epoch that ``hello`` names."""
 
     state: str
     last_tick_ms: int
+    epoch: str
 
 
 class Lend(_Message, tag="lend"):
@@ -101,7 +103,10 @@ class Ready(_Message, tag="ready"):
 
 
 class Ask(_Message, tag="ask"):
-    """The newest rows of these codes; with ``watch`` also their later ticks; with ``books`` both with their books."""
+    """The newest rows of these codes, with their epochs.
+
+    With ``watch`` also their later ticks; with ``books`` both with their books.
+    """
 
     question: int
     codes: list[str]

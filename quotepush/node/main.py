@@ -26,7 +26,9 @@ from setproctitle import setproctitle
 
 from quotepush.cluster.nodes import purge_node
 from quotepush.errors import OperatorError, PortUnavailable, RedisUnavailable, SettingsError
+from quotepush.ingest.keys import FeedKeys
 from quotepush.ingest.listener import FeedListener
+from quotepush.ingest.log import LogFollower
 from quotepush.metrics import Sample
 from quotepush.node import lock
 from quotepush.node.admin import make_admin_app
@@ -79,6 +81,7 @@ class _Main:
         self._is_ready = False
         self._relay = Relay(_symbol_check(settings.symbol_file))
         self._board = self._relay.board = Board(
+            epoch=self._epoch,
             days=TradingDays(settings.trading_day_zones),
             max_codes=settings.max_board_codes,
             max_row_bytes=settings.max_row_bytes,
@@ -88,6 +91,7 @@ class _Main:
             books_watched=self._relay.books,
         )
         self._listener: FeedListener
+        self._follower: LogFollower
         self._supervisor: Supervisor
         self._addresses = ""
 
@@ -101,8 +105,10 @@ class _Main:
         sockets = inherited_sockets() or await _open_public(settings)
         try:
             feed_pool = _feed_pool(settings)
-            registry = _registry_client(settings)
-            for pool in (feed_pool, registry.connection_pool):
+            log_redis = _redis_client(settings, settings.feed_redis, "log")
+            keys = FeedKeys(settings.redis_prefix)
+            registry = _redis_client(settings, settings.registry_url, "main")
+            for pool in (feed_pool, log_redis.connection_pool, registry.connection_pool):
                 pool.make_connection()  # type: ignore[no-untyped-call]  # connects nowhere, but looks at the options
         except (TypeError, ValueError) as e:
             raise SettingsError([f"feed_redis or registry_redis: a wrong option in the URL: {e}"]) from None
@@ -116,19 +122,31 @@ class _Main:
                 raise RedisUnavailable("registry_redis", shown, str(e) or type(e).__name__) from None
             if removed:
                 log.info("registry: %d connections of an earlier life removed", removed)
+            self._follower = LogFollower(
+                log_redis,
+                keys,
+                self._board,
+                publish=self._relay.offer,
+                on_batch=self._relay.flush,
+                timeout_s=settings.redis_timeout_s,
+            )
             self._listener = FeedListener(
                 feed_pool,
                 settings.feed_channels,
                 merge=self._board.apply,
                 publish=self._relay.offer,
                 on_batch=self._end_batch,
-                on_link=lambda up: None,
+                on_link=self._note_link,
+                log_channel=keys.channel,
+                own_prefix=settings.redis_prefix,
+                take_batch=self._follower.take,
                 probe_interval_s=settings.probe_interval_s,
                 probe_timeout_s=settings.probe_timeout_s,
                 timeout_s=settings.redis_timeout_s,
             )
+            await self._follower.begin()
             self._supervisor = Supervisor(
-                settings, sockets, self._relay, registry, self._epoch, max_connections, self._feed_news,
+                settings, sockets, self._relay, registry, max_connections, self._feed_news,
                 self._tell_readiness,
             )  # fmt: skip
             async with self._admin_site() as admin_address:
@@ -145,6 +163,7 @@ class _Main:
                 s.close()
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 await registry.aclose()
+                await log_redis.aclose()
                 await feed_pool.aclose()
 
     async def _serve_until_stopped(self) -> None:
@@ -153,6 +172,7 @@ class _Main:
             async with asyncio.TaskGroup() as group:
                 helpers = [
                     group.create_task(self._listener.run(), name="feed"),
+                    group.create_task(self._follower.run(), name="log"),
                     group.create_task(self._expire_rows(), name="expire"),
                     group.create_task(self._report_faults(), name="faults"),
                     group.create_task(self._feed_watchdog(), name="watchdog"),
@@ -179,11 +199,16 @@ class _Main:
         self._relay.flush()
         self._relay.is_lagging = self._listener.lag_s > _LAGGING_S
 
-    def _feed_news(self) -> tuple[str, int]:
+    def _note_link(self, is_up: bool) -> None:
+        if is_up:
+            self._follower.lose_step()
+
+    def _feed_news(self) -> tuple[str, int, str]:
+        epoch = self._follower.epoch or self._epoch
         if not self._listener.is_up:
-            return "down", self._board.newest_ms
+            return "down", self._board.newest_ms, epoch
         age_s = time.time() - self._board.newest_ms / 1000
-        return "ok" if age_s < self._settings.feed_stale_s else "stale", self._board.newest_ms
+        return "ok" if age_s < self._settings.feed_stale_s else "stale", self._board.newest_ms, epoch
 
     async def _expire_rows(self) -> None:
         while True:
@@ -219,7 +244,7 @@ class _Main:
 
     def _readiness(self) -> tuple[list[str], Mapping[str, Any]]:
         supervisor, listener = self._supervisor, self._listener
-        state, last_tick_ms = self._feed_news()
+        state, last_tick_ms, _ = self._feed_news()
         reasons = []
         if supervisor.ready < len(supervisor.slots):
             reasons.append(f"{supervisor.ready} of {len(supervisor.slots)} workers are ready")
@@ -247,6 +272,9 @@ class _Main:
             "ticks_accepted": [(board.accepted, nothing)],
             "ticks_refused": [(count, {"reason": reason}) for reason, count in board.refused.items()],
             "ticks_ignored": [(listener.ignored, nothing)],
+            "tick_copies": [(board.copies, nothing)],
+            "log_catch_ups": [(self._follower.caught_up, nothing)],
+            "log_gap_rows": [(self._follower.gaps, nothing)],
             "tick_bugs": [(listener.bugs, nothing)],
             "board_codes": [(len(board.quotes), nothing)],
             "feed_up": [(listener.is_up, nothing)],
@@ -324,14 +352,14 @@ def _feed_pool(settings: Settings) -> ConnectionPool:
     )
 
 
-def _registry_client(settings: Settings) -> Redis:
+def _redis_client(settings: Settings, url: str, role: str) -> Redis:
     return Redis.from_url(
-        settings.registry_url,
+        url,
         # redis-py 8 has 5 s by default and would write under wait_for, which can swallow a cancellation in Python 3.11
         # (bpo-37658); every use has a bound of its own.
         socket_timeout=None,
         socket_connect_timeout=settings.redis_timeout_s,
-        client_name=f"quotepush-{settings.node}-main",
+        client_name=f"quotepush-{settings.node}-{role}",
     )
 
 

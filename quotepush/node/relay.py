@@ -16,8 +16,8 @@ __all__ = ["Relay", "WorkerFeed"]
 # Above so much unsent, a worker is slow: about 20,000 rows, some tens of milliseconds of its time.
 _SLOW_BYTES = 4 << 20
 
-# Code, seq and row; for a worker that has asked for it also the book.
-_Entry = tuple[str, int, bytes] | tuple[str, int, bytes, bytes]
+# Code, seq and row; for a worker that has asked for it also the book; of a restated row also its epoch and the reason.
+_Entry = tuple[str, int, bytes] | tuple[str, int, bytes, bytes | None] | tuple[str, int, bytes, bytes | None, str, int]
 
 
 class WorkerFeed:
@@ -49,8 +49,11 @@ class WorkerFeed:
                 return
             self._held = {}
         for entry in rows:
-            if entry[0] in self._held:
+            before = self._held.get(entry[0])
+            if before is not None:
                 self.merged += 1
+                if len(before) == 6 and len(entry) < 6:  # it still has to be restated
+                    entry = (*entry[:3], entry[3] if len(entry) > 3 else None, *before[4:])
             self._held[entry[0]] = entry
 
     def drained(self) -> None:
@@ -60,7 +63,7 @@ class WorkerFeed:
             self._bus.send(Rows(list(held.values())))
 
     def answer(
-        self, question: int, rows: list[tuple[str, int, bytes | None, bytes | None]], refused: dict[str, str]
+        self, question: int, rows: list[tuple[str, int, bytes | None, bytes | None, str]], refused: dict[str, str]
     ) -> None:
         """Answer behind every row that is older than the answer."""
         self.push()
@@ -94,6 +97,7 @@ class Relay:
         """Queue a code's newest row for the workers that want it."""
         feeds = self.wanted.get(quote.code)
         if feeds is None:
+            quote.restated = 0
             return
         if self.is_lagging:
             if quote.code in self._late:
@@ -104,7 +108,17 @@ class Relay:
         for feed in feeds:
             if not feed.rows:
                 self._dirty.append(feed)
-            feed.rows.append(entry if quote.code not in feed.books else (*entry, quote.encoded_book()))
+            if quote.restated or quote.code in feed.books:
+                feed.rows.append(self._whole_entry(feed, quote))
+            else:
+                feed.rows.append(entry)
+        quote.restated = 0
+
+    def _whole_entry(self, feed: WorkerFeed, quote: Quote) -> _Entry:
+        book = quote.encoded_book() if quote.code in feed.books else None
+        if quote.restated:
+            return quote.code, quote.seq, quote.encoded(), book, quote.epoch, quote.restated
+        return quote.code, quote.seq, quote.encoded(), book
 
     def flush(self) -> None:  # hot
         """Send what a batch of ticks has changed."""
@@ -123,7 +137,7 @@ class Relay:
     def ask(self, feed: WorkerFeed, question: Ask) -> None:
         """Answer a worker's question; with ``watch`` also note what it wants from now on."""
         refused = {code: "unknown_code" for code in question.codes if not self._is_known(code)}
-        rows: list[tuple[str, int, bytes | None, bytes | None]] = []
+        rows: list[tuple[str, int, bytes | None, bytes | None, str]] = []
         for code in question.codes:
             if code in refused:
                 continue
@@ -136,9 +150,10 @@ class Relay:
                     self.books[code] += 1
             quote = self.board.quotes.get(code)
             if quote is None:
-                rows.append((code, 0, None, b"{}" if question.books else None))
+                rows.append((code, 0, None, b"{}" if question.books else None, self.board.epoch))
             else:
-                rows.append((code, quote.seq, quote.encoded(), quote.encoded_book() if question.books else None))
+                book = quote.encoded_book() if question.books else None
+                rows.append((code, quote.seq, quote.encoded(), book, quote.epoch))
         feed.answer(question.question, rows, refused)
 
     def unwatch(self, feed: WorkerFeed, codes: Iterable[str]) -> None:

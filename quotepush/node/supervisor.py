@@ -89,15 +89,13 @@ class Supervisor:
         listening: list[socket.socket],
         relay: Relay,
         registry: Redis,
-        epoch: str,
         max_connections: int,
-        feed_news: Callable[[], tuple[str, int]],
+        feed_news: Callable[[], tuple[str, int, str]],
         on_ready: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._relay = relay
         self._registry = registry
-        self._epoch = epoch
         self._feed_news = feed_news
         self._on_ready = on_ready
         self.max_connections = max_connections
@@ -220,7 +218,11 @@ class Supervisor:
         slot.heard_s = loop.time()
         end.send(
             bus.Setup(
-                bus.BUS_VERSION, dataclasses.asdict(self._settings), self._settings.node, self._epoch, __version__
+                bus.BUS_VERSION,
+                dataclasses.asdict(self._settings),
+                self._settings.node,
+                self._feed_news()[2],
+                __version__,
             )
         )
         end.send(bus.Feed(*self._feed_news()))
@@ -330,7 +332,7 @@ class Supervisor:
 
     async def _tell_news(self) -> None:
         """Tell the workers how the feed is, whenever that changes; the sleep bounds how old their knowledge is."""
-        told: tuple[str, int] | None = None
+        told: tuple[str, int, str] | None = None
         while True:
             await asyncio.sleep(_FEED_NEWS_S)
             news = self._feed_news()

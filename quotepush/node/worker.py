@@ -191,7 +191,7 @@ class WorkerProcess:
 
     def _ask(self, codes: Sequence[str], then: Callable[[Answer], None], *, watch: bool, books: bool) -> None:
         def answered(message: bus.Answered) -> None:
-            then(Answer({code: (seq, row, book) for code, seq, row, book in message.rows}, message.refused))
+            then(Answer({row[0]: row[1:] for row in message.rows}, message.refused))
 
         self._next_question += 1
         self._questions[self._next_question] = answered
@@ -261,6 +261,8 @@ class WorkerProcess:
             self._places.granted(message.count)
         elif kind is bus.Feed:
             self._feed.state, self._feed.last_tick_ms = message.state, message.last_tick_ms
+            if self._worker is not None:
+                self._worker.desk.epoch = message.epoch
         elif kind is bus.Setup:
             self._setup.set_result(message)
         elif kind is bus.Lend:

@@ -19,7 +19,7 @@ from heapq import heappop, heappush
 from itertools import count
 
 from quotepush.push.outbox import Outbox
-from quotepush.push.subscriptions import Lane, Row, Subscriptions
+from quotepush.push.subscriptions import Channel, Lane, Row, Subscriptions
 
 __all__ = ["Hub"]
 
@@ -77,15 +77,23 @@ class Hub:
         self.writes = 0
         self.rows_merged = 0
 
-    def offer(self, code: str, seq: int, bare: bytes, book: bytes | None = None) -> None:  # hot
+    def offer(  # hot
+        self, code: str, seq: int, bare: bytes, book: bytes | None = None, epoch: str = "", restated: int = 0
+    ) -> None:
         """Queue the newest row of ``code`` for everybody who watches it here.
 
         Args:
             bare: the row as JSON without ``prev``, whole but for the book.
             book: the book as a JSON object, when this worker has asked for it.
+            epoch: of a row that is restated, and ``restated`` says why.
         """
         channel = self._channels.get(code)
-        if channel is None or seq <= channel.seq:
+        if channel is None:
+            return
+        if restated and (epoch != channel.epoch or seq > channel.seq):
+            self._restate(channel, seq, bare, book, epoch, restated)
+            return
+        if seq <= channel.seq:
             return
         channel.renew(seq, bare, book)
         self.rows_in += 1
@@ -98,6 +106,25 @@ class Hub:
         if channel.lanes:
             for lane in channel.lanes.values():
                 self._offer_to(lane)
+
+    def _restate(self, channel: Channel, seq: int, bare: bytes, book: bytes | None, epoch: str, restated: int) -> None:
+        """Queue a row that what was sent before does not lead to: everybody starts anew from it."""
+        channel.epoch = epoch
+        channel.renew(seq, bare, book)
+        self.rows_in += 1
+        for lane in channel.all_lanes():
+            lane.note_shown()
+            text = lane.format.with_epoch(channel.text(lane.view, lane.format), epoch)
+            row = Row(lane, seq, None, text, restated)
+            lane.audience.update(lane.newcomers)
+            lane.newcomers.clear()
+            for outbox in lane.audience:
+                outbox.session.note_restated(channel.code, lane.seq, seq)
+                if not outbox.rows:
+                    self._dirty.append(outbox)
+                outbox.rows.append(row)
+                outbox.has_restated = True
+            lane.seq = seq
 
     def _hand_out(self, lane: Lane, seq: int, bare: bytes) -> None:  # hot
         row = Row(lane, seq, lane.seq, bare)

@@ -13,9 +13,12 @@ fan-out costs); everything else happens here. No clock, no socket.
 """
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from quotepush.push.subscriptions import Lane, Row
+from quotepush.quote.board import GAP
 from quotepush.wire.formats import JSON, Codec
 
 __all__ = ["Held", "Outbox"]
@@ -27,15 +30,21 @@ _CATCH_UP_BYTES = 65_536
 class Held:
     """The newest row of one code for a session that was too slow for every row."""
 
-    __slots__ = ("merged", "prev", "row")
+    __slots__ = ("merged", "prev", "restated", "row")
 
     def __init__(self, row: Row) -> None:
         self.prev = row.prev
         self.row = row
+        self.restated = row.restated
         self.merged = 0
 
     def text(self) -> bytes:
-        return self.row.text_after(self.prev)
+        if not self.restated:
+            return self.row.text_after(self.prev)
+        if self.row.restated:
+            return self.row.text
+        lane = self.row.lane
+        return lane.format.with_epoch(self.row.text_after(None), lane.channel.epoch)
 
 
 class Outbox:
@@ -46,6 +55,7 @@ class Outbox:
         write: hands bytes to the socket at once.
         codec: the language of the connection.
         has_arrays: some of its rows may be arrays, whose messages name their columns.
+        has_restated: some of what waits goes out in snapshot messages.
         rows: in order, all of them; the hub appends.
         held: newest row per lane while merging, else None.
         is_blocked: the socket has not taken all of the last write; nothing is written meanwhile.
@@ -54,8 +64,8 @@ class Outbox:
     """
 
     __slots__ = (
-        "_counted", "codec", "has_arrays", "held", "is_blocked", "merged", "rows", "sent", "session", "waiting_bytes",
-        "write",
+        "_counted", "codec", "has_arrays", "has_restated", "held", "is_blocked", "merged", "rows", "sent", "session",
+        "waiting_bytes", "write",
     )  # fmt: skip
 
     def __init__(self, session: Any, write: Callable[[bytes], None], codec: Codec = JSON) -> None:
@@ -63,6 +73,7 @@ class Outbox:
         self.write = write
         self.codec = codec
         self.has_arrays = False
+        self.has_restated = False
         self.rows: list[Row] = []
         self.held: dict[Lane, Held] | None = None
         self.is_blocked = False
@@ -95,6 +106,7 @@ class Outbox:
                 held[row.lane] = Held(row)
             else:
                 slot.row = row
+                slot.restated = max(slot.restated, row.restated)
                 slot.merged += 1
                 self.merged += 1
         self._forget_rows()
@@ -109,7 +121,7 @@ class Outbox:
             return self._take_held(now_ms)
         rows = self.rows
         self.sent += len(rows)
-        if len(rows) == 1:
+        if len(rows) == 1 and not self.has_restated:
             # Busiest shape: one row, the same frame for the whole audience.
             row = rows[0]
             rows.clear()
@@ -122,8 +134,9 @@ class Outbox:
                 cols = lane.view.cols if lane.format.is_array else None
                 lane.frame = self.codec.rows_frame("tick", now_ms, (row.text,), cols)
             return lane.frame
-        if self.has_arrays:
-            frames = self._frames(now_ms, ((row.lane, row.text) for row in rows))
+        if self.has_arrays or self.has_restated:
+            frames = self._frames(now_ms, [(row.lane, row.restated, row.text) for row in rows])
+            self.has_restated = False
         else:
             frames = self.codec.rows_frame("tick", now_ms, [row.text for row in rows])
         rows.clear()
@@ -131,24 +144,34 @@ class Outbox:
             self._counted = self.waiting_bytes = 0
         return frames
 
-    def _frames(self, now_ms: int, texts: Iterable[tuple[Lane, bytes]]) -> bytes:
-        """Return one message per list of columns; rows of one lane stay in order, for they share theirs."""
-        groups: dict[int | None, list[bytes]] = {}
-        for lane, text in texts:
-            groups.setdefault(lane.view.cols if lane.format.is_array else None, []).append(text)
-        return b"".join([self.codec.rows_frame("tick", now_ms, group, cols) for cols, group in groups.items()])
+    def _frames(self, now_ms: int, rows: Iterable[tuple[Lane, int, bytes]]) -> bytes:
+        """Return a message per list of columns, and others for rows that are restated; a code's rows stay in order."""
+        frames = []
+        for restated, run in groupby(rows, key=itemgetter(1)):
+            groups: dict[int | None, list[tuple[Lane, bytes]]] = {}
+            for lane, _, text in run:
+                groups.setdefault(lane.view.cols if lane.format.is_array else None, []).append((lane, text))
+            for cols, group in groups.items():
+                facts: dict[str, Any] = {}
+                if restated == GAP:
+                    facts["gap"] = True
+                if restated and cols is not None:
+                    facts["epochs"] = {lane.channel.code: lane.channel.epoch for lane, _ in group}
+                kind = "snapshot" if restated else "tick"
+                frames.append(self.codec.rows_frame(kind, now_ms, [text for _, text in group], cols, **facts))
+        return b"".join(frames)
 
     def _take_held(self, now_ms: int) -> bytes:
         if self.rows:
             self.merge()
         held = self.held
         assert held
-        texts: list[tuple[Lane, bytes]] = []
+        texts: list[tuple[Lane, int, bytes]] = []
         size = 0
         for lane in list(held):
             slot = held.pop(lane)
             text = slot.text()
-            texts.append((lane, text))
+            texts.append((lane, slot.restated, text))
             size += len(text)
             if slot.merged:
                 self.session.note_merged(lane.channel.code, slot.merged)
@@ -158,6 +181,7 @@ class Outbox:
         self.waiting_bytes = max(0, self.waiting_bytes - size)
         if not held:
             self.held = None
+            self.has_restated = False
             self.waiting_bytes = 0
         return self._frames(now_ms, texts)
 
@@ -193,6 +217,7 @@ class Outbox:
         """Forget everything that waits."""
         self._forget_rows()
         self.held = None
+        self.has_restated = False
         self.waiting_bytes = 0
 
     def _forget_rows(self) -> None:

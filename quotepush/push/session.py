@@ -24,7 +24,7 @@ from quotepush.push.subscriptions import Channel, Lane, Shape, Subscription, Sub
 from quotepush.quote.code import BadCode, parse_code
 from quotepush.quote.tick import BOOK_FIELDS
 from quotepush.wire import messages
-from quotepush.wire.formats import DEFAULT_FIELDS, DEFAULT_VIEW, JSON, Codec, View
+from quotepush.wire.formats import DEFAULT_FIELDS, DEFAULT_VIEW, JSON, Codec, Format, View
 from quotepush.wire.messages import CLOSE_CODES, Message, Request, RequestError, parse_request
 
 __all__ = ["Answer", "Desk", "Limits", "Link", "Session"]
@@ -60,6 +60,8 @@ class _Gone:
 
 _GONE = _Gone()
 
+_WHOLE_VIEW = View.of((*DEFAULT_FIELDS, *BOOK_FIELDS))
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -87,11 +89,12 @@ class Answer:
     """What main says to a question about codes.
 
     Attributes:
-        rows: per code its seq, its newest row as JSON text (None: no tick yet), and its book, if that was asked for.
+        rows: per code its seq, its newest row as JSON text (None: no tick yet), its book, if that was asked for, and
+            the epoch in which it counts.
         refused: per code the error word, e.g. ``unknown_code``.
     """
 
-    rows: Mapping[str, tuple[int, bytes | None, bytes | None]]
+    rows: Mapping[str, tuple[int, bytes | None, bytes | None, str]]
     refused: Mapping[str, str]
 
 
@@ -138,8 +141,8 @@ class Session:
     """
 
     __slots__ = (
-        "_desk", "_inbox", "_is_waiting", "_limited_since_ms", "_link", "_tokens", "_tokens_at_ms", "codec", "fd",
-        "is_closed", "opened_ms", "outbox", "subscriptions",
+        "_desk", "_epoch", "_inbox", "_is_waiting", "_limited_since_ms", "_link", "_tokens", "_tokens_at_ms", "codec",
+        "fd", "is_closed", "opened_ms", "outbox", "subscriptions",
     )  # fmt: skip
 
     def __init__(self, fd: str, link: Link, desk: Desk, codec: Codec = JSON) -> None:
@@ -151,6 +154,7 @@ class Session:
         self.subscriptions: dict[str, Subscription] = {}
         self.is_closed = False
         self.opened_ms = desk.clock_ms()
+        self._epoch = desk.epoch  # as hello says it; other epochs are named with their codes
         self._tokens = max(2.0, desk.limits.requests_per_s)
         self._tokens_at_ms = self.opened_ms
         self._limited_since_ms = 0
@@ -165,7 +169,7 @@ class Session:
                 server=desk.server,
                 conn=self.fd,
                 conn_key=secrets.token_urlsafe(16),
-                epoch=desk.epoch,
+                epoch=self._epoch,
                 time_ms=self.opened_ms,
                 heartbeat_ms=desk.heartbeat_ms,
                 fields=DEFAULT_FIELDS,
@@ -284,7 +288,7 @@ class Session:
         if answer is not None:
             self._refuse(codes, answer.refused)
         now_ms = self._desk.clock_ms()
-        rows: list[bytes] = []
+        channels: list[Channel] = []
         missed: list[Lane] = []
         for code in codes:
             channel = subscriptions.open(code, *_found(answer, code))
@@ -295,30 +299,43 @@ class Session:
                 base = channel.seq if request.snapshot else None
                 lane = subscriptions.add(channel, self.outbox, shape, base=base)
                 self.subscriptions[code] = Subscription(lane, base)
-            if request.snapshot:
-                rows.append(channel.text(shape.view, shape.format))
+            channels.append(channel)
+            if channel.epoch not in ("", self._epoch):
+                for result in codes[code]:
+                    result["epoch"] = channel.epoch
         self._release(asked)
         columns: dict[str, Any] = {}
-        cols = None
         if shape.format.is_array:
             self.outbox.has_arrays = True
-            cols = shape.view.cols
-            columns = {"cols": cols, "columns": shape.view.columns}
+            columns = {"cols": shape.view.cols, "columns": shape.view.columns}
         self._say(
             messages.ack(
                 request.action, request.id, now_ms,
-                accepted=[{"code": r["code"], "as": r["as"]} for r in results if "error" not in r],
+                accepted=[r for r in results if "error" not in r],
                 rejected=[r for r in results if "error" in r],
                 total=len(self.subscriptions), limit=self._desk.limits.codes, **columns,
             )
         )  # fmt: skip
-        if rows:
-            self._link.write(self.codec.rows_frame("snapshot", now_ms, rows, cols))
+        if request.snapshot and channels:
+            self._say_snapshot(now_ms, channels, shape.view, shape.format)
         for lane in missed:
             self._desk.deliver(lane, self.outbox)
         if codes:
             self._desk.subscribed(self.fd)
         self._go_on()
+
+    def _say_snapshot(self, now_ms: int, channels: Iterable[Channel], view: View, spelled: Format) -> None:
+        rows: list[bytes] = []
+        epochs: dict[str, str] = {}
+        for channel in channels:
+            text = channel.text(view, spelled)
+            if channel.epoch not in ("", self._epoch):
+                epochs[channel.code] = channel.epoch
+                text = spelled.with_epoch(text, channel.epoch)
+            rows.append(text)
+        facts = {"epochs": epochs} if epochs and spelled.is_array else {}
+        cols = view.cols if spelled.is_array else None
+        self._link.write(self.codec.rows_frame("snapshot", now_ms, rows, cols, **facts))
 
     def _change(self, channel: Channel, shape: Shape, is_sent: bool, missed: list[Lane]) -> None:
         """Give a subscription other options without a hole; what waits in its old shape goes.
@@ -415,26 +432,21 @@ class Session:
         if answer is not None:
             self._refuse(codes, answer.refused)
         now_ms = self._desk.clock_ms()
-        rows = []
-        for code in codes:
-            channel = self._desk.subscriptions.channels.get(code) or Channel(code, *_found(answer, code))
-            before = self.subscriptions.get(code)
-            if before is None:
-                rows.append(channel.text(DEFAULT_VIEW, self.codec.objects))
-                continue
-            # It stands for the rows that wait, so it shows what they would have shown.
-            view = View.of((*DEFAULT_FIELDS, *BOOK_FIELDS)) if before.lane.view.has_book else DEFAULT_VIEW
-            rows.append(channel.text(view, self.codec.objects))
-            self._change(channel, before.lane.shape, True, [])
+        channels = [self._desk.subscriptions.channels.get(c) or Channel(c, *_found(answer, c)) for c in codes]
+        for code, channel in zip(codes, channels, strict=True):
+            if code in self.subscriptions:  # the snapshot stands for the rows that wait
+                self._change(channel, self.subscriptions[code].lane.shape, True, [])
         self._release(asked)
         self._say(
             messages.ack(
                 request.action, request.id, now_ms,
-                accepted=[{"code": r["code"], "as": r["as"]} for r in results if "error" not in r],
+                accepted=[r for r in results if "error" not in r],
                 rejected=[r for r in results if "error" in r],
             )
         )  # fmt: skip
-        self._link.write(self.codec.rows_frame("snapshot", now_ms, rows))
+        # With the book of those codes whose book this worker has: rows that wait may have been to show it.
+        view = DEFAULT_VIEW if all(channel.book is None for channel in channels) else _WHOLE_VIEW
+        self._say_snapshot(now_ms, channels, view, self.codec.objects)
         self._go_on()
 
     def _ping(self, request: Request, now_ms: int) -> None:
@@ -514,6 +526,12 @@ class Session:
         if subscription is not None:
             subscription.skip()
 
+    def note_restated(self, code: str, seq: int, new_seq: int) -> None:
+        """What was sent of ``code`` up to ``seq`` does not lead to the row ``new_seq`` that comes."""
+        subscription = self.subscriptions.get(code)
+        if subscription is not None:
+            subscription.restate(seq, new_seq)
+
     def close(self) -> None:
         """The connection is over: leave every audience."""
         if self.is_closed:
@@ -527,8 +545,8 @@ class Session:
         self.outbox.write = _GONE.write
 
 
-def _found(answer: Answer | None, code: str) -> tuple[int, bytes | None, bytes | None]:
-    return (0, None, None) if answer is None else answer.rows.get(code, (0, None, None))
+def _found(answer: Answer | None, code: str) -> tuple[int, bytes | None, bytes | None, str]:
+    return (0, None, None, "") if answer is None else answer.rows.get(code, (0, None, None, ""))
 
 
 _HANDLERS: dict[str, Callable[[Session, Request, int], None]] = {

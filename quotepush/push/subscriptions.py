@@ -55,15 +55,18 @@ class Row:
         seq: number of this row.
         prev: number of the row before it in this lane; None for an outbox's first row without a snapshot.
         text: encoded with ``prev``; the same bytes for all, and the only copy while it waits.
+        restated: not 0 for a row that goes out in a snapshot message, because what was sent before does not lead
+            to it: the reason, of :mod:`quotepush.quote.board`.
     """
 
-    __slots__ = ("lane", "prev", "seq", "text")
+    __slots__ = ("lane", "prev", "restated", "seq", "text")
 
-    def __init__(self, lane: "Lane", seq: int, prev: int | None, bare: bytes) -> None:
+    def __init__(self, lane: "Lane", seq: int, prev: int | None, bare: bytes, restated: int = 0) -> None:
         self.lane = lane
         self.seq = seq
         self.prev = prev
         self.text = bare if prev is None else lane.format.with_prev(bare, prev)
+        self.restated = restated
 
     def text_after(self, prev: int | None) -> bytes:
         """Return the row for somebody who was last sent the row ``prev`` (None: no row)."""
@@ -128,15 +131,17 @@ class Channel:
     Attributes:
         seq: of the newest row, 0 before the first.
         row: the newest row, whole but without the book, as JSON; None before the first.
+        epoch: in which ``seq`` counts; empty before the first row.
         book: its ``bids`` and ``asks`` as a JSON object; None when nobody here has asked for it.
         plain: the lane of :data:`PLAIN`, when somebody is in it.
         lanes: the others.
     """
 
-    __slots__ = ("_fields", "_texts", "_values", "book", "code", "lanes", "plain", "row", "seq")
+    __slots__ = ("_fields", "_texts", "_values", "book", "code", "epoch", "lanes", "plain", "row", "seq")
 
-    def __init__(self, code: str, seq: int, row: bytes | None, book: bytes | None = None) -> None:
+    def __init__(self, code: str, seq: int, row: bytes | None, book: bytes | None = None, epoch: str = "") -> None:
         self.code = code
+        self.epoch = epoch
         self.plain: Lane | None = None
         self.lanes: dict[Shape, Lane] = {}
         self.renew(seq, row, book)
@@ -237,6 +242,16 @@ class Subscription:
         """The lane has handed out a row that this session had been sent already."""
         self._rows_before += 1
 
+    def restate(self, seq: int, new_seq: int) -> None:
+        """The row ``new_seq`` comes, and what was sent up to ``seq`` does not lead to it: what lies between is lost.
+
+        Keeps the count of what was merged until now.
+        """
+        if self._seq_before >= 0:
+            self.merged = self.merged_until(seq, 0)
+        self._seq_before = new_seq
+        self._rows_before = self.lane.rows
+
     def add_own(self) -> None:
         """The session was handed a row that the rest of the lane was not."""
         self._rows_before -= 1
@@ -265,11 +280,11 @@ class Subscriptions:
         self.count = 0
         self._claims: Counter[str] = Counter()
 
-    def open(self, code: str, seq: int, row: bytes | None, book: bytes | None = None) -> Channel:
+    def open(self, code: str, seq: int, row: bytes | None, book: bytes | None = None, epoch: str = "") -> Channel:
         """Return the channel of ``code``, made from its newest row if it is new here."""
         channel = self.channels.get(code)
         if channel is None:
-            channel = self.channels[code] = Channel(code, seq, row, book)
+            channel = self.channels[code] = Channel(code, seq, row, book, epoch)
         elif book is not None and channel.book is None:
             channel.renew(channel.seq, channel.row, book)  # it was not wanted here until now
         return channel

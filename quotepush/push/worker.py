@@ -71,13 +71,14 @@ class PushWorker:
 
     Attributes:
         links: by fd.
+        desk: what its sessions are offered.
     """
 
     def __init__(self, settings: Settings, fd_prefix: str, first_fd: int, desk: Desk, outside: Outside) -> None:
         self._settings = settings
         self._fd_prefix = fd_prefix
         self._next_fd = first_fd
-        self._desk = desk
+        self.desk = desk
         self._outside = outside
         self.feed = FeedState()
         self.links: dict[str, WebSocketLink] = {}
@@ -108,7 +109,7 @@ class PushWorker:
         codec = next((codec for codec in CODECS if codec.subprotocol == subprotocol), JSON)
         link = WebSocketLink(self, request.remote or "?")
         fd = f"{self._fd_prefix}{self._next_fd}"
-        link.session = Session(fd, link, self._desk, codec)
+        link.session = Session(fd, link, self.desk, codec)
         response = upgrade(request, link, subprotocol, self._settings.message_bytes, lambda: self.opened(link))
         self._next_fd += 1
         return response
@@ -148,7 +149,7 @@ class PushWorker:
         outbox = session.outbox
         log.info(
             "%s: closed by %s: %s after %.1f s, %d rows sent, %d merged",
-            fd, link.closed_by, link.reason, (self._desk.clock_ms() - session.opened_ms) / 1000, outbox.sent,
+            fd, link.closed_by, link.reason, (self.desk.clock_ms() - session.opened_ms) / 1000, outbox.sent,
             outbox.merged,
         )  # fmt: skip
 
@@ -176,7 +177,7 @@ class PushWorker:
 
     def _look_after(self, slot: set[WebSocketLink], now_s: float) -> None:
         s = self._settings
-        now_ms = self._desk.clock_ms()
+        now_ms = self.desk.clock_ms()
         heartbeat = messages.heartbeat(now_ms, self.feed.state, self.feed.age_ms(now_ms))
         beats = {codec: codec.frame(heartbeat) for codec in CODECS}
         for link in list(slot):

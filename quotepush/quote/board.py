@@ -1,8 +1,9 @@
 """The newest row of every code, numbered.
 
-Laws: a code's ``seq`` rises by one with each accepted tick and never falls while
-this board lives; memory is bounded (``max_codes`` rows of ``max_row_bytes``); a
-refused tick is counted by reason and changes nothing.
+Laws: within an epoch a code's ``seq`` only rises. A plain tick is numbered here, by one more than the
+last, in the board's own epoch; a tick of the log brings its number and the log's epoch. Whenever a code's
+epoch changes, or rows of it were lost, its quote says so until the relay has passed it on. Memory is bounded
+(``max_codes`` rows of ``max_row_bytes``); a refused tick is counted by reason and changes no row.
 """
 
 from collections import Counter
@@ -18,7 +19,6 @@ from quotepush.quote.tick import (
     SHAPES,
     BadTick,
     Shape,
-    check_depth,
     check_tick,
     clear_nulls,
     decode_tick,
@@ -26,9 +26,13 @@ from quotepush.quote.tick import (
     has_news,
     merge_fields,
     shape_of,
+    written_size,
 )
 
-__all__ = ["Board", "Quote", "TradingDays"]
+__all__ = ["GAP", "NEW_EPOCH", "Board", "Quote", "TradingDays"]
+
+# Why a row is restated: it is numbered anew, or rows before it were lost. The second says more.
+NEW_EPOCH, GAP = 1, 2
 
 _NEVER_MS = 1 << 62
 # So many levels cannot be in fewer brackets, nor in fewer bytes: other ticks need no closer look.
@@ -42,7 +46,9 @@ class Quote:
 
     Attributes:
         code: canonical.
+        epoch: in which ``seq`` counts.
         seq: number of the newest row; 0 before the first tick.
+        restated: why those who watch need the row anew (:data:`NEW_EPOCH`, :data:`GAP`) before its next tick; or 0.
         ts: of the newest row.
         row: fields in wire order, ``code``, ``seq`` and ``ts`` first; without the book.
         book: ``bids`` and ``asks``, up to five ``[price, size]`` each.
@@ -52,12 +58,14 @@ class Quote:
 
     __slots__ = (
         "_book", "_encoded", "_encoded_book", "_row", "_row_bound", "_waiting", "_waiting_shape", "arrived_ms", "code",
-        "day_end_ms", "seq", "ts",
+        "day_end_ms", "epoch", "restated", "seq", "ts",
     )  # fmt: skip
 
-    def __init__(self, code: str, seq: int) -> None:
+    def __init__(self, code: str, seq: int, epoch: str) -> None:
         self.code = code
+        self.epoch = epoch
         self.seq = seq
+        self.restated = 0
         self.ts = 0
         self.arrived_ms = 0
         self.day_end_ms = 0  # the first tick begins a day
@@ -168,18 +176,23 @@ class Board:
     """Merges ticks into rows.
 
     Args:
+        epoch: of plain ticks.
         days: ends of trading days; a later day's first tick replaces the row.
         drop_older: refuse a tick whose ``ts`` is below the row's.
         watched: codes whose news somebody waits for; None: all of them.
         books_watched: codes of which a change of the book is news too.
 
     Attributes:
+        epoch: of plain ticks.
         newest_ms: when the newest accepted tick arrived; 0: none yet.
+        log_epoch: the log's, for copies of its ticks that also come in plainly; empty: none.
+        copies: how many of these were ignored.
     """
 
     def __init__(
         self,
         *,
+        epoch: str = "",
         days: TradingDays,
         max_codes: int = 200_000,
         max_row_bytes: int = 16_384,
@@ -193,6 +206,10 @@ class Board:
         self.refused: Counter[str] = Counter()
         self.last_fault = ""
         self.newest_ms = 0
+        self.log_epoch = ""
+        self.copies = 0
+        self.epoch = epoch
+        self._returns = 0  # how often a code came back from the log to plain ticks
         self._watched = watched
         self._books_watched = books_watched
         self._days = days
@@ -225,11 +242,14 @@ class Board:
                 raise BadTick("too_large", f"a tick has at most {self._max_tick_bytes} bytes")
             tick = decode_tick(payload)
             shape = SHAPES.get(tuple(tick)) or shape_of(tick)
+            if shape.copies and self.log_epoch and tick["epoch"] == self.log_epoch:
+                self.copies += 1
+                return None
             if shape.codes or code is None:
                 code = _agreed_code(code, tick.get("code"))
             check_tick(tick, shape)
             if size >= _DEEP_BYTES and payload.count(b"[") + payload.count(b"{") >= _DEEP_LEVELS:
-                check_depth(tick)
+                written_size(tick)
             ts = tick["ts"] if shape.ts else None
             if ts is None:
                 ts = now_ms
@@ -247,12 +267,12 @@ class Board:
             self.refused[e.reason] += 1
             self.last_fault = f"{code or '?'}: {e}"
             return None
+        if self.log_epoch and quote.epoch == self.log_epoch:
+            self._returns += 1
+            quote.epoch = f"{self.epoch}.{self._returns}"
+            quote.restated = max(quote.restated, NEW_EPOCH)
         if is_fresh:
-            quote._row = {"code": code, "seq": quote.seq, "ts": 0}
-            quote._book = {}
-            quote._encoded_book = None
-            quote._row_bound = 0
-            quote.day_end_ms = self._days.end_ms(code, ts)
+            self._begin_day(quote, ts)
         self.accepted += 1
         quote.ts = ts
         quote.seq += 1
@@ -265,18 +285,113 @@ class Board:
             return None
         if quote._waiting is not None:
             quote._settle()
+        return self._news(quote, tick, shape, size, is_fresh)
+
+    def apply_numbered(self, code: str, seq: int, tick: dict[str, Any], arrived_ms: int) -> Quote | None:
+        """Take in a tick of the log; ``seq`` counts in :attr:`log_epoch`.
+
+        Args:
+            code: canonical.
+            tick: decoded; it is used up.
+
+        Returns:
+            As :meth:`apply`; also None for a tick that is known already.
+        """
+        quote = self.quotes.get(code)
+        if quote is not None and quote.epoch == self.log_epoch and seq <= quote.seq:
+            return None
+        try:
+            if quote is None:
+                quote = self._admit(code)
+            quote._settle()
+            if quote.epoch != self.log_epoch:
+                quote.restated = max(quote.restated, NEW_EPOCH)
+                quote.epoch = self.log_epoch
+            elif seq > quote.seq + 1:
+                quote.restated = GAP
+            # Also when it is refused below: the next one must not look like one behind a gap.
+            quote.seq = seq
+            shape = SHAPES.get(tuple(tick)) or shape_of(tick)
+            check_tick(tick, shape)
+            size = written_size(tick)
+            ts = tick["ts"] if shape.ts else None
+            if ts is None:
+                ts = arrived_ms
+            if self._drop_older and ts < quote.ts:
+                raise BadTick("older", f"ts {ts} is before the row's {quote.ts}")
+            is_fresh = ts >= quote.day_end_ms or (shape.resets and tick["reset"] is True)
+            if (0 if is_fresh else quote._row_bound) + size + _DERIVED_BYTES > self._max_row_bytes:
+                self._measure(quote, tick, shape, is_fresh)
+        except BadTick as e:
+            self.refused[e.reason] += 1
+            self.last_fault = f"{code}: {e}"
+            return quote if quote is not None and quote.restated else None
+        if is_fresh:
+            self._begin_day(quote, ts)
+        self.accepted += 1
+        quote.ts = ts
+        quote.arrived_ms = arrived_ms
+        self.newest_ms = max(self.newest_ms, arrived_ms)
+        quote._encoded = None
+        return self._news(quote, tick, shape, size, is_fresh)
+
+    def restate(
+        self, code: str, epoch: str, seq: int, fields: dict[str, Any], arrived_ms: int, reason: int
+    ) -> Quote | None:
+        """Hold a whole row that somebody else has kept; None when it is older than ours or bad.
+
+        Args:
+            epoch: in which ``seq`` counts.
+            fields: of the row and its book; used up.
+            reason: :data:`NEW_EPOCH` or :data:`GAP`.
+        """
+        quote = self.quotes.get(code)
+        if quote is not None and quote.epoch == epoch and seq <= quote.seq:
+            return None
+        shape = shape_of(fields)
+        try:
+            check_tick(fields, shape)
+            if quote is None:
+                quote = self._admit(code)
+        except BadTick as e:
+            self.refused[e.reason] += 1
+            self.last_fault = f"{code}: {e}"
+            return None
+        quote._waiting = None
+        quote.restated = max(quote.restated, reason)
+        quote.epoch, quote.seq = epoch, seq
+        quote.ts = fields.get("ts") or arrived_ms
+        quote.arrived_ms = arrived_ms
+        self.newest_ms = max(self.newest_ms, arrived_ms)
+        quote._encoded = None
+        self._begin_day(quote, quote.ts)
+        quote._merge(fields, shape, len(orjson.dumps(fields)))
+        return quote
+
+    def _begin_day(self, quote: Quote, ts: int) -> None:
+        """Forget the row: what comes replaces it."""
+        quote._row = {"code": quote.code, "seq": quote.seq, "ts": 0}
+        quote._book = {}
+        quote._encoded_book = None
+        quote._row_bound = 0
+        quote.day_end_ms = self._days.end_ms(quote.code, ts)
+
+    def _news(  # hot
+        self, quote: Quote, tick: dict[str, Any], shape: Shape, size: int, is_fresh: bool
+    ) -> Quote | None:
+        """Merge a checked tick that somebody watches; return the quote when it shows something new."""
         is_news = is_fresh or has_news(quote._row, tick, shape)
         if shape.levels:
             quote._encoded_book = None
-            if not is_news and code in self._books_watched:
+            if not is_news and quote.code in self._books_watched:
                 is_news = has_book_news(quote._book, tick, shape)
         quote._merge(tick, shape, size)
-        return quote if is_news else None
+        return quote if is_news or quote.restated else None
 
     def _admit(self, code: str) -> Quote:
         if len(self.quotes) >= self._max_codes:
             raise BadTick("board_full", f"the board holds {self._max_codes} codes")
-        quote = self.quotes[code] = Quote(code, self._retired_seq)
+        quote = self.quotes[code] = Quote(code, self._retired_seq, self.epoch)
         return quote
 
     def _measure(self, quote: Quote, tick: dict[str, Any], shape: Shape, is_fresh: bool) -> None:

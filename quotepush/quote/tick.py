@@ -11,8 +11,8 @@ from typing import Any
 import orjson
 
 __all__ = [
-    "BOOK_FIELDS", "KNOWN_FIELDS", "SHAPES", "BadTick", "Shape", "check_depth", "check_tick", "clear_nulls",
-    "decode_tick", "derive_change", "has_book_news", "has_news", "merge_fields", "shape_of",
+    "BOOK_FIELDS", "KNOWN_FIELDS", "SHAPES", "BadTick", "Shape", "check_tick", "clear_nulls",
+    "decode_tick", "derive_change", "has_book_news", "has_news", "merge_fields", "shape_of", "written_size",
 ]  # fmt: skip
 
 # Heavy fields, apart from the row: only a view that names them gets them.
@@ -78,11 +78,12 @@ class Shape:
     A publisher sends the same fields again and again, so the questions are asked once.
     """
 
-    __slots__ = ("codes", "derives", "known", "levels", "ours", "resets", "ts", "values")
+    __slots__ = ("codes", "copies", "derives", "known", "levels", "ours", "resets", "ts", "values")
 
     def __init__(self, fields: tuple[str, ...]) -> None:
         self.known = tuple((name, _KINDS[name]) for name in fields if name in _KINDS)
         self.codes = "code" in fields
+        self.copies = "epoch" in fields  # perhaps a copy of a tick that comes through the log
         self.levels = tuple(name for name in fields if name in BOOK_FIELDS)
         self.ours = tuple(name for name in fields if name in _OURS)
         self.values = tuple(name for name in fields if name not in _OURS and name not in BOOK_FIELDS and name != "ts")
@@ -155,14 +156,14 @@ def _checked(name: str, kind: int, value: Any) -> Any:
     return value
 
 
-def check_depth(tick: dict[str, Any]) -> None:
-    """Refuse what could come in but not go out: orjson reads 1,024 levels, but writes 254.
+def written_size(tick: dict[str, Any]) -> int:
+    """Return how many bytes a tick has as JSON; orjson reads 1,024 levels, but writes only 254.
 
     Raises:
-        BadTick: it is nested too deep.
+        BadTick: it is nested too deep, so what could come in could not go out.
     """
     try:
-        orjson.dumps([tick])
+        return len(orjson.dumps([tick])) - 2
     except orjson.JSONEncodeError:
         raise BadTick("too_deep", "a field is nested too deep") from None
 

@@ -101,6 +101,10 @@ class Format:
         """Undo :meth:`with_prev`."""
         return (self.codec.array_without_prev if self.is_array else self.codec.object_without_prev)(text)
 
+    def with_epoch(self, bare: bytes, epoch: str) -> bytes:
+        """Return a row for a snapshot that says in which epoch it counts; of an array the message says it."""
+        return bare if self.is_array else self.codec.object_with_epoch(bare, epoch)
+
 
 class Codec:
     """The language of one connection.
@@ -134,15 +138,18 @@ class Codec:
     decode: Callable[[bytes | str], Any]
 
     def rows_frame(
-        self, kind: str, time_ms: int, rows: Sequence[bytes], cols: int | None = None, **flags: bool
+        self, kind: str, time_ms: int, rows: Sequence[bytes], cols: int | None = None, **facts: Any
     ) -> bytes:
         """Return a ``tick`` or ``snapshot`` message as a whole WebSocket frame.
 
         Args:
             rows: each as bytes of this codec.
             cols: of rows that are arrays.
-            flags: ``replay`` or ``gap``.
+            facts: what else it says: ``replay``, ``gap``, ``epochs`` (code to epoch, for rows that are arrays).
         """
+        raise NotImplementedError
+
+    def object_with_epoch(self, bare: bytes, epoch: str) -> bytes:
         raise NotImplementedError
 
     def object_with_prev(self, bare: bytes, prev: int) -> bytes:
@@ -171,19 +178,21 @@ class _Json(Codec):
         self._head = b""
 
     def rows_frame(  # hot
-        self, kind: str, time_ms: int, rows: Sequence[bytes], cols: int | None = None, **flags: bool
+        self, kind: str, time_ms: int, rows: Sequence[bytes], cols: int | None = None, **facts: Any
     ) -> bytes:
         body = b",".join(rows)
-        if kind == "tick" and cols is None and not flags:
+        if kind == "tick" and cols is None and not facts:
             if time_ms != self._head_ms:
                 self._head_ms = time_ms
                 self._head = b'{"type":"tick","time":%d,"data":[' % time_ms
             head = self._head
         else:
-            extra = b"" if cols is None else b',"cols":%d' % cols
-            extra += b"".join(b',"%b":true' % flag.encode() for flag, is_set in flags.items() if is_set)
-            head = b'{"type":"%b","time":%d%b,"data":[' % (kind.encode(), time_ms, extra)
+            said = {"type": kind, "time": time_ms, **({} if cols is None else {"cols": cols}), **facts}
+            head = orjson.dumps(said)[:-1] + b',"data":['
         return b"".join((frame_header(len(head) + len(body) + 2), head, body, b"]}"))
+
+    def object_with_epoch(self, bare: bytes, epoch: str) -> bytes:
+        return b'%b,"epoch":%b}' % (bare[:-1], orjson.dumps(epoch))
 
     def object_with_prev(self, bare: bytes, prev: int) -> bytes:
         return b'{"prev":%d,%b' % (prev, bare[1:])
@@ -206,18 +215,22 @@ class _MessagePack(Codec):
     decode = staticmethod(msgspec.msgpack.decode)  # type: ignore[assignment]
 
     def rows_frame(
-        self, kind: str, time_ms: int, rows: Sequence[bytes], cols: int | None = None, **flags: bool
+        self, kind: str, time_ms: int, rows: Sequence[bytes], cols: int | None = None, **facts: Any
     ) -> bytes:
         encode = self.encode
         said: dict[str, Any] = {"type": kind, "time": time_ms}
         if cols is not None:
             said["cols"] = cols
-        said |= {flag: True for flag, is_set in flags.items() if is_set}
+        said |= facts
         head = encode(said)
         body = b"".join(rows)
         # One field more than was encoded: data, an array.
         start = b"%c%b\xa4data%b" % (head[0] + 1, head[1:], _array_head(len(rows)))
         return b"".join((frame_header(len(start) + len(body), BINARY), start, body))
+
+    def object_with_epoch(self, bare: bytes, epoch: str) -> bytes:
+        fields, body = _map_start(bare)
+        return b"%b%b\xa5epoch%b" % (_map_head(fields + 1), bare[body:], self.encode(epoch))
 
     def object_with_prev(self, bare: bytes, prev: int) -> bytes:
         fields, body = _map_start(bare)

@@ -1,0 +1,264 @@
+"""Ticks of the publishers' log: every batch once and in order, whatever happened to the link.
+
+Laws:
+
+1. A batch is taken when it is the next one; a batch that is not shows that some were missed, and they are
+   read from the log before it. What comes meanwhile waits, bounded.
+2. What the log does not have any more is announced: the rows concerned are read anew and marked as behind a gap.
+3. A log that begins another life (its epoch has changed) or has gone back is read from its begin; a log
+   that has gone back gets a new epoch by compare-and-set, so that no number is used twice.
+
+What publishers write: :mod:`quotepush.publisher`.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import orjson
+from redis.exceptions import RedisError
+
+from quotepush.ingest.keys import FeedKeys
+from quotepush.quote.board import GAP, NEW_EPOCH, Board, Quote
+
+__all__ = ["LogFollower"]
+
+log = logging.getLogger("quotepush.feed")
+
+_PAGE = 200  # batches per XRANGE
+_ROWS_PER_SLICE = 200
+_MOST_WAITING = 20_000  # batches that wait for older ones; more are read from the log again
+_RETRY_S = 0.5
+
+# Compare and set: the log whose last batch is below what we have seen is another life of it.
+_NEW_LIFE = """
+if redis.call('GET', KEYS[1]) == ARGV[1] and tonumber(redis.call('HGET', KEYS[2], '#') or 0) < tonumber(ARGV[2]) then
+    redis.call('SET', KEYS[1], ARGV[3])
+end
+return redis.call('GET', KEYS[1])
+"""
+
+
+class LogFollower:
+    """Keeps a board in step with the log.
+
+    Args:
+        redis: the feed's; redis-py's annotations fit neither of its two protocols.
+        publish: takes a quote that has news.
+        on_batch: called when the ticks of a batch have been taken.
+
+    Attributes:
+        epoch: of the log; empty: there is none.
+        n: number of the last batch that was taken.
+        caught_up: how many times batches were read from the log because they had been missed.
+        gaps: rows that were read anew because the log was too short.
+        is_in_step: nothing is missing, as far as we know.
+    """
+
+    def __init__(
+        self,
+        redis: Any,
+        keys: FeedKeys,
+        board: Board,
+        *,
+        publish: Callable[[Quote], None],
+        on_batch: Callable[[], None],
+        timeout_s: float,
+    ) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._board = board
+        self._publish = publish
+        self._on_batch = on_batch
+        self._timeout_s = timeout_s
+        self.epoch = ""
+        self.n = 0
+        self.caught_up = 0
+        self.gaps = 0
+        self.is_in_step = False
+        self._waiting: list[bytes] = []
+        self._wake = asyncio.Event()
+        self._is_lost = True  # something may be missing
+        self._is_failing = False
+
+    def take(self, message: bytes) -> None:  # hot
+        """Take a message of the feed's channel."""
+        if not self._is_lost:
+            batch = orjson.loads(message)
+            if batch["epoch"] == self.epoch and batch["n"] == self.n + 1:
+                self._apply(batch)
+                return
+            if batch["epoch"] == self.epoch and batch["n"] <= self.n:
+                return
+            self.lose_step()
+        if len(self._waiting) < _MOST_WAITING:
+            self._waiting.append(message)
+
+    def lose_step(self) -> None:
+        """Something may have been missed: read the log before anything else is taken."""
+        self._is_lost = True
+        self.is_in_step = False
+        self._waiting.clear()
+        self._wake.set()
+
+    async def begin(self) -> None:
+        """Hold the newest rows before anybody asks for them, if Redis lets us."""
+        await self._try_to_catch_up()
+
+    async def run(self) -> None:
+        """Catch up whenever step is lost, until cancelled."""
+        while True:
+            await self._wake.wait()  # no timeout: the listener wakes us with every new link
+            self._wake.clear()
+            # What cut the feed's link has most likely cut the connections that wait here, too.
+            await self._redis.connection_pool.disconnect(inuse_connections=False)
+            if not await self._try_to_catch_up():
+                await asyncio.sleep(_RETRY_S)
+                self._wake.set()
+
+    async def _try_to_catch_up(self) -> bool:
+        try:
+            await self._catch_up()
+        except (RedisError, OSError, TimeoutError) as e:
+            if not self._is_failing:
+                log.warning("the publishers' log cannot be read (%s); trying again", str(e) or type(e).__name__)
+            self._is_failing = True
+            return False
+        self._is_failing = False
+        return True
+
+    async def _catch_up(self) -> None:
+        """Read what is missing; afterwards take what has waited."""
+        while self._is_lost:
+            async with asyncio.timeout(self._timeout_s):
+                epoch = await self._current_epoch()
+            if epoch != self.epoch:
+                await self._begin_life(epoch)
+            elif epoch:
+                await self._read_on()
+            # No await between here and the end: whatever comes now is taken in order.
+            self._is_lost = False
+            waiting, self._waiting = self._waiting, []
+            for number, message in enumerate(waiting):
+                self.take(message)
+                if self._is_lost:
+                    self._waiting += waiting[number + 1 :]
+                    break
+        self.is_in_step = True
+        self._on_batch()
+
+    async def _current_epoch(self) -> str:
+        answer = await self._redis.eval(
+            _NEW_LIFE, 2, self._keys.epoch, self._keys.seq, self.epoch, str(self.n), secrets.token_hex(8)
+        )
+        return _text(answer or b"")
+
+    async def _last_batch(self) -> int:
+        return int(await self._redis.hget(self._keys.seq, "#") or 0)
+
+    async def _begin_life(self, epoch: str) -> None:
+        """The log is another one, or the first we see: its rows count anew."""
+        if self.epoch:
+            log.warning("the log of the publishers has begun another life; clients get their rows anew")
+        self.epoch = self._board.log_epoch = epoch
+        self.n = 0
+        if not epoch:
+            return
+        async with asyncio.timeout(self._timeout_s):
+            last = await self._last_batch()
+            codes = [_text(code) for code in await self._redis.hkeys(self._keys.seq)]
+        # Rows first: they are at least as new as batch `last`; ticks of the log behind it follow.
+        await self._read_rows((code for code in codes if code != "#"), NEW_EPOCH)
+        self.n = last
+        await self._read_on()
+
+    async def _read_on(self) -> None:
+        """Take the batches of the log behind ours."""
+        is_first = True
+        while True:
+            async with asyncio.timeout(self._timeout_s):
+                page = await self._redis.xrange(self._keys.log, min=f"({self.n}-0", max="+", count=_PAGE)
+            for entry, fields in page:
+                n = int(_text(entry).partition("-")[0])
+                if n > self.n + 1:
+                    await self._bridge()
+                if n <= self.n:
+                    continue
+                batch = orjson.loads(fields[b"batch"])
+                if batch["epoch"] != self.epoch:
+                    self.n = n
+                    continue  # of another life
+                if is_first:
+                    is_first = False
+                    self.caught_up += 1
+                self._apply(batch, is_next=False)
+            if len(page) < _PAGE:
+                break
+            await asyncio.sleep(0)
+        async with asyncio.timeout(self._timeout_s):
+            last = await self._last_batch()
+        if last > self.n:  # the log is shorter than what we have missed
+            await self._bridge()
+
+    async def _bridge(self) -> None:
+        """The log is too short: read the rows that have changed since, and say so."""
+        async with asyncio.timeout(self._timeout_s):
+            seqs = await self._redis.hgetall(self._keys.seq)
+        numbers = {_text(code): int(seq) for code, seq in seqs.items()}
+        last = numbers.pop("#", 0)
+        quotes = self._board.quotes
+        behind = [
+            code
+            for code, seq in numbers.items()
+            if (quote := quotes.get(code)) is None or quote.epoch != self.epoch or quote.seq < seq
+        ]
+        log.warning("the log does not reach back far enough: %d rows are read anew", len(behind))
+        self.gaps += await self._read_rows(behind, GAP)
+        self.n = max(self.n, last)
+
+    async def _read_rows(self, codes: Iterable[str], reason: int) -> int:
+        """Read whole rows that publishers have kept; return how many were newer than ours."""
+        found = 0
+        todo = list(codes)
+        for start in range(0, len(todo), _ROWS_PER_SLICE):
+            some = todo[start : start + _ROWS_PER_SLICE]
+            pipeline = self._redis.pipeline(transaction=False)
+            for code in some:
+                pipeline.hgetall(self._keys.row + code)
+            async with asyncio.timeout(self._timeout_s):
+                rows = await pipeline.execute()
+            for code, row in zip(some, rows, strict=True):
+                quote = self._restate(code, row, reason)
+                if quote is not None:
+                    found += 1
+                    self._publish(quote)
+            self._on_batch()
+            await asyncio.sleep(0)
+        return found
+
+    def _restate(self, code: str, row: Mapping[bytes, bytes], reason: int) -> Quote | None:
+        about = row.get(b"@")
+        if about is None:
+            return None
+        seq, epoch, at_ms = _text(about).split(" ")
+        if epoch != self.epoch:
+            return None
+        fields = {_text(name): orjson.loads(value) for name, value in row.items() if name != b"@"}
+        return self._board.restate(code, epoch, int(seq), fields, int(at_ms), reason)
+
+    def _apply(self, batch: Mapping[str, Any], is_next: bool = True) -> None:  # hot
+        apply, publish = self._board.apply_numbered, self._publish
+        at_ms = batch["at"]
+        for seq, code, tick in batch["ticks"]:
+            news = apply(code, seq, tick, at_ms)
+            if news is not None:
+                publish(news)
+        self.n = batch["n"]
+        if is_next:
+            self._on_batch()
+
+
+def _text(data: bytes | str) -> str:
+    return data.decode() if isinstance(data, bytes) else data
