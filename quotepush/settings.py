@@ -99,6 +99,13 @@ class Settings:
         16384, "A tick that would make its row larger is refused.", unit="bytes", at_least=256
     )
     max_board_codes: int = _setting(200_000, "A tick of one more code is refused.", at_least=1)
+    ring_age_s: float = _setting(60.0, "Rows are kept so long for clients that come back.", unit="s", at_least=0)
+    ring_code_bytes: int = _setting(
+        16_384, "Kept rows of one code; the oldest go first. 0: none are kept.", unit="bytes", at_least=0
+    )
+    ring_bytes: int = _setting(
+        67_108_864, "Kept rows of all codes; above it every code gives up the older half.", unit="bytes", at_least=0
+    )
     last_max_age_s: int = _setting(864_000, "A row without a tick for so long leaves the board.", unit="s", at_least=60)
     drop_older: bool = _setting(False, "Refuse a tick whose ts is older than the row's (redundant feeds).")
     trading_day_zones: dict[str, str] = _setting(

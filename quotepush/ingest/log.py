@@ -14,6 +14,7 @@ What publishers write: :mod:`quotepush.publisher`.
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from redis.exceptions import RedisError
 
 from quotepush.ingest.keys import FeedKeys
 from quotepush.quote.board import GAP, NEW_EPOCH, Board, Quote
+from quotepush.quote.ring import Ring
 
 __all__ = ["LogFollower"]
 
@@ -46,6 +48,8 @@ class LogFollower:
 
     Args:
         redis: the feed's; redis-py's annotations fit neither of its two protocols.
+        ring: filled at the begin.
+        on_filled: called with each code whose recent rows are in the ring now.
         publish: takes a quote that has news.
         on_batch: called when the ticks of a batch have been taken.
 
@@ -62,7 +66,9 @@ class LogFollower:
         redis: Any,
         keys: FeedKeys,
         board: Board,
+        ring: Ring,
         *,
+        on_filled: Callable[[str], None],
         publish: Callable[[Quote], None],
         on_batch: Callable[[], None],
         timeout_s: float,
@@ -70,6 +76,8 @@ class LogFollower:
         self._redis = redis
         self._keys = keys
         self._board = board
+        self._ring = ring
+        self._on_filled = on_filled
         self._publish = publish
         self._on_batch = on_batch
         self._timeout_s = timeout_s
@@ -104,8 +112,13 @@ class LogFollower:
         self._wake.set()
 
     async def begin(self) -> None:
-        """Hold the newest rows before anybody asks for them, if Redis lets us."""
-        await self._try_to_catch_up()
+        """Hold the newest rows, and those that led to them, before anybody asks for them; if Redis lets us."""
+        if not await self._try_to_catch_up() or not self.epoch:
+            return
+        try:
+            await self._fill_ring()
+        except (RedisError, OSError, TimeoutError) as e:
+            log.warning("recent rows cannot be read from the log: %s", str(e) or type(e).__name__)
 
     async def run(self) -> None:
         """Catch up whenever step is lost, until cancelled."""
@@ -247,6 +260,32 @@ class LogFollower:
             return None
         fields = {_text(name): orjson.loads(value) for name, value in row.items() if name != b"@"}
         return self._board.restate(code, epoch, int(seq), fields, int(at_ms), reason)
+
+    async def _fill_ring(self) -> None:
+        """Read the end of the log backwards, as far as the ring reaches, and keep the rows that its ticks make."""
+        oldest_ms = time.time_ns() // 1_000_000 - self._ring.max_age_ms
+        ticks: dict[str, list[tuple[int, dict[str, Any], int]]] = {}
+        size = 0
+        end = "+"
+        while end:
+            async with asyncio.timeout(self._timeout_s):
+                page = await self._redis.xrevrange(self._keys.log, max=end, min="-", count=_PAGE)
+            end = f"({_text(page[-1][0])}" if page else ""
+            for _, fields in page:
+                message = fields[b"batch"]
+                batch = orjson.loads(message)
+                size += len(message)
+                if batch["epoch"] != self.epoch or batch["at"] < oldest_ms or size > self._ring.max_bytes:
+                    end = ""
+                    break
+                for seq, code, tick in reversed(batch["ticks"]):
+                    ticks.setdefault(code, []).append((seq, tick, batch["at"]))
+            await asyncio.sleep(0)
+        for code, found in ticks.items():
+            found.reverse()
+            quote = self._board.quotes.get(code)
+            if quote is not None and quote.epoch == self.epoch and self._ring.fill(quote, found):
+                self._on_filled(code)
 
     def _apply(self, batch: Mapping[str, Any], is_next: bool = True) -> None:  # hot
         apply, publish = self._board.apply_numbered, self._publish

@@ -59,6 +59,7 @@ class Answered(_Message, tag="answered"):
     question: int
     rows: list[tuple[str, int, bytes | None, bytes | None, str]]
     refused: dict[str, str]
+    missed: dict[str, list[tuple[int, bytes]]]
 
 
 class PlacesGranted(_Message, tag="granted"):
@@ -105,13 +106,15 @@ class Ready(_Message, tag="ready"):
 class Ask(_Message, tag="ask"):
     """The newest rows of these codes, with their epochs.
 
-    With ``watch`` also their later ticks; with ``books`` both with their books.
+    With ``watch`` also their later ticks; with ``books`` both with their books. ``since`` names codes whose rows
+    behind a seq in an epoch are asked for.
     """
 
     question: int
     codes: list[str]
     watch: bool
     books: bool
+    since: dict[str, tuple[str, int]]
 
 
 class Unwatch(_Message, tag="unwatch"):

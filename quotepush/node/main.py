@@ -40,6 +40,7 @@ from quotepush.node.sockets import inherited_sockets, open_sockets
 from quotepush.node.supervisor import Supervisor
 from quotepush.quote.board import Board, TradingDays
 from quotepush.quote.code import BadCode, parse_code
+from quotepush.quote.ring import Ring
 from quotepush.settings import Settings, without_password
 
 __all__ = ["serve"]
@@ -50,7 +51,7 @@ log = logging.getLogger("quotepush.main")
 _FILE_RESERVE = 256
 # A link whose probe takes so long is behind: rows are merged before they are encoded.
 _LAGGING_S = 0.25
-_EXPIRE_EVERY_S = 60.0
+_EXPIRE_EVERY_S = 10.0
 _PORT_PATIENCE_S = 3.0
 _RETRY_AFTER_MS = 1000
 _REPORT_EVERY_S = 60.0
@@ -79,7 +80,12 @@ class _Main:
         self._epoch = secrets.token_hex(8)
         self._stop = asyncio.Event()
         self._is_ready = False
-        self._relay = Relay(_symbol_check(settings.symbol_file))
+        self._ring = Ring(
+            max_bytes=settings.ring_bytes,
+            max_code_bytes=settings.ring_code_bytes,
+            max_age_ms=round(settings.ring_age_s * 1000),
+        )
+        self._relay = Relay(_symbol_check(settings.symbol_file), self._ring, settings.ring_age_s)
         self._board = self._relay.board = Board(
             epoch=self._epoch,
             days=TradingDays(settings.trading_day_zones),
@@ -126,6 +132,8 @@ class _Main:
                 log_redis,
                 keys,
                 self._board,
+                self._ring,
+                on_filled=self._relay.keep,
                 publish=self._relay.offer,
                 on_batch=self._relay.flush,
                 timeout_s=settings.redis_timeout_s,
@@ -213,6 +221,7 @@ class _Main:
     async def _expire_rows(self) -> None:
         while True:
             await asyncio.sleep(_EXPIRE_EVERY_S)
+            self._relay.tidy()
             oldest = time.time_ns() // 1_000_000 - self._settings.last_max_age_s * 1000
             self._board.expire(oldest, keep=self._relay.wanted)
 
@@ -281,7 +290,7 @@ class _Main:
             "feed_links": [(listener.links, nothing)],
             "feed_lag_seconds": [(listener.lag_s, nothing)],
             "rows_merged_main": [(self._relay.merged + sum(s.rows_merged for s in supervisor.slots), nothing)],
-            "codes_watched": [(len(self._relay.wanted), nothing)],
+            "codes_watched": [(self._relay.watched, nothing)],
             "workers_ready": [(supervisor.ready, nothing)],
             "connections_refused": [(supervisor.refused, nothing)],
             "worker_restarts": [(s.restarts, {"worker": str(s.index)}) for s in supervisor.slots],

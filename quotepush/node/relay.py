@@ -5,11 +5,13 @@ up, without a hole and in order; a worker that reads too slowly is held the newe
 and nothing else; a row is encoded at most once, and not at all when nobody wants its code.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 
 from quotepush.node.bus import Answered, Ask, BusEnd, Rows
 from quotepush.quote.board import Board, Quote
+from quotepush.quote.ring import Ring
 
 __all__ = ["Relay", "WorkerFeed"]
 
@@ -37,6 +39,11 @@ class WorkerFeed:
         self.merged = 0
         self._held: dict[str, _Entry] | None = None
 
+    @property
+    def is_holding(self) -> bool:
+        """Whether rows are held for the worker, so that it has not been sent all that came before an answer."""
+        return self._held is not None
+
     def push(self) -> None:  # hot
         """Send what waits, or hold the newest of it while the worker is slow."""
         rows = self.rows
@@ -63,11 +70,15 @@ class WorkerFeed:
             self._bus.send(Rows(list(held.values())))
 
     def answer(
-        self, question: int, rows: list[tuple[str, int, bytes | None, bytes | None, str]], refused: dict[str, str]
+        self,
+        question: int,
+        rows: list[tuple[str, int, bytes | None, bytes | None, str]],
+        refused: dict[str, str],
+        missed: dict[str, list[tuple[int, bytes]]],
     ) -> None:
-        """Answer behind every row that is older than the answer."""
+        """Answer behind every row that is older than the answer, but for rows that are held."""
         self.push()
-        self._bus.send(Answered(question, rows, refused))
+        self._bus.send(Answered(question, rows, refused, missed))
 
 
 class Relay:
@@ -75,16 +86,22 @@ class Relay:
 
     Args:
         is_known: whether a code may be subscribed to.
+        ring: gets every row that is sent.
+        keep_s: how long rows of a code are kept that nobody watches any more.
 
     Attributes:
-        wanted: the codes that somebody on this machine watches, and the feeds of their workers.
+        wanted: the codes that somebody on this machine watches, and the feeds of their workers; also codes that
+            somebody watched a moment ago, with no feed: he may come back and ask for what he has missed.
         books: of which of them somebody wants the book, and how many workers do.
         is_lagging: main is behind the feed: per batch only a code's newest row is sent.
         merged: rows that were merged for this reason.
     """
 
-    def __init__(self, is_known: Callable[[str], bool]) -> None:
+    def __init__(self, is_known: Callable[[str], bool], ring: Ring, keep_s: float) -> None:
         self._is_known = is_known
+        self._ring = ring
+        self._keep_s = keep_s
+        self._left: dict[str, float] = {}  # code that nobody watches any more to when that began; oldest first
         self.wanted: dict[str, list[WorkerFeed]] = {}
         self.books: Counter[str] = Counter()
         self.board: Board  # set by main: the board asks us what is watched, we ask it for rows
@@ -104,6 +121,7 @@ class Relay:
                 self.merged += 1
             self._late[quote.code] = quote
             return
+        self._ring.add(quote)
         entry: _Entry = (quote.code, quote.seq, quote.encoded())
         for feed in feeds:
             if not feed.rows:
@@ -138,6 +156,7 @@ class Relay:
         """Answer a worker's question; with ``watch`` also note what it wants from now on."""
         refused = {code: "unknown_code" for code in question.codes if not self._is_known(code)}
         rows: list[tuple[str, int, bytes | None, bytes | None, str]] = []
+        missed: dict[str, list[tuple[int, bytes]]] = {}
         for code in question.codes:
             if code in refused:
                 continue
@@ -145,6 +164,7 @@ class Relay:
                 if code not in feed.codes:
                     feed.codes.add(code)
                     self.wanted.setdefault(code, []).append(feed)
+                    self._left.pop(code, None)
                 if question.books and code not in feed.books:
                     feed.books.add(code)
                     self.books[code] += 1
@@ -154,7 +174,11 @@ class Relay:
             else:
                 book = quote.encoded_book() if question.books else None
                 rows.append((code, quote.seq, quote.encoded(), book, quote.epoch))
-        feed.answer(question.question, rows, refused)
+                if code in question.since and not feed.is_holding:
+                    found = self._ring.since(quote, *question.since[code])
+                    if found is not None:
+                        missed[code] = found
+        feed.answer(question.question, rows, refused, missed)
 
     def unwatch(self, feed: WorkerFeed, codes: Iterable[str]) -> None:
         """A worker no longer wants these codes."""
@@ -164,12 +188,34 @@ class Relay:
                 feeds = self.wanted[code]
                 feeds.remove(feed)
                 if not feeds:
-                    del self.wanted[code]
+                    self._left[code] = time.monotonic()
             if code in feed.books:
                 feed.books.discard(code)
                 self.books[code] -= 1
                 if not self.books[code]:
                     del self.books[code]
+
+    def keep(self, code: str) -> None:
+        """Go on as if somebody had just left this code: its recent rows are in the ring."""
+        if code not in self.wanted:
+            self.wanted[code] = []
+            self._left[code] = time.monotonic()
+
+    def tidy(self) -> None:
+        """Give up the codes that nobody has come back to."""
+        until_s = time.monotonic() - self._keep_s
+        while self._left:
+            code, since_s = next(iter(self._left.items()))
+            if since_s > until_s:
+                break
+            del self._left[code], self.wanted[code]
+            if (quote := self.board.quotes.get(code)) is not None:
+                self._ring.forget([quote])
+
+    @property
+    def watched(self) -> int:
+        """How many codes somebody here watches."""
+        return len(self.wanted) - len(self._left)
 
     def forget(self, feed: WorkerFeed) -> None:
         """A worker is gone."""

@@ -16,7 +16,7 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import uvloop
@@ -168,8 +168,8 @@ class WorkerProcess:
             server=setup.server,
             epoch=setup.epoch,
             heartbeat_ms=settings.heartbeat_ms,
-            watch=lambda codes, books, then: self._ask(codes, then, watch=True, books=books),
-            look=lambda codes, then: self._ask(codes, then, watch=False, books=False),
+            watch=lambda codes, books, since, then: self._ask(codes, then, watch=True, books=books, since=since),
+            look=lambda codes, then: self._ask(codes, then, watch=False, books=False, since={}),
             unwatch=self._unwatch,
             subscribed=mirror.touch,
             extra_fields=frozenset(settings.extra_fields),
@@ -189,14 +189,22 @@ class WorkerProcess:
 
     # To main
 
-    def _ask(self, codes: Sequence[str], then: Callable[[Answer], None], *, watch: bool, books: bool) -> None:
+    def _ask(
+        self,
+        codes: Sequence[str],
+        then: Callable[[Answer], None],
+        *,
+        watch: bool,
+        books: bool,
+        since: Mapping[str, tuple[str, int]],
+    ) -> None:
         def answered(message: bus.Answered) -> None:
-            then(Answer({row[0]: row[1:] for row in message.rows}, message.refused))
+            then(Answer({row[0]: row[1:] for row in message.rows}, message.refused, message.missed))
 
         self._next_question += 1
         self._questions[self._next_question] = answered
         self._tell_unwatched()
-        self._bus.send(bus.Ask(self._next_question, list(codes), watch, books))
+        self._bus.send(bus.Ask(self._next_question, list(codes), watch, books, dict(since)))
 
     async def _admit(self, take: bool) -> bool:
         is_welcome = await self._places.take()

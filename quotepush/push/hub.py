@@ -142,17 +142,20 @@ class Hub:
     def _welcome(self, lane: Lane, seq: int, bare: bytes) -> None:
         """Hand the row to those who were sent something else before than the rest of the lane."""
         code = lane.channel.code
+        ahead: dict[Outbox, int | None] = {}
         for outbox, base in lane.newcomers.items():
             if base is not None and base >= seq:
-                outbox.session.note_skipped_row(code)  # it was in the snapshot
+                outbox.session.note_skipped_row(code)  # it was in the snapshot, or another server has sent it
+                if base > seq:
+                    ahead[outbox] = base
                 continue
             if not outbox.rows:
                 self._dirty.append(outbox)
             outbox.rows.append(Row(lane, seq, base, bare))
             if base is None:
                 outbox.session.note_first_row(code, seq)
-        lane.audience.update(lane.newcomers)
-        lane.newcomers.clear()
+        lane.audience.update(outbox for outbox in lane.newcomers if outbox not in ahead)
+        lane.newcomers = ahead
 
     def _offer_to(self, lane: Lane) -> None:
         """Hand the channel's newest row to a lane with a view, a format or a rate of its own."""
@@ -252,8 +255,10 @@ class Hub:
             done += 1
             try:
                 if outbox.is_blocked:
-                    if outbox.rows or outbox.held is not None:
+                    if outbox.rows or outbox.held is not None or outbox.replay is not None:
                         self._parked.add(outbox)
+                elif outbox.replay is not None:
+                    self._replay_some(outbox, now_ms)
                 elif outbox.held is not None:
                     self._catch_up(outbox, now_ms)
                 elif outbox.rows:
@@ -318,9 +323,24 @@ class Hub:
     def unblock(self, outbox: Outbox) -> None:
         """The socket has taken everything: what waits may go."""
         self._parked.discard(outbox)
-        if outbox.rows or outbox.held is not None:
+        if outbox.rows or outbox.held is not None or outbox.replay is not None:
             self._dirty.append(outbox)
             self.flush_soon()
+
+    def replay(self, outbox: Outbox) -> None:
+        """Begin to send what a client has missed while it was away."""
+        self._dirty.append(outbox)
+        self.flush_soon()
+
+    def _replay_some(self, outbox: Outbox, now_ms: int) -> None:
+        sent = outbox.sent
+        outbox.write(outbox.take_replay(now_ms))
+        self.writes += 1
+        self.rows_out += outbox.sent - sent
+        if outbox.is_blocked:
+            self._parked.add(outbox)
+        elif outbox.replay is not None or outbox.rows or outbox.held is not None:
+            self._dirty.append(outbox)
 
     def forget(self, outboxes: Iterable[Outbox]) -> None:
         """These sessions are gone: drop what waits for them."""

@@ -12,6 +12,7 @@ The hub appends to ``rows`` itself (one list append per row and subscriber is wh
 fan-out costs); everything else happens here. No clock, no socket.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import groupby
 from operator import itemgetter
@@ -57,6 +58,7 @@ class Outbox:
         has_arrays: some of its rows may be arrays, whose messages name their columns.
         has_restated: some of what waits goes out in snapshot messages.
         rows: in order, all of them; the hub appends.
+        replay: rows that were missed while the client was away; they go before all others, as the socket takes them.
         held: newest row per lane while merging, else None.
         is_blocked: the socket has not taken all of the last write; nothing is written meanwhile.
         sent: rows handed to the socket.
@@ -64,8 +66,8 @@ class Outbox:
     """
 
     __slots__ = (
-        "_counted", "codec", "has_arrays", "has_restated", "held", "is_blocked", "merged", "rows", "sent", "session",
-        "waiting_bytes", "write",
+        "_counted", "codec", "has_arrays", "has_restated", "held", "is_blocked", "merged", "replay", "rows", "sent",
+        "session", "waiting_bytes", "write",
     )  # fmt: skip
 
     def __init__(self, session: Any, write: Callable[[bytes], None], codec: Codec = JSON) -> None:
@@ -75,6 +77,7 @@ class Outbox:
         self.has_arrays = False
         self.has_restated = False
         self.rows: list[Row] = []
+        self.replay: deque[Row] | None = None
         self.held: dict[Lane, Held] | None = None
         self.is_blocked = False
         self.sent = 0
@@ -85,7 +88,7 @@ class Outbox:
     @property
     def pending(self) -> int:
         """Rows that wait, merged ones counted once."""
-        return len(self.rows) + len(self.held or ())
+        return len(self.rows) + len(self.held or ()) + len(self.replay or ())
 
     def is_above(self, max_rows: int, max_bytes: int) -> bool:
         """Say whether so much waits that rows have to be merged."""
@@ -144,7 +147,21 @@ class Outbox:
             self._counted = self.waiting_bytes = 0
         return frames
 
-    def _frames(self, now_ms: int, rows: Iterable[tuple[Lane, int, bytes]]) -> bytes:
+    def take_replay(self, now_ms: int) -> bytes:
+        """Return some of the rows that were missed, as frames, and forget them."""
+        assert self.replay
+        rows: list[tuple[Lane, int, bytes]] = []
+        size = 0
+        while self.replay and size < _CATCH_UP_BYTES:
+            row = self.replay.popleft()
+            rows.append((row.lane, 0, row.text))
+            size += len(row.text)
+        if not self.replay:
+            self.replay = None
+        self.sent += len(rows)
+        return self._frames(now_ms, rows, replay=True)
+
+    def _frames(self, now_ms: int, rows: Iterable[tuple[Lane, int, bytes]], **also: Any) -> bytes:
         """Return a message per list of columns, and others for rows that are restated; a code's rows stay in order."""
         frames = []
         for restated, run in groupby(rows, key=itemgetter(1)):
@@ -152,7 +169,7 @@ class Outbox:
             for lane, _, text in run:
                 groups.setdefault(lane.view.cols if lane.format.is_array else None, []).append((lane, text))
             for cols, group in groups.items():
-                facts: dict[str, Any] = {}
+                facts = dict(also)
                 if restated == GAP:
                     facts["gap"] = True
                 if restated and cols is not None:
@@ -188,6 +205,8 @@ class Outbox:
     def drop(self, lanes: Iterable[Lane]) -> None:
         """Forget what waits of these lanes: the session no longer wants it, or has just been sent newer."""
         gone = set(lanes)
+        if self.replay:
+            self.replay = deque(row for row in self.replay if row.lane not in gone) or None
         if self.rows:
             kept = [row for row in self.rows if row.lane not in gone]
             self._forget_rows()
@@ -202,8 +221,15 @@ class Outbox:
         """Return the seq of the last row that was sent of ``lane`` (0: none), and how many of its rows wait."""
         first: int | None = None
         waiting = 0
+        for row in self.replay or ():
+            if row.lane is lane:
+                waiting += 1
+                if first is None:
+                    first = row.prev or 0
         if self.held and (slot := self.held.get(lane)):
-            first, waiting = slot.prev or 0, 1 + slot.merged
+            waiting += 1 + slot.merged
+            if first is None:
+                first = slot.prev or 0
         for row in self.rows:
             if row.lane is lane:
                 waiting += 1
@@ -216,7 +242,7 @@ class Outbox:
     def clear(self) -> None:
         """Forget everything that waits."""
         self._forget_rows()
-        self.held = None
+        self.held = self.replay = None
         self.has_restated = False
         self.waiting_bytes = 0
 

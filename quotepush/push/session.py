@@ -15,12 +15,12 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from quotepush.errors import PeerError
 from quotepush.push.outbox import Outbox
-from quotepush.push.subscriptions import Channel, Lane, Shape, Subscription, Subscriptions
+from quotepush.push.subscriptions import Channel, Lane, Row, Shape, Subscription, Subscriptions
 from quotepush.quote.code import BadCode, parse_code
 from quotepush.quote.tick import BOOK_FIELDS
 from quotepush.wire import messages
@@ -92,13 +92,16 @@ class Answer:
         rows: per code its seq, its newest row as JSON text (None: no tick yet), its book, if that was asked for, and
             the epoch in which it counts.
         refused: per code the error word, e.g. ``unknown_code``.
+        missed: of codes that were asked since when: the rows behind that (seq and JSON text, oldest first), as far as
+            main still has them all.
     """
 
     rows: Mapping[str, tuple[int, bytes | None, bytes | None, str]]
     refused: Mapping[str, str]
+    missed: Mapping[str, Sequence[tuple[int, bytes]]] = field(default_factory=dict)
 
 
-def _nobody(lane: Lane, outbox: Outbox) -> None:
+def _nobody(*_: object) -> None:
     raise AssertionError("no hub yet")
 
 
@@ -107,10 +110,12 @@ class Desk:
     """What a worker offers its sessions: the index, main behind it, the registry, the clock.
 
     Attributes:
-        watch: ask main for these codes (with their books?) and their later ticks; answers through the callback, in
-            the stream of ticks, so that nothing falls between the answer and the next tick.
+        watch: ask main for these codes (with their books?), what was missed of them since when, and their later ticks;
+            answers through the callback, in the stream of ticks, so that nothing falls between the answer and the next
+            tick.
         look: the same without their later ticks.
         deliver: queue a lane's newest row for one of its newcomers; set by the worker that has the hub.
+        replay: begin to send an outbox what it replays; set by the worker too.
         extra_fields: what views may name besides the fields of the protocol.
         unwatch: nobody here watches these codes any more.
         subscribed: a session's codes have changed (for the registry).
@@ -122,13 +127,14 @@ class Desk:
     server: str
     epoch: str
     heartbeat_ms: int
-    watch: Callable[[Sequence[str], bool, Callable[[Answer], None]], None]
+    watch: Callable[[Sequence[str], bool, Mapping[str, tuple[str, int]], Callable[[Answer], None]], None]
     look: Callable[[Sequence[str], Callable[[Answer], None]], None]
     unwatch: Callable[[Iterable[str]], None]
     subscribed: Callable[[str], None]
     clock_ms: Callable[[], int]
     extra_fields: frozenset[str] = frozenset()
     deliver: Callable[[Lane, Outbox], None] = _nobody
+    replay: Callable[[Outbox], None] = _nobody
 
 
 class Session:
@@ -231,14 +237,20 @@ class Session:
         results, codes = self._understand(request.codes, self._desk.limits.codes - len(self.subscriptions))
         shape = Shape(View.of(request.fields), self.codec.format(request.format), request.max_rate)
         channels = self._desk.subscriptions.channels
+        # Kept rows have no books; with a rate nobody wants every row; who is subscribed has missed nothing.
+        since: dict[str, tuple[str, int]] = {}
+        if not shape.view.has_book and shape.max_rate is None:
+            since = {c: place for c, place in request.since.items() if c in codes and c not in self.subscriptions}
         missing = [
             code
             for code in codes
-            if (channel := channels.get(code)) is None or (shape.view.has_book and channel.book is None)
+            if (channel := channels.get(code)) is None
+            or (shape.view.has_book and channel.book is None)
+            or code in since
         ]
         if missing:
             self._ask(
-                lambda then: self._desk.watch(missing, shape.view.has_book, then), codes,
+                lambda then: self._desk.watch(missing, shape.view.has_book, since, then), codes,
                 lambda answer: self._finish_subscribe(request, shape, results, codes, answer),
             )  # fmt: skip
         else:
@@ -292,14 +304,21 @@ class Session:
         missed: list[Lane] = []
         for code in codes:
             channel = subscriptions.open(code, *_found(answer, code))
+            resume = "snapshot"
             if code in self.subscriptions:
                 if request.snapshot or self.subscriptions[code].lane.shape != shape:
                     self._change(channel, shape, request.snapshot, missed)
+            elif answer is not None and code in answer.missed:
+                resume = self._resume(channel, shape, request.since[code][1], answer.missed[code])
             else:
-                base = channel.seq if request.snapshot else None
+                base = channel.seq if request.snapshot or code in request.since else None
                 lane = subscriptions.add(channel, self.outbox, shape, base=base)
                 self.subscriptions[code] = Subscription(lane, base)
-            channels.append(channel)
+            if code in request.since:
+                for result in codes[code]:
+                    result["resume"] = resume
+            if resume == "snapshot" and (request.snapshot or code in request.since):
+                channels.append(channel)
             if channel.epoch not in ("", self._epoch):
                 for result in codes[code]:
                     result["epoch"] = channel.epoch
@@ -316,13 +335,32 @@ class Session:
                 total=len(self.subscriptions), limit=self._desk.limits.codes, **columns,
             )
         )  # fmt: skip
-        if request.snapshot and channels:
+        if channels:
             self._say_snapshot(now_ms, channels, shape.view, shape.format)
         for lane in missed:
             self._desk.deliver(lane, self.outbox)
+        if self.outbox.replay is not None:
+            self._desk.replay(self.outbox)
         if codes:
             self._desk.subscribed(self.fd)
         self._go_on()
+
+    def _resume(self, channel: Channel, shape: Shape, since: int, missed: Sequence[tuple[int, bytes]]) -> str:
+        """Subscribe behind ``since`` with the rows that were missed; return what the ack calls that."""
+        base = missed[-1][0] if missed else since
+        lane = self._desk.subscriptions.add(channel, self.outbox, shape, base=base)
+        subscription = self.subscriptions[channel.code] = Subscription(lane, since)
+        if not missed:
+            return "current"
+        if self.outbox.replay is None:
+            self.outbox.replay = deque()
+        prev = since
+        for seq, bare in missed:
+            text = Channel(channel.code, seq, bare).text(shape.view, shape.format)
+            self.outbox.replay.append(Row(lane, seq, prev, text))
+            subscription.add_own()
+            prev = seq
+        return "replay"
 
     def _say_snapshot(self, now_ms: int, channels: Iterable[Channel], view: View, spelled: Format) -> None:
         rows: list[bytes] = []

@@ -97,6 +97,7 @@ class PushWorker:
             clock_ms=desk.clock_ms,
         )
         desk.deliver = self.hub.deliver
+        desk.replay = self.hub.replay
         self._left = asyncio.Event()
         slots = max(1, round(settings.heartbeat_ms / 1000 / _SLOT_S))
         self._wheel: list[set[WebSocketLink]] = [set() for _ in range(slots)]

@@ -6,7 +6,7 @@ epoch changes, or rows of it were lost, its quote says so until the relay has pa
 (``max_codes`` rows of ``max_row_bytes``); a refused tick is counted by reason and changes no row.
 """
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Container, Iterable, Mapping
 from datetime import datetime, time, timedelta
 from typing import Any
@@ -29,10 +29,12 @@ from quotepush.quote.tick import (
     written_size,
 )
 
-__all__ = ["GAP", "NEW_EPOCH", "Board", "Quote", "TradingDays"]
+__all__ = ["GAP", "NEW_EPOCH", "Board", "Quote", "RecentRow", "TradingDays"]
 
 # Why a row is restated: it is numbered anew, or rows before it were lost. The second says more.
 NEW_EPOCH, GAP = 1, 2
+
+RecentRow = tuple[int, bytes, int]
 
 _NEVER_MS = 1 << 62
 # So many levels cannot be in fewer brackets, nor in fewer bytes: other ticks need no closer look.
@@ -54,11 +56,13 @@ class Quote:
         book: ``bids`` and ``asks``, up to five ``[price, size]`` each.
         arrived_ms: when the newest tick arrived here.
         day_end_ms: a tick with this ``ts`` or a later one begins a new trading day.
+        recent: rows that were sent lately, oldest first: seq, JSON text and arrival; whoever was sent the row
+            ``recent_base`` or a later one can be brought up to date with them.
     """
 
     __slots__ = (
         "_book", "_encoded", "_encoded_book", "_row", "_row_bound", "_waiting", "_waiting_shape", "arrived_ms", "code",
-        "day_end_ms", "epoch", "restated", "seq", "ts",
+        "day_end_ms", "epoch", "recent", "recent_base", "recent_bytes", "restated", "seq", "ts",
     )  # fmt: skip
 
     def __init__(self, code: str, seq: int, epoch: str) -> None:
@@ -66,6 +70,9 @@ class Quote:
         self.epoch = epoch
         self.seq = seq
         self.restated = 0
+        self.recent: deque[RecentRow] | None = None
+        self.recent_base = 0
+        self.recent_bytes = 0
         self.ts = 0
         self.arrived_ms = 0
         self.day_end_ms = 0  # the first tick begins a day

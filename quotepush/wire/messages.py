@@ -6,10 +6,11 @@ Messages are built here and nowhere else. All of it: docs/protocol.md.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quotepush.errors import PeerError
+from quotepush.quote.code import BadCode, parse_code
 from quotepush.quote.tick import KNOWN_FIELDS
 
 __all__ = [
@@ -39,10 +40,6 @@ CLOSE_CODES = {
     "rate_limited": 4429,
 }
 
-# Options of PROTOCOL quotes.v1 that this server does not offer: refused, so that no client
-# believes it was granted what it asked for.
-_NOT_OFFERED = ("epoch", "since")
-
 # What a view may name; a server can be told of more (``extra_fields``).
 _FIELDS = frozenset((*KNOWN_FIELDS, "code", "seq", "ts", "prev"))
 _MOST_RATE = 1000.0
@@ -62,6 +59,7 @@ class Request:
         fields: the view; None: the default one.
         max_rate: most rows per second and code; None: every row.
         format: ``objects`` or ``rows``.
+        since: from where to resume: canonical code to epoch and seq.
     """
 
     action: str
@@ -71,6 +69,7 @@ class Request:
     fields: tuple[str, ...] | None = None
     max_rate: float | None = None
     format: str = "objects"
+    since: Mapping[str, tuple[str, int]] = field(default_factory=dict)
 
 
 def parse_request(said: Any, max_codes: int, extra_fields: Collection[str] = ()) -> Request:
@@ -140,9 +139,6 @@ _Id = int | str | None
 
 
 def _parse_subscribe(action: str, request_id: _Id, said: _Said, max_codes: int, extra: Collection[str]) -> Request:
-    for option in _NOT_OFFERED:
-        if said.get(option) is not None:
-            raise PeerError("bad_request", f"this server does not offer {option}")
     wanted = said.get("snapshot", True)
     if type(wanted) is not bool:
         raise PeerError("bad_request", "snapshot must be true or false")
@@ -150,7 +146,27 @@ def _parse_subscribe(action: str, request_id: _Id, said: _Said, max_codes: int, 
     if spelled not in ("objects", "rows"):
         raise PeerError("bad_request", "format must be objects or rows")
     codes = _codes(said, max_codes)
-    return Request(action, request_id, codes, wanted, _view(said, extra), _max_rate(said), spelled)
+    return Request(action, request_id, codes, wanted, _view(said, extra), _max_rate(said), spelled, _since(said))
+
+
+def _since(said: _Said) -> dict[str, tuple[str, int]]:
+    since, epoch = said.get("since"), said.get("epoch")
+    if since is None:
+        return {}
+    if type(since) is not dict:
+        raise PeerError("bad_request", "since must be an object of codes")
+    found: dict[str, tuple[str, int]] = {}
+    for spelling, place in since.items():
+        of, seq = (place.get("epoch"), place.get("seq")) if type(place) is dict else (epoch, place)
+        if type(of) is not str or type(seq) is not int or not 0 <= seq < 1 << 63:
+            raise PeerError(
+                "bad_request", "since has a seq for each code, and epoch or the code itself names the epoch"
+            )
+        try:
+            found[parse_code(spelling)] = of, seq
+        except (BadCode, TypeError):
+            continue  # it is refused among the codes
+    return found
 
 
 def _view(said: _Said, extra: Collection[str]) -> tuple[str, ...] | None:
