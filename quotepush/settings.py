@@ -99,6 +99,9 @@ class Settings:
         16384, "A tick that would make its row larger is refused.", unit="bytes", at_least=256
     )
     max_board_codes: int = _setting(200_000, "A tick of one more code is refused.", at_least=1)
+    rows_interval_s: float = _setting(
+        10.0, "The newest rows of plain ticks are kept in Redis so often; 0: never.", unit="s", at_least=0
+    )
     ring_age_s: float = _setting(60.0, "Rows are kept so long for clients that come back.", unit="s", at_least=0)
     ring_code_bytes: int = _setting(
         16_384, "Kept rows of one code; the oldest go first. 0: none are kept.", unit="bytes", at_least=0

@@ -258,7 +258,7 @@ class LogFollower:
         seq, epoch, at_ms = _text(about).split(" ")
         if epoch != self.epoch:
             return None
-        fields = {_text(name): orjson.loads(value) for name, value in row.items() if name != b"@"}
+        fields = {_text(name): orjson.loads(value) for name, value in row.items() if not name.startswith(b"@")}
         return self._board.restate(code, epoch, int(seq), fields, int(at_ms), reason)
 
     async def _fill_ring(self) -> None:

@@ -29,6 +29,7 @@ from quotepush.errors import OperatorError, PortUnavailable, RedisUnavailable, S
 from quotepush.ingest.keys import FeedKeys
 from quotepush.ingest.listener import FeedListener
 from quotepush.ingest.log import LogFollower
+from quotepush.ingest.rows import RowStore
 from quotepush.metrics import Sample
 from quotepush.node import lock
 from quotepush.node.admin import make_admin_app
@@ -98,6 +99,7 @@ class _Main:
         )
         self._listener: FeedListener
         self._follower: LogFollower
+        self._rows: RowStore
         self._supervisor: Supervisor
         self._addresses = ""
 
@@ -153,6 +155,15 @@ class _Main:
                 timeout_s=settings.redis_timeout_s,
             )
             await self._follower.begin()
+            self._rows = RowStore(
+                registry,
+                settings.redis_prefix,
+                self._board,
+                interval_s=settings.rows_interval_s,
+                max_age_s=settings.last_max_age_s,
+                timeout_s=settings.redis_timeout_s,
+            )
+            await self._rows.load()
             self._supervisor = Supervisor(
                 settings, sockets, self._relay, registry, max_connections, self._feed_news,
                 self._tell_readiness,
@@ -161,6 +172,8 @@ class _Main:
                 self._lock.write(admin_address)
                 self._addresses = f"{_public_url(settings, sockets[0])} admin=http://{admin_address}"
                 await self._serve_until_stopped()
+            if settings.rows_interval_s:
+                await self._rows.flush()
             try:
                 async with asyncio.timeout(settings.redis_timeout_s):
                     await purge_node(registry, settings.redis_prefix, settings.node)
@@ -181,6 +194,7 @@ class _Main:
                 helpers = [
                     group.create_task(self._listener.run(), name="feed"),
                     group.create_task(self._follower.run(), name="log"),
+                    group.create_task(self._rows.run(), name="rows"),
                     group.create_task(self._expire_rows(), name="expire"),
                     group.create_task(self._report_faults(), name="faults"),
                     group.create_task(self._feed_watchdog(), name="watchdog"),
