@@ -31,6 +31,7 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "feed_lag_seconds": ("gauge", "How far main is behind Redis.", ()),
     "rows_merged_main": ("counter", "Rows that main merged because it, or a worker, lagged.", ()),
     "codes_watched": ("gauge", "Codes that somebody here watches.", ()),
+    "codes_stale": ("gauge", "Watched codes without a tick for too long.", ()),
     "workers_ready": ("gauge", "Workers that accept connections.", ()),
     "worker_restarts": ("counter", "Workers that ended and were replaced.", ("worker",)),
     "connections": ("gauge", "Open connections.", ("worker",)),

@@ -119,6 +119,9 @@ class Settings:
     feed_stale_s: float = _setting(
         10.0, "Without any tick for so long the feed is called stale.", unit="s", at_least=0.1
     )
+    code_stale_s: float = _setting(
+        300.0, "Without a tick for so long a watched code is called stale; 0: never.", unit="s", at_least=0
+    )
 
     # Limits of clients, checked before the upgrade where they can be.
     max_connections: int = _setting(

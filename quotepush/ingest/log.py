@@ -7,11 +7,13 @@ Laws:
 2. What the log does not have any more is announced: the rows concerned are read anew and marked as behind a gap.
 3. A log that begins another life (its epoch has changed) or has gone back is read from its begin; a log
    that has gone back gets a new epoch by compare-and-set, so that no number is used twice.
+4. What is read from the log has arrived when Redis got it, told by our own clock: a late catch-up makes nothing fresh.
 
 What publishers write: :mod:`quotepush.publisher`.
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -19,7 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import orjson
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from quotepush.ingest.keys import FeedKeys
 from quotepush.quote.board import GAP, NEW_EPOCH, Board, Quote
@@ -33,13 +35,15 @@ _PAGE = 200  # batches per XRANGE
 _ROWS_PER_SLICE = 200
 _MOST_WAITING = 20_000  # batches that wait for older ones; more are read from the log again
 _RETRY_S = 0.5
+# Only an operator changes what we may read.
+_FORBIDDEN_RETRY_S = 30.0
 
 # Compare and set: the log whose last batch is below what we have seen is another life of it.
 _NEW_LIFE = """
 if redis.call('GET', KEYS[1]) == ARGV[1] and tonumber(redis.call('HGET', KEYS[2], '#') or 0) < tonumber(ARGV[2]) then
     redis.call('SET', KEYS[1], ARGV[3])
 end
-return redis.call('GET', KEYS[1])
+return {redis.call('GET', KEYS[1]), redis.call('TIME')}
 """
 
 
@@ -59,6 +63,7 @@ class LogFollower:
         caught_up: how many times batches were read from the log because they had been missed.
         gaps: rows that were read anew because the log was too short.
         is_in_step: nothing is missing, as far as we know.
+        is_forbidden: this Redis user may not read the log.
     """
 
     def __init__(
@@ -90,13 +95,29 @@ class LogFollower:
         self._wake = asyncio.Event()
         self._is_lost = True  # something may be missing
         self._is_failing = False
+        self.is_forbidden = False
+        self._skew_ms = 0  # what our clock is ahead of the one of Redis
 
-    def take(self, message: bytes) -> None:  # hot
-        """Take a message of the feed's channel."""
+    @property
+    def state(self) -> str:
+        """``unreadable``, ``none`` (there is no log), ``in step`` or ``behind``."""
+        if self._is_failing:
+            return "unreadable"
+        if not self.epoch:
+            return "none"
+        return "in step" if self.is_in_step else "behind"
+
+    def take(self, message: bytes, has_waited: bool = False) -> None:  # hot
+        """Take a message of the feed's channel.
+
+        Args:
+            has_waited: it did not come just now.
+        """
         if not self._is_lost:
             batch = orjson.loads(message)
             if batch["epoch"] == self.epoch and batch["n"] == self.n + 1:
-                self._apply(batch)
+                self._apply(batch, self._arrived_ms(batch["at"]) if has_waited else _now_ms())
+                self._on_batch()
                 return
             if batch["epoch"] == self.epoch and batch["n"] <= self.n:
                 return
@@ -110,6 +131,10 @@ class LogFollower:
         self.is_in_step = False
         self._waiting.clear()
         self._wake.set()
+
+    def note_cut(self) -> None:
+        """The link is cut: what is published from now on is missed until it is back."""
+        self.is_in_step = False
 
     async def begin(self) -> None:
         """Hold the newest rows, and those that led to them, before anybody asks for them; if Redis lets us."""
@@ -128,7 +153,9 @@ class LogFollower:
             # What cut the feed's link has most likely cut the connections that wait here, too.
             await self._redis.connection_pool.disconnect(inuse_connections=False)
             if not await self._try_to_catch_up():
-                await asyncio.sleep(_RETRY_S)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_FORBIDDEN_RETRY_S if self.is_forbidden else _RETRY_S):
+                        await self._wake.wait()
                 self._wake.set()
 
     async def _try_to_catch_up(self) -> bool:
@@ -138,8 +165,10 @@ class LogFollower:
             if not self._is_failing:
                 log.warning("the publishers' log cannot be read (%s); trying again", str(e) or type(e).__name__)
             self._is_failing = True
+            # The second is what Redis 6 says of a command within a script.
+            self.is_forbidden = isinstance(e, NoPermissionError) or "user executing the script" in str(e)
             return False
-        self._is_failing = False
+        self._is_failing = self.is_forbidden = False
         return True
 
     async def _catch_up(self) -> None:
@@ -155,7 +184,7 @@ class LogFollower:
             self._is_lost = False
             waiting, self._waiting = self._waiting, []
             for number, message in enumerate(waiting):
-                self.take(message)
+                self.take(message, has_waited=True)
                 if self._is_lost:
                     self._waiting += waiting[number + 1 :]
                     break
@@ -163,10 +192,17 @@ class LogFollower:
         self._on_batch()
 
     async def _current_epoch(self) -> str:
-        answer = await self._redis.eval(
+        asked_ms = _now_ms()
+        epoch, (seconds, microseconds) = await self._redis.eval(
             _NEW_LIFE, 2, self._keys.epoch, self._keys.seq, self.epoch, str(self.n), secrets.token_hex(8)
         )
-        return _text(answer or b"")
+        # Redis looked at its clock at some time between the question and now.
+        self._skew_ms = (asked_ms + _now_ms()) // 2 - (int(seconds) * 1000 + int(microseconds) // 1000)
+        return _text(epoch or b"")
+
+    def _arrived_ms(self, logged_ms: int) -> int:
+        """Return when Redis got something, by our own clock."""
+        return min(_now_ms(), logged_ms + self._skew_ms)
 
     async def _last_batch(self) -> int:
         return int(await self._redis.hget(self._keys.seq, "#") or 0)
@@ -206,7 +242,7 @@ class LogFollower:
                 if is_first:
                     is_first = False
                     self.caught_up += 1
-                self._apply(batch, is_next=False)
+                self._apply(batch, self._arrived_ms(batch["at"]))
             if len(page) < _PAGE:
                 break
             await asyncio.sleep(0)
@@ -259,11 +295,12 @@ class LogFollower:
         if epoch != self.epoch:
             return None
         fields = {_text(name): orjson.loads(value) for name, value in row.items() if not name.startswith(b"@")}
-        return self._board.restate(code, epoch, int(seq), fields, int(at_ms), reason)
+        fields.setdefault("ts", int(at_ms))
+        return self._board.restate(code, epoch, int(seq), fields, self._arrived_ms(int(at_ms)), reason)
 
     async def _fill_ring(self) -> None:
         """Read the end of the log backwards, as far as the ring reaches, and keep the rows that its ticks make."""
-        oldest_ms = time.time_ns() // 1_000_000 - self._ring.max_age_ms
+        oldest_ms = _now_ms() - self._ring.max_age_ms
         ticks: dict[str, list[tuple[int, dict[str, Any], int]]] = {}
         size = 0
         end = "+"
@@ -287,16 +324,18 @@ class LogFollower:
             if quote is not None and quote.epoch == self.epoch and self._ring.fill(quote, found):
                 self._on_filled(code)
 
-    def _apply(self, batch: Mapping[str, Any], is_next: bool = True) -> None:  # hot
+    def _apply(self, batch: Mapping[str, Any], arrived_ms: int) -> None:  # hot
         apply, publish = self._board.apply_numbered, self._publish
-        at_ms = batch["at"]
+        logged_ms = batch["at"]
         for seq, code, tick in batch["ticks"]:
-            news = apply(code, seq, tick, at_ms)
+            news = apply(code, seq, tick, arrived_ms, logged_ms)
             if news is not None:
                 publish(news)
         self.n = batch["n"]
-        if is_next:
-            self._on_batch()
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _text(data: bytes | str) -> str:

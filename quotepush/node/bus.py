@@ -17,11 +17,12 @@ from typing import Any, cast
 import msgspec
 
 __all__ = [
-    "BUS_VERSION", "Answered", "Ask", "BusEnd", "Drain", "Feed", "Figures", "Hello", "Lend", "PlacesBack",
-    "PlacesGranted", "PlacesWanted", "Ready", "RegistryClient", "Rows", "Setup", "ToMain", "ToWorker", "Unwatch",
+    "BUS_VERSION", "Answered", "Ask", "BusEnd", "Drain", "Feed", "Figures", "Freshness", "Hello", "Lend",
+    "PlacesBack", "PlacesGranted", "PlacesWanted", "Ready", "RegistryClient", "Rows", "Setup", "ToMain", "ToWorker",
+    "Unwatch",
 ]  # fmt: skip
 
-BUS_VERSION = 1
+BUS_VERSION = 2
 _LENGTH = struct.Struct("!I")
 _READ_MAX = 1 << 28
 
@@ -54,12 +55,20 @@ class Rows(_Message, tag="rows"):
 
 
 class Answered(_Message, tag="answered"):
-    """The answer to :class:`Ask`."""
+    """The answer to :class:`Ask`; ``stale`` names the codes that are stale, and is kept true by :class:`Freshness`."""
 
     question: int
     rows: list[tuple[str, int, bytes | None, bytes | None, str]]
     refused: dict[str, str]
     missed: dict[str, list[tuple[int, bytes]]]
+    stale: list[str] = []
+
+
+class Freshness(_Message, tag="freshness"):
+    """These codes, which the worker watches, have become stale, and those are fresh again."""
+
+    stale: list[str]
+    fresh: list[str]
 
 
 class PlacesGranted(_Message, tag="granted"):
@@ -148,7 +157,7 @@ class Figures(_Message, tag="figures"):
     figures: dict[str, Any]
 
 
-ToWorker = Setup | Rows | Answered | PlacesGranted | Feed | Lend | Drain
+ToWorker = Setup | Rows | Answered | Freshness | PlacesGranted | Feed | Lend | Drain
 ToMain = Hello | Ready | Ask | Unwatch | PlacesWanted | PlacesBack | RegistryClient | Figures
 
 _encoder = msgspec.msgpack.Encoder()

@@ -9,6 +9,7 @@ cleared, 4 the lock is released.
 import asyncio
 import contextlib
 import logging
+import math
 import resource
 import secrets
 import signal
@@ -53,6 +54,7 @@ _FILE_RESERVE = 256
 # A link whose probe takes so long is behind: rows are merged before they are encoded.
 _LAGGING_S = 0.25
 _EXPIRE_EVERY_S = 10.0
+_SWEEP_LEAST_S, _SWEEP_MOST_S = 0.05, 1.0
 _PORT_PATIENCE_S = 3.0
 _RETRY_AFTER_MS = 1000
 _REPORT_EVERY_S = 60.0
@@ -86,7 +88,12 @@ class _Main:
             max_code_bytes=settings.ring_code_bytes,
             max_age_ms=round(settings.ring_age_s * 1000),
         )
-        self._relay = Relay(_symbol_check(settings.symbol_file), self._ring, settings.ring_age_s)
+        self._relay = Relay(
+            _symbol_check(settings.symbol_file),
+            self._ring,
+            settings.ring_age_s,
+            stale_ms=math.ceil(settings.code_stale_s * 1000),
+        )
         self._board = self._relay.board = Board(
             epoch=self._epoch,
             days=TradingDays(settings.trading_day_zones),
@@ -196,6 +203,7 @@ class _Main:
                     group.create_task(self._follower.run(), name="log"),
                     group.create_task(self._rows.run(), name="rows"),
                     group.create_task(self._expire_rows(), name="expire"),
+                    group.create_task(self._sweep_codes(), name="sweep"),
                     group.create_task(self._report_faults(), name="faults"),
                     group.create_task(self._feed_watchdog(), name="watchdog"),
                 ]
@@ -224,6 +232,8 @@ class _Main:
     def _note_link(self, is_up: bool) -> None:
         if is_up:
             self._follower.lose_step()
+        else:
+            self._follower.note_cut()
 
     def _feed_news(self) -> tuple[str, int, str]:
         epoch = self._follower.epoch or self._epoch
@@ -238,6 +248,14 @@ class _Main:
             self._relay.tidy()
             oldest = time.time_ns() // 1_000_000 - self._settings.last_max_age_s * 1000
             self._board.expire(oldest, keep=self._relay.wanted)
+
+    async def _sweep_codes(self) -> None:
+        """Find the codes that have become stale or fresh, and let those who watch them know."""
+        every_s = min(_SWEEP_MOST_S, max(_SWEEP_LEAST_S, self._settings.code_stale_s / 4))
+        while True:
+            await asyncio.sleep(every_s)
+            for _ in self._relay.sweep():
+                await asyncio.sleep(0)
 
     async def _report_faults(self) -> None:
         """One line a minute about ticks that were refused, with the newest example."""
@@ -273,11 +291,14 @@ class _Main:
             reasons.append(f"{supervisor.ready} of {len(supervisor.slots)} workers are ready")
         if not listener.is_up:
             reasons.append("the feed link is down")
+        elif self._follower.state == "unreadable" and not self._follower.is_forbidden:
+            reasons.append("the publishers' log cannot be read")
         if self._stop.is_set():
             reasons.append("stopping")
         facts: dict[str, Any] = {
             "feed": state,
             "feed_lag_ms": round(listener.lag_s * 1000),
+            "log": self._follower.state,
             "workers": supervisor.ready,
             "connections": supervisor.connections,
             "max_connections": supervisor.max_connections,
@@ -305,6 +326,7 @@ class _Main:
             "feed_lag_seconds": [(listener.lag_s, nothing)],
             "rows_merged_main": [(self._relay.merged + sum(s.rows_merged for s in supervisor.slots), nothing)],
             "codes_watched": [(self._relay.watched, nothing)],
+            "codes_stale": [(self._relay.stale, nothing)],
             "workers_ready": [(supervisor.ready, nothing)],
             "connections_refused": [(supervisor.refused, nothing)],
             "worker_restarts": [(s.restarts, {"worker": str(s.index)}) for s in supervisor.slots],

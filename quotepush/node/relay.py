@@ -1,15 +1,16 @@
-"""Which worker wants which code, and the rows on their way there.
+"""Which worker wants which code, the rows on their way there, and which codes are stale.
 
 Laws: a worker gets the rows of a code from the answer to its question until it gives the code
 up, without a hole and in order; a worker that reads too slowly is held the newest row per code
-and nothing else; a row is encoded at most once, and not at all when nobody wants its code.
+and nothing else; a row is encoded at most once, and not at all when nobody wants its code; what a worker was told
+last of a code, stale or fresh, is true since the last sweep.
 """
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
-from quotepush.node.bus import Answered, Ask, BusEnd, Rows
+from quotepush.node.bus import Answered, Ask, BusEnd, Freshness, Rows
 from quotepush.quote.board import Board, Quote
 from quotepush.quote.ring import Ring
 
@@ -17,6 +18,8 @@ __all__ = ["Relay", "WorkerFeed"]
 
 # Above so much unsent, a worker is slow: about 20,000 rows, some tens of milliseconds of its time.
 _SLOW_BYTES = 4 << 20
+# Codes that a sweep looks at in one turn of the loop: about half a millisecond.
+_SWEPT_PER_SLICE = 2_000
 
 # Code, seq and row; for a worker that has asked for it also the book; of a restated row also its epoch and the reason.
 _Entry = tuple[str, int, bytes] | tuple[str, int, bytes, bytes | None] | tuple[str, int, bytes, bytes | None, str, int]
@@ -28,6 +31,7 @@ class WorkerFeed:
     Attributes:
         codes: what it wants.
         books: of which of them it wants the book too.
+        stale: of which of them it was told, or is about to be told, that they are stale.
         merged: rows that were merged because it was slow.
     """
 
@@ -35,9 +39,11 @@ class WorkerFeed:
         self._bus = bus
         self.codes: set[str] = set()
         self.books: set[str] = set()
+        self.stale: set[str] = set()
         self.rows: list[_Entry] = []
         self.merged = 0
         self._held: dict[str, _Entry] | None = None
+        self._changed: dict[str, None] = {}  # codes whose entry in ``stale`` the worker has yet to be told
 
     @property
     def is_holding(self) -> bool:
@@ -75,10 +81,35 @@ class WorkerFeed:
         rows: list[tuple[str, int, bytes | None, bytes | None, str]],
         refused: dict[str, str],
         missed: dict[str, list[tuple[int, bytes]]],
+        stale: list[str],
     ) -> None:
         """Answer behind every row that is older than the answer, but for rows that are held."""
         self.push()
-        self._bus.send(Answered(question, rows, refused, missed))
+        self._bus.send(Answered(question, rows, refused, missed, stale))
+
+    def watch(self, code: str, is_stale: bool) -> None:
+        """From now on the worker wants this code; the answer that it is about to get says whether it is stale."""
+        self.codes.add(code)
+        if is_stale:
+            self.stale.add(code)
+
+    def unwatch(self, code: str) -> None:
+        """The worker no longer wants this code."""
+        self.codes.discard(code)
+        self.stale.discard(code)
+        self._changed.pop(code, None)
+
+    def note_freshness(self, code: str, is_stale: bool) -> None:
+        """A code has become stale, or fresh again."""
+        (self.stale.add if is_stale else self.stale.discard)(code)
+        self._changed[code] = None
+
+    def tell_freshness(self) -> None:
+        """Tell the worker all that has been noted, in one message."""
+        changed, self._changed = self._changed, {}
+        if changed:
+            stale = [code for code in changed if code in self.stale]
+            self._bus.send(Freshness(stale, [code for code in changed if code not in self.stale]))
 
 
 class Relay:
@@ -88,6 +119,8 @@ class Relay:
         is_known: whether a code may be subscribed to.
         ring: gets every row that is sent.
         keep_s: how long rows of a code are kept that nobody watches any more.
+        stale_ms: a code whose newest tick arrived so long ago is stale; 0: no code ever is.
+        clock_ms: epoch milliseconds.
 
     Attributes:
         wanted: the codes that somebody on this machine watches, and the feeds of their workers; also codes that
@@ -95,10 +128,21 @@ class Relay:
         books: of which of them somebody wants the book, and how many workers do.
         is_lagging: main is behind the feed: per batch only a code's newest row is sent.
         merged: rows that were merged for this reason.
+        stale: how many watched codes the last sweep found stale.
     """
 
-    def __init__(self, is_known: Callable[[str], bool], ring: Ring, keep_s: float) -> None:
+    def __init__(
+        self,
+        is_known: Callable[[str], bool],
+        ring: Ring,
+        keep_s: float,
+        *,
+        stale_ms: int = 0,
+        clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
         self._is_known = is_known
+        self._stale_ms = stale_ms
+        self._clock_ms = clock_ms
         self._ring = ring
         self._keep_s = keep_s
         self._left: dict[str, float] = {}  # code that nobody watches any more to when that began; oldest first
@@ -109,6 +153,7 @@ class Relay:
         self._late: dict[str, Quote] = {}
         self.is_lagging = False
         self.merged = 0
+        self.stale = 0
 
     def offer(self, quote: Quote) -> None:  # hot
         """Queue a code's newest row for the workers that want it."""
@@ -157,12 +202,13 @@ class Relay:
         refused = {code: "unknown_code" for code in question.codes if not self._is_known(code)}
         rows: list[tuple[str, int, bytes | None, bytes | None, str]] = []
         missed: dict[str, list[tuple[int, bytes]]] = {}
+        now_ms = self._clock_ms()
         for code in question.codes:
             if code in refused:
                 continue
             if question.watch:
                 if code not in feed.codes:
-                    feed.codes.add(code)
+                    feed.watch(code, self._is_stale(self.board.quotes.get(code), now_ms))
                     self.wanted.setdefault(code, []).append(feed)
                     self._left.pop(code, None)
                 if question.books and code not in feed.books:
@@ -178,13 +224,13 @@ class Relay:
                     found = self._ring.since(quote, *question.since[code])
                     if found is not None:
                         missed[code] = found
-        feed.answer(question.question, rows, refused, missed)
+        feed.answer(question.question, rows, refused, missed, [code for code in question.codes if code in feed.stale])
 
     def unwatch(self, feed: WorkerFeed, codes: Iterable[str]) -> None:
         """A worker no longer wants these codes."""
         for code in codes:
             if code in feed.codes:
-                feed.codes.discard(code)
+                feed.unwatch(code)
                 feeds = self.wanted[code]
                 feeds.remove(feed)
                 if not feeds:
@@ -211,6 +257,36 @@ class Relay:
             del self._left[code], self.wanted[code]
             if (quote := self.board.quotes.get(code)) is not None:
                 self._ring.forget([quote])
+
+    def _is_stale(self, quote: Quote | None, now_ms: int) -> bool:
+        """Say whether a code's newest tick arrived too long ago; a code without any is neither stale nor fresh."""
+        return bool(self._stale_ms and quote and quote.arrived_ms and now_ms - quote.arrived_ms >= self._stale_ms)
+
+    def sweep(self) -> Iterator[None]:
+        """Find the watched codes that have become stale or fresh again; tell the workers at the end.
+
+        Yields after every slice, so that the caller can let others have a turn.
+        """
+        if not self._stale_ms:
+            return
+        quotes, wanted = self.board.quotes, self.wanted
+        concerned: dict[WorkerFeed, None] = {}
+        found = 0
+        now_ms = self._clock_ms()
+        for number, code in enumerate(list(wanted), 1):
+            feeds, quote = wanted.get(code), quotes.get(code)
+            if feeds and quote is not None:
+                is_stale = self._is_stale(quote, now_ms)
+                found += is_stale
+                for feed in feeds:
+                    if is_stale is not (code in feed.stale):
+                        feed.note_freshness(code, is_stale)
+                        concerned[feed] = None
+            if not number % _SWEPT_PER_SLICE:
+                yield
+        self.stale = found
+        for feed in concerned:
+            feed.tell_freshness()
 
     @property
     def watched(self) -> int:

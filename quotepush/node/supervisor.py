@@ -40,7 +40,8 @@ UNFIT = 3
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S = 0.1, 10.0
 # A worker that has lived so long was fit: the next death starts the backoff anew.
 _HEALTHY_AFTER_S = 30.0
-_FEED_NEWS_S = 0.05
+# Half of what a heartbeat's feed_age_ms may be wrong by; the rest is for the way.
+_FEED_NEWS_S = 0.025
 _KILL_AFTER_S = 3.0
 # On a busy machine Python takes its time to import what a worker needs.
 _START_PATIENCE_S = 30.0
@@ -112,8 +113,8 @@ class Supervisor:
 
     @property
     def connections(self) -> int:
-        """Connections of this machine."""
-        return sum(slot.places - slot.figures.get("places_spare", 0) for slot in self.slots)
+        """Open connections of this machine, at most about a second ago; admission counts places instead."""
+        return sum(slot.figures.get("connections", 0) for slot in self.slots)
 
     async def run(self) -> None:
         """Keep the workers running until :meth:`stop` has ended them.

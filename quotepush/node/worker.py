@@ -184,6 +184,7 @@ class WorkerProcess:
         worker = PushWorker(
             settings, f"{setup.node}.{self._index}.", start_us, desk, Outside(opened=mirror.open, closed=closed)
         )
+        self._feed.stale_ms = round(settings.feed_stale_s * 1000)
         worker.feed = self._feed
         return worker
 
@@ -199,7 +200,8 @@ class WorkerProcess:
         since: Mapping[str, tuple[str, int]],
     ) -> None:
         def answered(message: bus.Answered) -> None:
-            then(Answer({row[0]: row[1:] for row in message.rows}, message.refused, message.missed))
+            rows = {row[0]: row[1:] for row in message.rows}
+            then(Answer(rows, message.refused, message.missed, frozenset(message.stale)))
 
         self._next_question += 1
         self._questions[self._next_question] = answered
@@ -267,6 +269,9 @@ class WorkerProcess:
             self._questions.pop(message.question)(message)
         elif kind is bus.PlacesGranted:
             self._places.granted(message.count)
+        elif kind is bus.Freshness:
+            if self._worker is not None:
+                self._worker.freshness.note(message.stale, message.fresh)
         elif kind is bus.Feed:
             self._feed.state, self._feed.last_tick_ms = message.state, message.last_tick_ms
             if self._worker is not None:

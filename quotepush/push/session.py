@@ -14,7 +14,7 @@ A session knows no socket and no loop: it is handed a :class:`Link` to speak thr
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ log = logging.getLogger("quotepush.session")
 
 # A client that goes on over its rate for so long is closed with 4429.
 _RATE_PATIENCE_MS = 10_000
+# Codes in one status message.
+_CODES_PER_STATUS = 500
 
 
 class Link(Protocol):
@@ -94,11 +96,13 @@ class Answer:
         refused: per code the error word, e.g. ``unknown_code``.
         missed: of codes that were asked since when: the rows behind that (seq and JSON text, oldest first), as far as
             main still has them all.
+        stale: those of the codes that are stale.
     """
 
     rows: Mapping[str, tuple[int, bytes | None, bytes | None, str]]
     refused: Mapping[str, str]
     missed: Mapping[str, Sequence[tuple[int, bytes]]] = field(default_factory=dict)
+    stale: Collection[str] = ()
 
 
 def _nobody(*_: object) -> None:
@@ -303,7 +307,8 @@ class Session:
         channels: list[Channel] = []
         missed: list[Lane] = []
         for code in codes:
-            channel = subscriptions.open(code, *_found(answer, code))
+            is_stale = answer is not None and code in answer.stale
+            channel = subscriptions.open(code, *_found(answer, code), is_stale=is_stale)
             resume = "snapshot"
             if code in self.subscriptions:
                 if request.snapshot or self.subscriptions[code].lane.shape != shape:
@@ -337,6 +342,7 @@ class Session:
         )  # fmt: skip
         if channels:
             self._say_snapshot(now_ms, channels, shape.view, shape.format)
+        self._say_stale(codes)
         for lane in missed:
             self._desk.deliver(lane, self.outbox)
         if self.outbox.replay is not None:
@@ -545,6 +551,32 @@ class Session:
     def say_closing(self, retry_after_ms: int) -> None:
         """Tell the client that the server leaves, and when to come back."""
         self._say(messages.status(self._desk.clock_ms(), "connection", "closing", retry_after_ms=retry_after_ms))
+
+    def _say_stale(self, codes: Iterable[str]) -> None:
+        """Tell the client which of the codes that it has just subscribed to are stale, also when it knows."""
+        stale = [code for code in codes if self.subscriptions[code].lane.channel.is_stale]
+        for code in stale:
+            self.subscriptions[code].is_stale = True
+        self._say_codes("stale", stale)
+
+    def say_freshness(self, codes: Iterable[str]) -> None:
+        """Tell the client which of these codes are stale and which are fresh, as far as it does not know."""
+        stale: list[str] = []
+        fresh: list[str] = []
+        for code in sorted(codes):
+            subscription = self.subscriptions.get(code)
+            if subscription is not None:
+                is_stale = subscription.lane.channel.is_stale
+                if subscription.is_stale is not is_stale:
+                    subscription.is_stale = is_stale
+                    (stale if is_stale else fresh).append(code)
+        self._say_codes("stale", stale)
+        self._say_codes("fresh", fresh)
+
+    def _say_codes(self, state: str, codes: Sequence[str]) -> None:
+        for start in range(0, len(codes), _CODES_PER_STATUS):
+            some = codes[start : start + _CODES_PER_STATUS]
+            self._say(messages.status(self._desk.clock_ms(), "codes", state, codes=some))
 
     def note_merged(self, code: str, rows: int) -> None:
         """Count rows that this session got merged."""

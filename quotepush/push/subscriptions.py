@@ -135,13 +135,15 @@ class Channel:
         book: its ``bids`` and ``asks`` as a JSON object; None when nobody here has asked for it.
         plain: the lane of :data:`PLAIN`, when somebody is in it.
         lanes: the others.
+        is_stale: main says that its newest tick arrived too long ago.
     """
 
-    __slots__ = ("_fields", "_texts", "_values", "book", "code", "epoch", "lanes", "plain", "row", "seq")
+    __slots__ = ("_fields", "_texts", "_values", "book", "code", "epoch", "is_stale", "lanes", "plain", "row", "seq")
 
     def __init__(self, code: str, seq: int, row: bytes | None, book: bytes | None = None, epoch: str = "") -> None:
         self.code = code
         self.epoch = epoch
+        self.is_stale = False
         self.plain: Lane | None = None
         self.lanes: dict[Shape, Lane] = {}
         self.renew(seq, row, book)
@@ -210,13 +212,15 @@ class Subscription:
 
     Attributes:
         merged: rows merged for this session alone, because it was slow.
+        is_stale: the client was told that the code is stale, and not yet that it is fresh again.
     """
 
-    __slots__ = ("_rows_before", "_seq_before", "lane", "merged")
+    __slots__ = ("_rows_before", "_seq_before", "is_stale", "lane", "merged")
 
     def __init__(self, lane: Lane, seq: int | None) -> None:
         self.lane = lane
         self.merged = 0
+        self.is_stale = False
         self._seq_before = -1 if seq is None else seq
         self._rows_before = lane.rows
 
@@ -266,6 +270,7 @@ class Subscription:
         """
         after = Subscription(lane, base)
         after.merged = self.merged_until(seq, rows_waiting)
+        after.is_stale = self.is_stale
         if rows_waiting and base is not None:
             # All but the newest, also the ones that were merged upstream.
             after.merged += max(0, base - max(seq, self._seq_before - 1) - 1)
@@ -280,11 +285,21 @@ class Subscriptions:
         self.count = 0
         self._claims: Counter[str] = Counter()
 
-    def open(self, code: str, seq: int, row: bytes | None, book: bytes | None = None, epoch: str = "") -> Channel:
-        """Return the channel of ``code``, made from its newest row if it is new here."""
+    def open(
+        self,
+        code: str,
+        seq: int,
+        row: bytes | None,
+        book: bytes | None = None,
+        epoch: str = "",
+        *,
+        is_stale: bool = False,
+    ) -> Channel:
+        """Return the channel of ``code``, made from its newest row and its staleness if it is new here."""
         channel = self.channels.get(code)
         if channel is None:
             channel = self.channels[code] = Channel(code, seq, row, book, epoch)
+            channel.is_stale = is_stale
         elif book is not None and channel.book is None:
             channel.renew(channel.seq, channel.row, book)  # it was not wanted here until now
         return channel

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from quotepush.push.freshness import Freshness
 from quotepush.push.hub import Hub
 from quotepush.push.outbox import Outbox
 from quotepush.push.session import Desk, Session
@@ -43,10 +44,18 @@ class FeedState:
     Attributes:
         state: ``ok``, ``stale`` or ``down``.
         last_tick_ms: arrival of the newest tick of any code; 0: none yet.
+        stale_ms: without a tick for so long it is stale, whether main has said so yet or not.
     """
 
     state: str = "down"
     last_tick_ms: int = 0
+    stale_ms: int = 10_000
+
+    def state_at(self, now_ms: int) -> str:
+        """Return the state that fits the age."""
+        if self.state == "ok" and now_ms - self.last_tick_ms >= self.stale_ms:
+            return "stale"
+        return self.state
 
     def age_ms(self, now_ms: int) -> int | None:
         """Return how long ago the newest tick arrived, None when there was none."""
@@ -96,6 +105,7 @@ class PushWorker:
             on_failed=self._end_failed,
             clock_ms=desk.clock_ms,
         )
+        self.freshness = Freshness(desk.subscriptions)
         desk.deliver = self.hub.deliver
         desk.replay = self.hub.replay
         self._left = asyncio.Event()
@@ -127,6 +137,7 @@ class PushWorker:
 
     def unblocked(self, outbox: Outbox) -> None:
         """A socket has taken everything."""
+        self.freshness.unblock(outbox)
         self.hub.unblock(outbox)
 
     def closed(self, link: WebSocketLink) -> None:
@@ -138,6 +149,7 @@ class PushWorker:
         for leave in (
             session.close,
             lambda: self.hub.forget([session.outbox]),
+            lambda: self.freshness.forget(session),
             lambda: self._wheel[hash(fd) % len(self._wheel)].discard(link),
             lambda: self._outside.closed(fd),
         ):
@@ -179,7 +191,7 @@ class PushWorker:
     def _look_after(self, slot: set[WebSocketLink], now_s: float) -> None:
         s = self._settings
         now_ms = self.desk.clock_ms()
-        heartbeat = messages.heartbeat(now_ms, self.feed.state, self.feed.age_ms(now_ms))
+        heartbeat = messages.heartbeat(now_ms, self.feed.state_at(now_ms), self.feed.age_ms(now_ms))
         beats = {codec: codec.frame(heartbeat) for codec in CODECS}
         for link in list(slot):
             try:

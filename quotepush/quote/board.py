@@ -294,12 +294,16 @@ class Board:
             quote._settle()
         return self._news(quote, tick, shape, size, is_fresh)
 
-    def apply_numbered(self, code: str, seq: int, tick: dict[str, Any], arrived_ms: int) -> Quote | None:
+    def apply_numbered(
+        self, code: str, seq: int, tick: dict[str, Any], arrived_ms: int, logged_ms: int | None = None
+    ) -> Quote | None:
         """Take in a tick of the log; ``seq`` counts in :attr:`log_epoch`.
 
         Args:
             code: canonical.
             tick: decoded; it is used up.
+            arrived_ms: by this machine's clock.
+            logged_ms: by the clock of Redis, the same for every server: ``ts`` of a tick without one; None: arrival.
 
         Returns:
             As :meth:`apply`; also None for a tick that is known already.
@@ -323,7 +327,7 @@ class Board:
             size = written_size(tick)
             ts = tick["ts"] if shape.ts else None
             if ts is None:
-                ts = arrived_ms
+                ts = arrived_ms if logged_ms is None else logged_ms
             if self._drop_older and ts < quote.ts:
                 raise BadTick("older", f"ts {ts} is before the row's {quote.ts}")
             is_fresh = ts >= quote.day_end_ms or (shape.resets and tick["reset"] is True)
