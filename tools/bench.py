@@ -11,10 +11,12 @@ from typing import Any
 
 import click
 from bench.children import BenchError
+from bench.figures import Figures, median_figures
 from bench.loads import LOADS, Load
 from bench.machine import describe, raise_file_limit
-from bench.measure import Figures, Placement, Subject, baseline, median_figures, quotepush, run_once
-from bench.report import Progress, head_lines, ratio_line, result_line, title_line
+from bench.measure import Placement, Subject, baseline, quotepush, run_once, with_default_collector
+from bench.plots import SERIES, Point, draw, image_path, lines_of
+from bench.report import Progress, detail_lines, head_lines, ratio_line, result_line, title_line
 
 from quotepush.errors import OperatorError
 
@@ -27,16 +29,25 @@ _ROWS_IN_TIME = 0.98
 
 
 @dataclass(frozen=True)
+class Step:
+    """A load on a server, and which point of a plot that is."""
+
+    load: Load
+    subject: Subject
+    point: Point | None = None
+
+
+@dataclass(frozen=True)
 class Options:
     """What was asked for."""
 
-    loads: list[Load]
-    subjects: list[Subject]
+    steps: list[Step]
     loaders: int | None
     runs: int
     is_pinned: bool
     is_json: bool
     is_knee: bool
+    plot: str | None
 
 
 class _Numbers(click.ParamType):
@@ -91,7 +102,10 @@ _AT_LEAST_0, _AT_LEAST_1 = click.IntRange(0), click.IntRange(1)
 @click.option("--pad", type=click.IntRange(0, 7_000), help="The same: bytes that make rows longer.")
 @click.option("--slow", type=_AT_LEAST_0, help="The same: clients that never read; the figures are the others'.")
 @click.option("--storm", type=_AT_LEAST_0, help="The same: clients that connect at once during the run.")
-@click.option("--seconds", type=click.FloatRange(0.2, 3_600), help="How long ticks come. [4; storm 6, stall 30]")
+@click.option("--asking", type=click.IntRange(1, 1_000),
+              help="The same: codes that further clients subscribe, with snapshot, again and again.")  # fmt: skip
+@click.option("--seconds", type=click.FloatRange(0.2, 3_600),
+              help="How long ticks come. [4; storm 6, subscribe 20, stall 30]")  # fmt: skip
 @click.option("--workers", type=_Numbers(), default="1", show_default=True, help="Workers of the server, e.g. 1,2,4.")
 @click.option("--runs", type=click.IntRange(1, 99), default=1, show_default=True, help="The median of so many.")
 @click.option("--loaders", type=click.IntRange(1, 64), help="Processes that hold the clients. [half the cores]")
@@ -102,11 +116,17 @@ _AT_LEAST_0, _AT_LEAST_1 = click.IntRange(0), click.IntRange(1)
               help="Search the highest rate of market, or of --load, with p99 <= 50 ms and nothing lost.")  # fmt: skip
 @click.option("--set", "settings", multiple=True, callback=_settings, metavar="NAME=VALUE",
               help="A setting of the server.")  # fmt: skip
+@click.option("--tls", "is_tls", is_flag=True, help="Over wss, with a certificate that openssl makes for the run.")
+@click.option("--gc", "is_gc", is_flag=True,
+              help="Also note the garbage collector's pauses, then again with Python's own thresholds.")  # fmt: skip
+@click.option("--plot", type=click.Choice(list(SERIES)),
+              help="Run a series of loads and draw it into docs/images/perf-….svg.")  # fmt: skip
 @click.option("--json", "is_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.pass_context
 def main(
     ctx: click.Context, /, loads: list[Load], workers: list[int], runs: int, loaders: int | None, is_pinned: bool,
-    baselines: list[str], is_knee: bool, settings: list[str], is_json: bool, **own: Any,
+    baselines: list[str], is_knee: bool, settings: list[str], is_tls: bool, is_gc: bool, plot: str | None,
+    is_json: bool, **own: Any,
 ) -> None:  # fmt: skip
     """Measure quotepush on this machine and print a table.
 
@@ -115,14 +135,23 @@ def main(
     explains the loads and the columns.
     """
     is_own = any(value is not None for name, value in own.items() if name != "seconds")
-    if not loads:
-        loads = [LOADS["market"]] if is_knee else [Load(name="own")] if is_own else list(LOADS.values())
-    loads = [load.with_options(**own) for load in loads]
-    subjects = [quotepush(count, settings) for count in workers] + [baseline(name) for name in baselines]
+    if is_tls and baselines:
+        raise click.UsageError("the plain servers of --baseline speak no TLS")
+    if plot and (loads or is_own or is_knee or is_gc or is_tls or baselines or workers != [1]):
+        raise click.UsageError("--plot has loads and servers of its own; only --seconds, --runs, --pin and --set fit")
+    if plot:
+        steps = _steps_of_plot(plot, settings, own["seconds"])
+    else:
+        if not loads:
+            loads = [LOADS["market"]] if is_knee else [Load(name="own")] if is_own else list(LOADS.values())
+        subjects = [quotepush(count, settings, is_tls=is_tls, is_noting_pauses=is_gc) for count in workers]
+        subjects += [with_default_collector(subject) for subject in subjects] if is_gc else []
+        subjects += [baseline(name) for name in baselines]
+        steps = [Step(load.with_options(**own), subject) for load in loads for subject in subjects]
     try:
-        for load in loads:
-            _check(load, raise_file_limit())
-        options = Options(loads, subjects, loaders, runs, is_pinned, is_json, is_knee)
+        for step in steps:
+            _check(step.load, raise_file_limit())
+        options = Options(steps, loaders, runs, is_pinned, is_json, is_knee, plot)
         with asyncio.Runner() as runner:
             runner.run(_until_interrupted(lambda: _bench(options)))
     except (BenchError, OperatorError) as e:
@@ -133,6 +162,17 @@ def main(
         ctx.exit(130)
 
 
+def _steps_of_plot(name: str, settings: list[str], seconds: float | None) -> list[Step]:
+    return [
+        Step(
+            point.load.with_options(seconds=seconds),
+            quotepush(point.workers, settings) if point.server == "quotepush" else baseline(point.server),
+            point,
+        )
+        for point in SERIES[name].points
+    ]
+
+
 def _check(load: Load, file_limit: int) -> None:
     """Refuse what cannot be measured.
 
@@ -141,6 +181,8 @@ def _check(load: Load, file_limit: int) -> None:
     """
     if load.per_client > load.codes:
         raise BenchError(f"{load.name}: a client cannot watch {load.per_client} of {load.codes} codes")
+    if load.asking > load.codes:
+        raise BenchError(f"{load.name}: nobody can subscribe {load.asking} of {load.codes} codes")
     if load.slow >= load.clients:
         raise BenchError(f"{load.name}: {load.slow} of {load.clients} clients are slow; somebody has to read")
     if load.clients + load.storm + _SPARE_FILES > file_limit:
@@ -171,31 +213,44 @@ async def _until_interrupted(work: Callable[[], Awaitable[None]]) -> None:
 
 async def _bench(options: Options) -> None:
     placements = {
-        subject: Placement.of(subject.workers, options.loaders, options.is_pinned) for subject in options.subjects
+        step.subject: Placement.of(step.subject.workers, options.loaders, options.is_pinned) for step in options.steps
     }
-    facts = describe() | {"placement": str(placements[options.subjects[0]])}
+    facts = describe() | {"placement": str(placements[options.steps[0].subject])}
     results: list[Figures] = []
     if not options.is_json:
         print("\n".join([*head_lines(facts), "", title_line()]), flush=True)
     progress = Progress()
     measure = _knee if options.is_knee else _median
-    for load in options.loads:
-        ours: Figures | None = None
-        for subject in options.subjects:
-            figures = await measure(load, subject, placements[subject], options.runs, progress)
-            progress.clear()
-            results.append({"load": load.name, "server": subject.name, "workers": subject.workers, **figures})
-            if subject.name == "quotepush" and ours is None:
-                ours = figures
-            if not options.is_json:
-                _print(load, subject, figures, ours)
+    ours: dict[Load, Figures] = {}  # the first of quotepush's own on each load
+    for step in options.steps:
+        load, subject = step.load, step.subject
+        figures = await measure(load, subject, placements[subject], options.runs, progress)
+        progress.clear()
+        result = {"load": load.name, "server": subject.name, "workers": subject.workers, **figures}
+        results.append(result if step.point is None else {"line": step.point.line, "x": step.point.x, **result})
+        if subject.name == "quotepush":
+            ours.setdefault(load, figures)
+        if not options.is_json:
+            _print(load, subject, figures, ours.get(load))
+    if options.plot:
+        _draw(options.plot, results)
     if options.is_json:
         print(json.dumps({"machine": facts, "results": results}, indent=1, ensure_ascii=False))
 
 
+def _draw(plot: str, results: list[Figures]) -> None:
+    series, path = SERIES[plot], image_path(plot)
+    costs, waits = (
+        lines_of(series.points, [one[key] for one in results]) for key in ("cpu_us_row", "p99_ms")
+    )  # fmt: skip
+    path.write_text(draw(series.varies, costs, waits), encoding="utf-8")
+    print(f"bench: drawn: {path}", file=sys.stderr)
+
+
 def _print(load: Load, subject: Subject, figures: Figures, ours: Figures | None) -> None:
-    name = f"{subject.name} x{subject.workers}" if subject.name == "quotepush" else subject.name
-    print(result_line(load.name, name, figures))
+    print(result_line(load.name, subject.label, figures))
+    for line in detail_lines(figures):
+        print(line)
     if ours is not None and ours is not figures:
         print(ratio_line(figures, ours, "quotepush" if subject.name != "quotepush" else "the first"))
     for note in figures["notes"]:
@@ -207,7 +262,7 @@ async def _median(load: Load, subject: Subject, placement: Placement, runs: int,
     found = []
     for run in range(1, runs + 1):
         of = f", run {run} of {runs}" if runs > 1 else ""
-        progress.begin(f"{load.name} on {subject.name} x{subject.workers}{of}")
+        progress.begin(f"{load.name} on {subject.label}{of}")
         found.append(await run_once(load, subject, placement, progress.tell))
     return median_figures(found)
 
@@ -218,7 +273,7 @@ async def _knee(load: Load, subject: Subject, placement: Placement, runs: int, p
     good, bad = 0.0, float("inf")
     rate, why = load.rate, "the search was ended"
     for _ in range(_KNEE_MOST_RUNS):
-        progress.begin(f"{load.name} at {rate:,.0f} ticks/s on {subject.name} x{subject.workers}")
+        progress.begin(f"{load.name} at {rate:,.0f} ticks/s on {subject.label}")
         found = [await run_once(load.with_options(rate=rate), subject, placement, progress.tell) for _ in range(runs)]
         figures = median_figures(found)
         fault = _fault(figures, rate * load.seconds)

@@ -40,6 +40,7 @@ _OWN_ROUTE: tuple[bytes, str | None] = (b"\0", None)
 # Between two reads when they come faster than that: every read wakes main, and through it the workers. At 8,000 ticks/s
 # a tick cost main 19 µs without this rest and 13 µs with it (docs/performance.md). At a low rate nothing waits.
 _REST_S = 0.001
+_LOOK_S = 0.01
 
 
 class ChannelTable:
@@ -126,9 +127,15 @@ class _Link(asyncio.Protocol):
             self._take(data)
         except Exception as e:
             self._end(e)
-        if begin_s - self._ready_s < _REST_S and not self._transport.is_closing():
+        if self._transport.is_closing():
+            return
+        if begin_s - self._ready_s < _REST_S:
             self._transport.pause_reading()
             self._loop.call_later(_REST_S, self._go_on)
+        elif time.monotonic() - begin_s > _REST_S:
+            # libuv reads on for up to 32 chunks of 256 kB; workers and timers get their turn between two.
+            self._transport.pause_reading()
+            self._loop.call_soon(self._go_on)
         self._ready_s = begin_s
 
     def _go_on(self) -> None:
@@ -258,9 +265,13 @@ class FeedListener:
                 await _send(connection, "PING", self._probe.next(loop.time()))
             await asyncio.sleep(self._probe_interval_s)
             if self._probe.is_dead(loop.time()):
+                # Perhaps it was us who stood still: what has come meanwhile is looked at first.
+                await asyncio.sleep(_LOOK_S)
+            if self._probe.is_dead(loop.time()):
                 raise TimeoutError(f"no answer for {self._probe.waiting_s(loop.time()):.1f} s")
 
     def _take_chunk(self, chunk: bytes) -> None:  # hot
+        self._probe.heard(time.monotonic())
         self._replies.feed(chunk)
         self._take_replies(self._replies)
         self._on_batch()

@@ -5,6 +5,8 @@ behind every tick that Redis had for us: the time it takes is the lag of the who
 Redis clients' own health checks send a PING too, but do not notice a missing answer.
 """
 
+import math
+
 __all__ = ["LinkProbe"]
 
 
@@ -12,7 +14,8 @@ class LinkProbe:
     """Counts the time of one connection. Pure: the clock is an argument.
 
     Args:
-        timeout_s: an answer that takes longer means that the link is dead.
+        timeout_s: an answer that is not there after so long means that the link is dead, unless anything else
+            has come on it meanwhile: then the answer stands behind ticks that we have yet to take.
 
     Attributes:
         lag_s: what the last answered probe took.
@@ -22,6 +25,7 @@ class LinkProbe:
         self._timeout_s = timeout_s
         self._sent: dict[bytes, float] = {}
         self._count = 0
+        self._heard_s = -math.inf
         self.lag_s = 0.0
 
     def next(self, now_s: float) -> bytes:
@@ -30,6 +34,10 @@ class LinkProbe:
         token = b"probe-%d" % self._count
         self._sent[token] = now_s
         return token
+
+    def heard(self, now_s: float) -> None:  # hot
+        """Something has come."""
+        self._heard_s = now_s
 
     def answered(self, token: bytes, now_s: float) -> None:
         """The answer to ``token`` is here; anything else is ignored."""
@@ -42,5 +50,5 @@ class LinkProbe:
         return now_s - min(self._sent.values()) if self._sent else 0.0
 
     def is_dead(self, now_s: float) -> bool:
-        """Say whether an answer is overdue."""
-        return self.waiting_s(now_s) >= self._timeout_s
+        """Say whether an answer is overdue and nothing else comes either."""
+        return self.waiting_s(now_s) >= self._timeout_s and now_s - self._heard_s >= self._timeout_s

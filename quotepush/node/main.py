@@ -176,6 +176,9 @@ class _Main:
                 self._tell_readiness,
             )  # fmt: skip
             async with self._admin_site() as admin_address:
+                # Only now: a start that fails says so in one line.
+                open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+                log.info("open-file limit %d, max_connections %d", open_files, max_connections)
                 self._lock.write(admin_address)
                 self._addresses = f"{_public_url(settings, sockets[0])} admin=http://{admin_address}"
                 await self._serve_until_stopped()
@@ -429,9 +432,7 @@ def _raise_file_limit(wanted: int) -> int:
     room = max(1, soft - _FILE_RESERVE)
     if wanted > room:
         log.warning("max_connections is lowered from %d to %d: only %d files may be open", wanted, room, soft)
-    connections = min(wanted, room) if wanted else room
-    log.info("open-file limit %d, max_connections %d", soft, connections)
-    return connections
+    return min(wanted, room) if wanted else room
 
 
 def _symbol_check(path: str) -> Callable[[str], bool]:

@@ -69,9 +69,19 @@ class WorkerSlot:
         self.borrower: WorkerSlot | None = None  # accepts at our socket while we are empty
         self.places = 0
         self.restarts = 0
-        self.rows_merged = 0
         self.heard_s = 0.0
         self.figures: dict[str, Any] = {}
+        self._merged_before = 0  # by the feeds of earlier workers
+
+    @property
+    def rows_merged(self) -> int:
+        """Rows merged on the way to this place's workers, because they were slow."""
+        return self._merged_before + (self.feed.merged if self.feed is not None else 0)
+
+    def end_feed(self) -> None:
+        """Its worker is gone."""
+        self._merged_before = self.rows_merged
+        self.feed = None
 
 
 class Supervisor:
@@ -238,9 +248,9 @@ class Supervisor:
                     other.borrower = None
             slot.places = 0
             slot.figures = {}
-            slot.rows_merged += slot.feed.merged
             self._relay.forget(slot.feed)
-            slot.bus = slot.feed = None
+            slot.end_feed()
+            slot.bus = None
             end.close()
             self._on_ready()
 

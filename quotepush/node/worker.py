@@ -25,6 +25,7 @@ from setproctitle import setproctitle
 
 from quotepush.cluster.registry import RegistryMirror, registry_client
 from quotepush.node import bus
+from quotepush.node.accept import Acceptor
 from quotepush.node.collector import quiet_collector
 from quotepush.node.logs import set_up_logging
 from quotepush.node.places import Places
@@ -52,7 +53,6 @@ class WorkerProcess:
         self._index = index
         self._bus_socket = bus_socket
         self._listening = listening  # descriptors of all slots' sockets; ours is at our index
-        self._sites: dict[int, web.SockSite] = {}
         self._lent: asyncio.Queue[bus.Lend] = asyncio.Queue()
         self._setup: asyncio.Future[bus.Setup] = asyncio.get_running_loop().create_future()
         self._stop: asyncio.Future[bus.Drain | None] = asyncio.get_running_loop().create_future()
@@ -101,24 +101,24 @@ class WorkerProcess:
         worker = self._worker = self._make_worker(setup, settings, life, mirror)
         runner = web.AppRunner(
             make_app(settings, worker, self._admit, self._places.leave), access_log=None,
-            keepalive_timeout=_KEEPALIVE_S, handle_signals=False,
+            keepalive_timeout=_KEEPALIVE_S, tcp_keepalive=False, handle_signals=False,
         )  # fmt: skip
         await runner.setup()
-        tls = _tls(settings)
-        await self._accept_at(self._index, runner, settings.backlog, tls)
+        assert runner.server is not None
+        acceptor = Acceptor(runner.server, tls=_tls(settings))
+        acceptor.open(self._listening[self._index], settings.backlog)
         quiet_collector()
         tasks = [
             asyncio.create_task(mirror.run(), name="registry"),
             asyncio.create_task(worker.turn_wheel(), name="wheel"),
             asyncio.create_task(self._tell_figures(mirror, settings.worker_silence_s), name="figures"),
-            asyncio.create_task(self._borrow(runner, settings.backlog, tls), name="borrow"),
+            asyncio.create_task(self._borrow(acceptor, settings.backlog), name="borrow"),
         ]
         self._bus.send(bus.Ready())
         drain = await self._until_stopped(tasks)
         if drain is None:
             return 0  # main is gone; its successor clears the registry
-        for site in self._sites.values():
-            await site.stop()
+        await acceptor.stop()
         await worker.drain(drain.timeout_s, drain.retry_after_ms)
         for task in tasks:
             task.cancel()
@@ -134,20 +134,15 @@ class WorkerProcess:
         self._bus.close()
         return 0
 
-    async def _accept_at(self, slot: int, runner: web.AppRunner, backlog: int, tls: ssl.SSLContext | None) -> None:
-        # A duplicate: giving a borrowed socket back closes what was borrowed, not the socket.
-        listening = socket.socket(fileno=os.dup(self._listening[slot]))
-        self._sites[slot] = web.SockSite(runner, listening, ssl_context=tls, backlog=backlog)
-        await self._sites[slot].start()
-
-    async def _borrow(self, runner: web.AppRunner, backlog: int, tls: ssl.SSLContext | None) -> None:
+    async def _borrow(self, acceptor: Acceptor, backlog: int) -> None:
         """Accept at the sockets of empty slots for as long as main says."""
         while True:
             lend = await self._lent.get()
-            if lend.is_lent and lend.slot not in self._sites:
-                await self._accept_at(lend.slot, runner, backlog, tls)
-            elif not lend.is_lent and lend.slot in self._sites:
-                await self._sites.pop(lend.slot).stop()
+            descriptor = self._listening[lend.slot]
+            if lend.is_lent and descriptor not in acceptor:
+                acceptor.open(descriptor, backlog)
+            elif not lend.is_lent and descriptor in acceptor:
+                acceptor.close(descriptor)
 
     async def _until_stopped(self, tasks: Sequence["asyncio.Task[None]"]) -> bus.Drain | None:
         """Wait for main's word; a task that ends by itself is a bug and ends the worker."""

@@ -87,13 +87,13 @@ class _Door:
         self._admit = admit
         self._leave = leave
         self._origins = frozenset(origin.rstrip("/").lower() for origin in settings.allowed_origins)
+        self._handshake = web.WebSocketResponse(protocols=_SUBPROTOCOLS)  # only says whether a request is one
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        handshake = web.WebSocketResponse(protocols=_SUBPROTOCOLS)
         wants_upgrade = request.headers.get("Upgrade", "").strip().lower() == "websocket"
         if not self._is_allowed(request):
             return _refuse(request, 403, "forbidden_origin", "pages of this origin may not connect")
-        if wants_upgrade and not handshake.can_prepare(request).ok:
+        if wants_upgrade and not self._handshake.can_prepare(request).ok:
             return _refuse(request, 400, "bad_handshake", "not a WebSocket handshake of version 13")
         offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",") if p.strip()]
         subprotocol = next((p for p in offered if p in _SUBPROTOCOLS), None)

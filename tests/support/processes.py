@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tests.support.server import QuotepushServer
 
-__all__ = ["command_line", "is_alive", "resident_bytes", "worker_pid"]
+__all__ = ["command_line", "is_alive", "proportional_bytes", "resident_bytes", "worker_pid"]
 
 
 def command_line(pid: int) -> str:
@@ -29,6 +29,16 @@ def resident_bytes(pid: int) -> int:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def proportional_bytes(server: QuotepushServer) -> int:
+    """The memory of all its processes, what they share counted once (PSS)."""
+    total = 0
+    for pid in [server.pid, *server.worker_pids()]:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+    return total
 
 
 def worker_pid(server: QuotepushServer, worker: str) -> int:

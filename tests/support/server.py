@@ -24,11 +24,15 @@ class QuotepushServer:
     Args:
         directory: for its lock and its log.
         redis_url: feed and registry.
+        open_files: its limits, soft and hard; else those of the tests.
         settings: any setting by name, e.g. ``workers=1``; lists and tables as on the command line.
     """
 
-    def __init__(self, directory: Path, redis_url: str, **settings: Any) -> None:
+    def __init__(
+        self, directory: Path, redis_url: str, *, open_files: tuple[int, int] | None = None, **settings: Any
+    ) -> None:
         self.directory = directory
+        self.open_files = open_files
         self.settings: dict[str, Any] = {
             "feed_redis": redis_url, "port": 0, "admin_port": 0, "workers": 2, "node": "test",
             "lock_file": str(directory / "lock"), "log_level": "debug", **settings,
@@ -70,7 +74,11 @@ class QuotepushServer:
     def command(self) -> list[str]:
         flags = {"feed_redis": "redis"}
         arguments = [f"--{flags.get(k, k).replace('_', '-')}={v}" for k, v in self.settings.items()]
-        return [sys.executable, "-m", "quotepush", "serve", *arguments]
+        command = [sys.executable, "-m", "quotepush", "serve", *arguments]
+        if self.open_files is None:
+            return command
+        soft, hard = self.open_files
+        return ["sh", "-c", f'ulimit -Sn {soft} && ulimit -Hn {hard} && exec "$@"', "sh", *command]
 
     def spawn(self) -> None:
         """Start it; do not wait until it is ready."""

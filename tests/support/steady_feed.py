@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -23,9 +25,12 @@ class SteadyFeed:
         rate_per_s: ticks a second in all.
         padding: more fields of each tick, to make rows longer.
 
+    Each tick says in ``sent_us`` when it was published, by :func:`time.time_ns`.
+
     Attributes:
         codes: may grow meanwhile.
         published: ticks that Redis has taken.
+        published_of: the same by code.
         newest: code to the price last published.
     """
 
@@ -40,6 +45,7 @@ class SteadyFeed:
         self._is_stopped = False
         self._ended = asyncio.Event()
         self.published = 0
+        self.published_of: Counter[str] = Counter()
         self.newest: dict[str, float] = {}
 
     async def run(self) -> None:
@@ -72,15 +78,16 @@ class SteadyFeed:
             return
         pipeline = self._redis.pipeline(transaction=False)
         said: dict[str, float] = {}
+        sent_us = time.time_ns() // 1000
         for code in codes:
             self._count += 1
             said[code] = self._count / 100
-            pipeline.publish(
-                f"quote.{code}", orjson.dumps({"last": said[code], "volume": self._count, **self._padding})
-            )
+            tick = {"last": said[code], "volume": self._count, "sent_us": sent_us, **self._padding}
+            pipeline.publish(f"quote.{code}", orjson.dumps(tick))
         await pipeline.execute()
         self.newest |= said
         self.published += len(codes)
+        self.published_of.update(codes)
 
     async def aclose(self) -> None:
         await self._redis.aclose()

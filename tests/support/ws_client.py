@@ -49,6 +49,7 @@ class RecordingClient:
         reconnects: connect and subscribe anew whenever the connection is lost.
         history: keep every tick row in ``ticks``.
         receive_buffer_bytes: of the socket; a small one makes a client that stops reading felt soon.
+        on_ticks: called with this client and the rows of each tick message, when they have been found right.
         options: for ``websockets.connect``, e.g. ``ssl``.
 
     Attributes:
@@ -71,6 +72,7 @@ class RecordingClient:
         reconnects: bool = False,
         history: bool = False,
         receive_buffer_bytes: int | None = None,
+        on_ticks: "Callable[[RecordingClient, Sequence[dict[str, Any]]], None] | None" = None,
         **options: Any,
     ) -> None:
         self._url = url
@@ -78,6 +80,7 @@ class RecordingClient:
         self._snapshot = snapshot
         self._reconnects = reconnects
         self._receive_buffer_bytes = receive_buffer_bytes
+        self._on_ticks = on_ticks
         self._options = options
         self._socket: ClientConnection | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -437,6 +440,8 @@ class RecordingClient:
         self.received += len(rows)
         if self.ticks is not None:
             self.ticks.extend(rows)
+        if self._on_ticks is not None:
+            self._on_ticks(self, rows)
 
     def _expect(self, is_so: bool, otherwise: str) -> None:
         if not is_so:

@@ -54,3 +54,12 @@ def test_an_answer_to_nothing_is_ignored() -> None:
     probe.answered(token, 10.2)
     probe.answered(token, 99.0)  # twice
     assert probe.lag_s == pytest.approx(0.2)
+
+
+def test_a_link_on_which_something_comes_is_not_dead_however_late_the_answer_is() -> None:
+    probe = LinkProbe(1.5)
+    probe.next(10.0)
+    probe.heard(11.4)
+    assert not probe.is_dead(12.8)
+    assert probe.is_dead(12.9)
+    assert probe.waiting_s(12.9) == pytest.approx(2.9)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from bench.machine import cpu_s, family, on_cores
 __all__ = ["BenchError", "Child", "Server", "running_child", "running_server"]
 
 _HERE = Path(__file__).resolve().parent
-_READY = re.compile(r"ready http://127\.0\.0\.1:(\d+)")
+_READY = re.compile(r"ready (https?)://127\.0\.0\.1:(\d+)\S*(?: admin=(\S+))?")
 _READY_TIMEOUT_S = 30.0
 _SERVER_END_TIMEOUT_S = 6.0
 _CHILD_END_TIMEOUT_S = 1.0
@@ -31,7 +32,7 @@ class BenchError(Exception):
 
 
 class Child:
-    """A loader or publisher.
+    """A loader, asker or publisher.
 
     Attributes:
         pid: for /proc.
@@ -73,7 +74,7 @@ class Child:
 
 @contextlib.asynccontextmanager
 async def running_child(name: str, job: dict[str, Any]) -> AsyncIterator[Child]:
-    """Run ``loader`` or ``publisher``; it is gone afterwards."""
+    """Run ``loader``, ``asker`` or ``publisher``; it is gone afterwards."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, str(_HERE / f"{name}.py"),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, limit=_LINE_BYTES,
@@ -85,7 +86,7 @@ async def running_child(name: str, job: dict[str, Any]) -> AsyncIterator[Child]:
         yield child
     finally:
         assert process.stdin is not None
-        process.stdin.close()  # the end for a loader; a publisher at work does not listen
+        process.stdin.close()  # the end for those who listen; a publisher at work does not
         await _gone_within(process, _CHILD_END_TIMEOUT_S)
 
 
@@ -95,12 +96,18 @@ class Server:
     Attributes:
         pid: of its first process.
         port: where it accepts.
+        is_tls: whether it speaks TLS there.
+        admin_url: of its private listener; empty: it has none.
+        left: what stands in the files ``*.left`` of its directory, once it has ended.
     """
 
-    def __init__(self, name: str, pid: int, port: int, log: Path) -> None:
+    def __init__(self, name: str, pid: int, ready: "re.Match[str]", log: Path) -> None:
         self.name = name
         self.pid = pid
-        self.port = port
+        self.is_tls = ready[1] == "https"
+        self.port = int(ready[2])
+        self.admin_url = ready[3] or ""
+        self.left: list[str] = []
         self._log = log
 
     def cpu(self) -> dict[int, float]:
@@ -118,39 +125,66 @@ def _last_line(log: Path) -> str:
 
 
 @contextlib.asynccontextmanager
-async def running_server(name: str, command: list[str], cores: list[int] | None) -> AsyncIterator[Server]:
+async def running_server(
+    name: str, command: list[str], environment: dict[str, str], cores: list[int] | None
+) -> AsyncIterator[Server]:
     """Start a server that prints ``ready http://127.0.0.1:PORT``; end it and what it started.
 
     Args:
-        command: ``{lock}`` in it stands for a path of its own.
+        command: ``{directory}`` in it stands for a directory of its own; where ``{directory}/cert.pem`` is spoken of,
+            that is a certificate, and ``{directory}/key.pem`` is its key.
+        environment: the same, beside ours.
 
     Raises:
         BenchError: it does not get ready; with its last words.
     """
     with tempfile.TemporaryDirectory(prefix="quotepush-bench-") as directory:
         log = Path(directory) / "server.log"
-        words = [word.replace("{lock}", f"{directory}/lock") for word in command]
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("QUOTEPUSH_")}
+        words = [word.replace("{directory}", directory) for word in command]
+        if any("{directory}/cert.pem" in word for word in command):
+            await _make_certificate(Path(directory))
+        ours = {key: value for key, value in os.environ.items() if not key.startswith("QUOTEPUSH_")}
+        theirs = {key: value.replace("{directory}", directory) for key, value in environment.items()}
         with on_cores(cores), open(log, "wb") as output:
             # A session of its own: Ctrl-C is for us, we end it.
             process = await asyncio.create_subprocess_exec(
-                *words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+                *words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=ours | theirs,
                 start_new_session=True,
             )  # fmt: skip
+        server: Server | None = None
         try:
-            port = await _port_of(name, process, log)
-            yield Server(name, process.pid, port, log)
+            server = Server(name, process.pid, await _ready_line(name, process, log), log)
+            yield server
             if process.returncode is not None:
                 raise BenchError(f"{name} ended with {process.returncode} during the run: {_last_line(log)}")
         finally:
             await _end(process)
+            if server is not None:
+                server.left = [path.read_text() for path in sorted(Path(directory).glob("*.left"))]
 
 
-async def _port_of(name: str, process: "asyncio.subprocess.Process", log: Path) -> int:
+async def _make_certificate(directory: Path) -> None:
+    """Write a self-signed certificate of the kind that most public ones are (P-256)."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        raise BenchError("--tls needs a certificate, and openssl, which makes one, is not on PATH")
+    process = await asyncio.create_subprocess_exec(
+        openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+        "-subj", "/CN=127.0.0.1", "-keyout", str(directory / "key.pem"), "-out", str(directory / "cert.pem"),
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    async with asyncio.timeout(_READY_TIMEOUT_S):
+        _, said = await process.communicate()
+    if process.returncode:
+        raise BenchError(f"openssl makes no certificate: {said.decode(errors='replace').strip()[-200:]}")
+
+
+async def _ready_line(name: str, process: "asyncio.subprocess.Process", log: Path) -> "re.Match[str]":
     deadline = time.monotonic() + _READY_TIMEOUT_S
     while process.returncode is None and time.monotonic() < deadline:
-        if found := _READY.search(log.read_text(errors="replace")):
-            return int(found[1])
+        # Whole lines only: its end may still be on the way.
+        if found := _READY.search(log.read_text(errors="replace").rpartition("\n")[0]):
+            return found
         await asyncio.sleep(0.02)
     if process.returncode is None:
         raise BenchError(f"{name} was not ready in {_READY_TIMEOUT_S:.0f} s: {_last_line(log)}")

@@ -99,7 +99,7 @@ def cost_of_fan_out() -> None:
     subscriptions = Subscriptions()
     hub = Hub(
         subscriptions, max_delay_s=0.005, max_rows=1000, max_bytes=1 << 20, on_merging=lambda outbox: None,
-        on_caught_up=lambda outbox: None, clock_ms=lambda: 0,
+        on_caught_up=lambda outbox: None, on_failed=lambda outbox: None, clock_ms=lambda: 0,
     )  # fmt: skip
     outboxes = [Outbox(None, lambda data: None) for _ in range(1000)]
     channel = subscriptions.open("600000.SH", 0, b"{}")

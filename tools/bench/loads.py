@@ -34,6 +34,8 @@ class Load:
         pad: bytes of a text field that makes rows longer.
         slow: so many of the clients never read once they have subscribed; the figures are the others'.
         storm: so many more clients connect and subscribe at once, one second after the first tick.
+        asking: further clients subscribe so many codes at a time, with snapshot, again and again.
+        watches_main: main is asked how it keeps up, ten times a second.
         is_real: ticks of 25 fields with two books, about 700 bytes; ``pad`` is ignored.
         seconds: how long ticks come unless somebody says otherwise.
     """
@@ -49,6 +51,8 @@ class Load:
     pad: int = 60
     slow: int = 0
     storm: int = 0
+    asking: int = 0
+    watches_main: bool = False
     is_real: bool = False
     seconds: float = 4.0
 
@@ -100,6 +104,18 @@ LOADS = {
         Load(
             name="real", about="ticks of 25 fields and two books, 700 bytes", clients=500, codes=1_000, per_client=20,
             rate=10_000, is_real=True,
+        ),
+        Load(
+            name="subscribe", about="clients subscribe 1,000 codes during `hose`", clients=20, codes=5_000,
+            per_client=50, rate=50_000, pad=450, asking=1_000, watches_main=True, seconds=20,
+        ),
+        Load(
+            name="flood", about="more ticks than any market has", clients=20, codes=5_000, per_client=50, rate=200_000,
+            watches_main=True,
+        ),
+        Load(
+            name="surge", about="the same in bursts", clients=20, codes=5_000, per_client=50, rate=200_000,
+            burst=20_000, watches_main=True,
         ),
         Load(name="storm", about="5,000 clients come at once while 500 are served", rate=1_000, storm=5_000, seconds=6),
         Load(

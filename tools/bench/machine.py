@@ -13,7 +13,7 @@ from pathlib import Path
 
 __all__ = [
     "allowed_cores", "busy_s", "cpu_s", "describe", "family", "memory_kib", "on_cores", "raise_file_limit",
-    "resident_kib",
+    "resident_kib", "wanted_s",
 ]  # fmt: skip
 
 _PACKAGES = ("quotepush", "aiohttp", "uvloop", "redis", "hiredis", "orjson", "msgspec", "websockets")
@@ -45,6 +45,16 @@ def cpu_s(pid: int) -> float:
             return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     except OSError:
         pass
+    return total
+
+
+def wanted_s(pid: int) -> float:
+    """Return for how long the threads of one process ran or waited for a core, in seconds; 0.0 when it is gone."""
+    total = 0.0
+    with contextlib.suppress(OSError, ValueError):
+        for task in os.listdir(f"/proc/{pid}/task"):
+            ran, waited, _ = Path(f"/proc/{pid}/task/{task}/schedstat").read_text().split()
+            total += (int(ran) + int(waited)) / 1e9
     return total
 
 

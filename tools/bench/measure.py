@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import itertools
-import statistics
+import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.children import BenchError, Child, Server, running_child, running_server
+from bench.figures import PERCENTILES, Figures, feed_figures, notes_on, percentile, shares_of_cores, waits
 from bench.loads import Load
-from bench.machine import allowed_cores, busy_s, cpu_s, memory_kib, on_cores, resident_kib
+from bench.machine import allowed_cores, busy_s, cpu_s, memory_kib, on_cores, resident_kib, wanted_s
+from bench.own_figures import ask_server
+from bench.pauses import noting_pauses, summary
 from quotepush.private_redis import private_redis
 
-__all__ = ["Figures", "Placement", "Subject", "baseline", "median_figures", "quotepush", "run_once"]
+__all__ = ["Placement", "Subject", "baseline", "quotepush", "run_once", "with_default_collector"]
 
 _HERE = Path(__file__).resolve().parent
 _PHASE_TIMEOUT_S = 60.0
@@ -25,8 +29,9 @@ _SETTLE_S, _SETTLE_MOST_S, _SETTLED_SHARE = 0.25, 5.0, 0.05
 _STORM_AFTER_S = 1.0
 _DRAIN_S = 10.0
 _WATCH_S = 1.0
-_NEARLY_ALL = 0.9
-_AGE_BITS = 4
+_WATCH_FEED_S = 0.1
+_ASKERS, _ASKERS_AT_ONCE = 48, (1, 4)
+_ASK_AFTER_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,23 +39,39 @@ class Subject:
     """A server to measure.
 
     Attributes:
-        command: ``{redis}`` and ``{lock}`` in it are filled in.
+        command: ``{redis}`` and ``{directory}`` in it are filled in.
         workers: its processes that serve clients.
+        environment: what it gets beside ours.
     """
 
     name: str
     command: tuple[str, ...]
     workers: int = 1
+    environment: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What it is called in the table."""
+        return f"{self.name} x{self.workers}" if "quotepush" in self.command else self.name
 
 
-def quotepush(workers: int, settings: list[str]) -> Subject:
+def quotepush(workers: int, settings: list[str], *, is_tls: bool = False, is_noting_pauses: bool = False) -> Subject:
     """The server of this checkout; settings like ``max_flush_delay_ms=2``."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, _, value in (one.partition("=") for one in settings)]
+    if is_tls:
+        flags += ["--tls-cert={directory}/cert.pem", "--tls-key={directory}/key.pem"]
     command = [
         sys.executable, "-m", "quotepush", "serve", f"--workers={workers}", "--port=0", "--admin-port=0",
-        "--redis={redis}", "--lock-file={lock}", "--log-level=warning", *flags,
+        "--redis={redis}", "--lock-file={directory}/lock", "--log-level=warning", *flags,
     ]  # fmt: skip
-    return Subject("quotepush", tuple(command), workers)
+    environment = noting_pauses(os.environ.get("PYTHONPATH"), has_defaults=False) if is_noting_pauses else {}
+    return Subject("quotepush", tuple(command), workers, tuple(environment.items()))
+
+
+def with_default_collector(subject: Subject) -> Subject:
+    """The same server, held to the thresholds that Python's garbage collector has by itself."""
+    environment = noting_pauses(os.environ.get("PYTHONPATH"), has_defaults=True)
+    return Subject("default gc", subject.command, subject.workers, tuple(environment.items()))
 
 
 def baseline(name: str) -> Subject:
@@ -98,16 +119,6 @@ def _list(cores: list[int]) -> str:
     return ",".join(map(str, cores))
 
 
-Figures = dict[str, Any]
-"""What a run found, or the median of several. All of it stands in the answer of ``--json``.
-
-``rows_per_s`` delivered, over the time in which they came; ``in_time`` the part that was there when the last tick was
-sent; ``p50_ms`` and so on from publishing to the client's ``recv``; ``cpu_us_row`` and ``cpu_us_tick`` CPU time of all
-processes of the server; ``kib_per_conn`` what its memory (PSS) grew by for each client until all had subscribed;
-``mib_more`` what it (RSS) grew by afterwards, at most; ``notes`` what makes a figure doubtful.
-"""
-
-
 async def run_once(load: Load, subject: Subject, placement: Placement, tell: Callable[[str], None]) -> Figures:
     """Measure one load on one server, both started for this run alone.
 
@@ -119,15 +130,24 @@ async def run_once(load: Load, subject: Subject, placement: Placement, tell: Cal
         stack.enter_context(on_cores(placement.load_cores))  # what we do ourselves must not disturb the server
         redis = await stack.enter_async_context(private_redis())
         command = [word.replace("{redis}", redis.url) for word in subject.command]
-        server = await stack.enter_async_context(running_server(subject.name, command, placement.server_cores))
+        running = running_server(subject.name, command, dict(subject.environment), placement.server_cores)
+        server = await stack.enter_async_context(running)
         run = _Run(load, server, redis.process.pid, placement, tell)
         try:
-            return await run.measure(stack, redis.port)
+            figures = await run.measure(stack, redis.port)
         except BenchError as e:
             words = server.last_words()
             raise BenchError(f"{e}" + ("" if "ready http" in words else f" ({subject.name}: {words})")) from None
+    if subject.environment:  # its pauses are written down when it ends
+        figures["gc"] = summary(server.left, run.phases)
+        if len(server.left) <= subject.workers:
+            figures["notes"].append("not every process of the server could write down its pauses")
+    return figures
 
 
+_FEED_FIGURES = (
+    "ticks_accepted_total", "ticks_refused_total", "feed_links_total", "feed_lag_seconds", "rows_merged_main_total",
+)  # fmt: skip
 _StormResult = tuple[dict[str, float], list[dict[str, Any]]]
 
 
@@ -140,7 +160,10 @@ class _Run:
         self._redis_pid = redis_pid
         self._placement = placement
         self._tell = tell
+        self.phases: dict[str, tuple[float, float]] = {}
         self._loaders: list[Child] = []
+        self._asker: Child | None = None
+        self._feed_samples: list[dict[str, float]] = []
         self._storm_loader: Child | None = None
         self._listening: list[asyncio.Task[dict[str, Any]]] = []
         self._shares: list[range] = []
@@ -154,33 +177,47 @@ class _Run:
         if load.storm:
             newcomers = range(load.clients, load.clients + load.storm)
             self._storm_loader = await self._start_loader(stack, newcomers, is_storm=True)
+        if load.asking:
+            self._asker = await self._start_asker(stack)
         publisher = await self._start_publisher(stack, redis_port)
         await self._settle()
         # After everybody is started: what several processes share counts for each in part.
         idle_kib = memory_kib(server.pid)
 
         self._tell(f"connecting {load.clients:,} clients")
+        began_connecting = time.time()
         connect_s = await self._in_all("connect", "connected")
         subscribe_s = await self._in_all("subscribe", "subscribed")
+        self.phases["connecting"] = began_connecting, time.time()
         await self._settle()
         subscribed_kib = memory_kib(server.pid)
         began_kib = self._most_kib = resident_kib(server.pid)
 
+        if self._asker is not None:
+            self._asker.tell("connect")
+            await self._asker.expect("connected", _PHASE_TIMEOUT_S)
+
         for loader in self._loaders:
             loader.tell("count")
+        if load.watches_main and server.admin_url:
+            await self._sample_feed()
         before = self._usage(publisher)
+        began = time.time()
         publisher.tell("go")
-        storming = self._start_watching(stack)
+        watching = self._start_watching(stack)
         ended = await publisher.expect("ended", load.seconds + _PHASE_TIMEOUT_S)
         during = self._usage(publisher)
+        self.phases["ticks"] = began, time.time()
         counted = await self._collect(ended)
-        storm, storm_counted = await storming
+        storm, storm_counted = await watching.storm
+        asked, asker_rows = await watching.asking
         after = server.cpu()
         self._is_over = True
+        taken = await publisher.expect("taken", _PHASE_TIMEOUT_S)
 
         rows = sum(one["rows"] for one in counted)
         due = sum(self._due(ended, share) for share in self._shares)
-        all_rows = rows + sum(one["rows"] for one in storm_counted)
+        all_rows = rows + sum(one["rows"] for one in storm_counted) + asker_rows
         took_s = max(one["ended"] for one in counted) - min(one["began"] for one in counted)
         cpu_us = 1e6 * sum(after.get(pid, 0.0) - before["server"].get(pid, 0.0) for pid in after)
         ages: Counter[int] = Counter()
@@ -196,7 +233,7 @@ class _Run:
             "rows_per_s": rows / max(1e-6, took_s),
             "in_time": sum(one["in_time"] for one in counted) / due if due else 1.0,
             "lost": due - rows,
-            **{name: _percentile(ages, part) for name, part in _PERCENTILES.items()},
+            **{name: percentile(ages, part) for name, part in PERCENTILES.items()},
             "cpu_us_row": cpu_us / max(1, all_rows),
             "cpu_us_tick": cpu_us / max(1, ended["sent"]),
             "kib_per_conn": (subscribed_kib - idle_kib) / load.clients,
@@ -207,12 +244,17 @@ class _Run:
             "megabytes": sum(one["bytes"] for one in counted) / 1e6,
             "closed": sum(one["closed"] for one in [*counted, *storm_counted]),
         }
-        figures |= _shares_of_cores(before, during, counted, ended)
+        figures |= shares_of_cores(before, during, counted, ended)
         if storm:
             figures["storm_s"] = storm["subscribed_s"]
             figures["connects_per_s"] = load.storm / storm["connected_s"]
             figures["subscribes_per_s"] = load.storm / storm["subscribed_s"]
-        figures["notes"] = _notes(figures, ended, self._placement)
+        if asked:
+            figures["subscribes"] = {f"{one['at_once']} at a time": waits(one) for one in asked}
+        if self._feed_samples:
+            await watching.feed
+            figures["feed"] = feed_figures(self._feed_samples, ended["sent"], ended["due"])
+        figures["notes"] = notes_on(figures, ended, taken, self._placement.server_cores)
         return figures
 
     # The phases
@@ -228,12 +270,22 @@ class _Run:
     async def _start_loader(self, stack: contextlib.AsyncExitStack, share: range, *, is_storm: bool) -> Child:
         load = self._load
         job = {
-            "port": self._server.port, "path": "/ws", "first": share.start, "clients": len(share), "slow": load.slow,
+            "port": self._server.port, "path": "/ws", "is_tls": self._server.is_tls, "first": share.start,
+            "clients": len(share), "slow": load.slow,
             "codes": [[load.code(code) for code in load.watched(client)] for client in share],
             "at_once": len(share) if is_storm else _AT_ONCE, "subscribes_by_itself": is_storm,
             "timeout_s": _PHASE_TIMEOUT_S,
         }  # fmt: skip
         return await stack.enter_async_context(running_child("loader", job))
+
+    async def _start_asker(self, stack: contextlib.AsyncExitStack) -> Child:
+        load = self._load
+        job = {
+            "port": self._server.port, "path": "/ws", "is_tls": self._server.is_tls, "clients": _ASKERS,
+            "codes": [load.code(i) for i in range(load.codes)], "asking": load.asking, "at_once": _ASKERS_AT_ONCE,
+            "seconds": max(0.2, load.seconds - 2 * _ASK_AFTER_S),
+        }  # fmt: skip
+        return await stack.enter_async_context(running_child("asker", job))
 
     async def _start_publisher(self, stack: contextlib.AsyncExitStack, redis_port: int) -> Child:
         load = self._load
@@ -264,13 +316,16 @@ class _Run:
                 return
             used = now
 
-    def _start_watching(self, stack: contextlib.AsyncExitStack) -> "asyncio.Task[_StormResult]":
-        """Do what goes on beside the publishing; return the storm."""
-        watching = asyncio.create_task(self._watch_memory())
-        storming = asyncio.create_task(self._storm())
+    def _start_watching(self, stack: contextlib.AsyncExitStack) -> "_Watching":
+        """Do what goes on beside the publishing."""
+        memory = asyncio.create_task(self._watch_memory())
+        watching = _Watching(
+            asyncio.create_task(self._storm()), asyncio.create_task(self._ask()),
+            asyncio.create_task(self._watch_feed()),
+        )  # fmt: skip
         self._listening = [asyncio.create_task(self._listen(i, one)) for i, one in enumerate(self._loaders)]
-        stack.push_async_callback(_cancel, [watching, storming, *self._listening])
-        return storming
+        stack.push_async_callback(_cancel, [memory, watching.storm, watching.asking, watching.feed, *self._listening])
+        return watching
 
     async def _listen(self, index: int, loader: Child) -> dict[str, Any]:
         def note(said: dict[str, Any]) -> None:
@@ -296,6 +351,17 @@ class _Run:
         }
         return took, [await loader.expect("counted", _PHASE_TIMEOUT_S)]
 
+    async def _ask(self) -> tuple[list[dict[str, Any]], int]:
+        """Let the askers ask, if there are any; return their times, and the rows that they have read."""
+        asker = self._asker
+        if asker is None:
+            return [], 0
+        await asyncio.sleep(_ASK_AFTER_S)
+        asker.tell("go")
+        asked: list[dict[str, Any]] = []
+        done = await asker.expect("done", self._load.seconds + _PHASE_TIMEOUT_S, asked.append)
+        return asked, done["rows"]
+
     async def _collect(self, ended: dict[str, Any]) -> list[dict[str, Any]]:
         """Return what the loaders counted, once everything has come or nothing more does."""
         patience_s = max(_DRAIN_S, self._load.seconds)
@@ -311,82 +377,43 @@ class _Run:
             await asyncio.sleep(_WATCH_S)
             self._most_kib = max(self._most_kib, resident_kib(self._server.pid))
 
+    async def _watch_feed(self) -> None:
+        """Ask main again and again how it keeps up, and until nothing more comes."""
+        while self._feed_samples:
+            await asyncio.sleep(_WATCH_FEED_S)
+            await self._sample_feed()
+            last, newest = self._feed_samples[-2:]
+            if self._is_over and newest["ticks_accepted_total"] == last["ticks_accepted_total"]:
+                return
+
+    async def _sample_feed(self) -> None:
+        try:
+            said = await ask_server(self._server.admin_url)
+        except (OSError, EOFError) as e:
+            raise BenchError(f"the server does not say how it keeps up: {str(e) or 'no answer in time'}") from None
+        sample = {name: said.get(name, 0.0) for name in _FEED_FIGURES}
+        self._feed_samples.append(sample | {"time": asyncio.get_running_loop().time()})
+
     # What everybody used
 
     def _usage(self, publisher: Child) -> dict[str, Any]:
         load_pids = [publisher.pid, *(loader.pid for loader in self._loaders)]
-        if self._storm_loader is not None:
-            load_pids.append(self._storm_loader.pid)
+        load_pids += [child.pid for child in (self._storm_loader, self._asker) if child is not None]
         return {
             "time": asyncio.get_running_loop().time(), "server": self._server.cpu(), "redis": cpu_s(self._redis_pid),
-            "load": sum(map(cpu_s, load_pids)), "all": busy_s(),
+            "load": sum(map(cpu_s, load_pids)), "all": busy_s(), "redis_wanted": wanted_s(self._redis_pid),
+            "publisher_wanted": wanted_s(publisher.pid),
+            "asker_wanted": wanted_s(self._asker.pid) if self._asker is not None else 0.0,
         }  # fmt: skip
 
 
-def _shares_of_cores(
-    before: dict[str, Any], during: dict[str, Any], counted: list[dict[str, Any]], ended: dict[str, Any]
-) -> Figures:
-    took = max(1e-6, during["time"] - before["time"])
-    server = [(cpu - before["server"].get(pid, 0.0)) / took for pid, cpu in during["server"].items()]
-    redis = (during["redis"] - before["redis"]) / took
-    load = (during["load"] - before["load"]) / took
-    return {
-        "server_cores": sum(server),
-        "server_busiest": max(server, default=0.0),
-        "redis_share": redis,
-        "loader_share": max(one["cpu_share"] for one in counted),
-        "loader_wanted": max(one["wanted_share"] for one in counted),
-        "publisher_share": ended["cpu_share"],
-        "others_cores": max(0.0, (during["all"] - before["all"]) / took - sum(server) - redis - load),
-    }
+@dataclass(frozen=True)
+class _Watching:
+    """What goes on beside the publishing."""
 
-
-_PERCENTILES = {"p50_ms": 0.5, "p99_ms": 0.99, "p999_ms": 0.999}
-
-
-def _percentile(ages: "Counter[int]", part: float) -> float | None:
-    """Return the age in ms that ``part`` of all rows did not pass; None without rows."""
-    left = part * sum(ages.values())
-    for step in sorted(ages):
-        left -= ages[step]
-        if left <= 0:
-            return ((step << _AGE_BITS) + (1 << _AGE_BITS >> 1)) / 1000
-    return None
-
-
-def _notes(figures: Figures, ended: dict[str, Any], placement: Placement) -> list[str]:
-    """Say what makes the figures doubtful."""
-    notes = []
-    if figures["loader_wanted"] >= _NEARLY_ALL:
-        notes.append(
-            f"the load generator is the bottleneck (a load process ran or waited for a core "
-            f"{figures['loader_wanted']:.0%} of the time): these figures are about it, not about the server"
-        )
-    if figures["redis_share"] >= _NEARLY_ALL:
-        notes.append(f"Redis is the bottleneck ({figures['redis_share']:.0%} of a core)")
-    if ended["sent"] < 0.98 * ended["due"]:
-        notes.append(f"the publisher fell behind: {ended['sent']:,} of {ended['due']:,} ticks were sent")
-    cores = placement.server_cores
-    if figures["server_busiest"] >= _NEARLY_ALL or (cores and figures["server_cores"] >= _NEARLY_ALL * len(cores)):
-        notes.append(f"the server used {figures['server_cores']:.2f} cores: it can take no more here")
-    if figures["closed"]:
-        notes.append(f"{figures['closed']:,} connections were closed by the server")
-    if figures["others_cores"] >= 0.3:
-        notes.append(f"other programs used {figures['others_cores']:.1f} cores meanwhile")
-    return notes
-
-
-def median_figures(runs: list[Figures]) -> Figures:
-    """Return the median of every figure, and all notes."""
-    found: Figures = {"runs": len(runs)}
-    for key, value in runs[0].items():
-        if key == "notes":
-            found[key] = list(dict.fromkeys(note for run in runs for note in run[key]))
-        elif isinstance(value, (int, float)):
-            found[key] = statistics.median(run[key] for run in runs if run[key] is not None)
-        else:
-            found[key] = value
-    return found
+    storm: "asyncio.Task[_StormResult]"
+    asking: "asyncio.Task[tuple[list[dict[str, Any]], int]]"
+    feed: "asyncio.Task[None]"
 
 
 async def _cancel(tasks: "list[asyncio.Task[Any]]") -> None:

@@ -56,7 +56,7 @@ def publish(redis: socket.socket, job: dict[str, Any]) -> None:
     poll = select.poll()
     poll.register(redis, select.POLLOUT)
     sent = answered = 0
-    behind_s = 0.0
+    behind_s = refused_s = 0.0
     cpu = time.process_time()
     begin = time.perf_counter()
     while True:
@@ -78,7 +78,9 @@ def publish(redis: socket.socket, job: dict[str, Any]) -> None:
             break
         behind_s = max(behind_s, now - (sent + burst) / rate)
         if pending:
+            began = time.perf_counter()
             poll.poll(1)
+            refused_s += time.perf_counter() - began
             _send(redis, pending)
         else:
             next_s = (sent + burst) / rate - (time.perf_counter() - begin)
@@ -86,13 +88,17 @@ def publish(redis: socket.socket, job: dict[str, Any]) -> None:
     took = time.perf_counter() - begin
     cpu = time.process_time() - cpu
     due = int(rate * seconds) // burst * burst
-    say("ended", sent=sent, ticks=ticks, due=due, seconds=took, behind_s=behind_s, cpu_share=cpu / took)
-    give_up = time.perf_counter() + _FLUSH_S
+    say(
+        "ended", sent=sent, ticks=ticks, due=due, seconds=took, behind_s=behind_s, refused_share=refused_s / took,
+        cpu_share=cpu / took,
+    )  # fmt: skip
+    began = time.perf_counter()
+    give_up = began + _FLUSH_S
     while (pending or answered < sent) and time.perf_counter() < give_up:
         _send(redis, pending)
         answered += _answers(redis)
         time.sleep(_TURN_S)
-    say("taken", unanswered=sent - answered)
+    say("taken", unanswered=sent - answered, seconds=time.perf_counter() - began)
 
 
 def _send(redis: socket.socket, pending: bytearray) -> None:

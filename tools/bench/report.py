@@ -2,10 +2,11 @@
 
 import sys
 import time
+from typing import Any
 
-from bench.measure import Figures
+from bench.figures import Figures
 
-__all__ = ["Progress", "head_lines", "ratio_line", "result_line", "title_line"]
+__all__ = ["Progress", "detail_lines", "head_lines", "ratio_line", "result_line", "title_line"]
 
 _COLUMNS = (
     ("rows/s", 10, "rows_per_s", "{:,.0f}"), ("in time", 8, "in_time", "{:.3f}"), ("lost", 9, "lost", "{:,.0f}"),
@@ -15,7 +16,7 @@ _COLUMNS = (
     ("conn/s", 8, "connects_per_s", "{:,.0f}"), ("+sub/s", 8, "subscribes_per_s", "{:,.0f}"),
 )  # fmt: skip
 _RATIOS = ("rows_per_s", "p50_ms", "p99_ms", "p999_ms", "cpu_us_row", "cpu_us_tick", "kib_per_conn")
-_NAME_WIDTH, _SERVER_WIDTH = 8, 14
+_NAME_WIDTH, _SERVER_WIDTH = 10, 14
 
 
 def head_lines(facts: dict[str, str]) -> list[str]:
@@ -35,6 +36,39 @@ def result_line(load: str, server: str, figures: Figures) -> str:
         value = figures[key]
         cells.append(f"{'-' if value is None else form.format(value):>{width}}")
     return f"{load:{_NAME_WIDTH}}{server:{_SERVER_WIDTH}}" + "".join(cells)
+
+
+def detail_lines(figures: Figures) -> list[str]:
+    """Return what a load measures besides the columns."""
+    lines = [_subscribes_line(how, one) for how, one in figures.get("subscribes", {}).items()]
+    if "feed" in figures:
+        lines.append(_feed_line(figures["feed"]))
+    lines += [_pauses_line(where, one) for where, one in figures.get("gc", {}).items()]
+    return [f"{'':{_NAME_WIDTH}}{line}" for line in lines]
+
+
+def _subscribes_line(how: str, one: dict[str, Any]) -> str:
+    return (
+        f"{how}: {one['count']:,.0f} subscribes, ack p50 {one['ack_p50_ms']:.1f} ms, p99 {one['ack_p99_ms']:.1f} ms; "
+        f"snapshot of {one['kib']:,.0f} KiB read p50 {one['snapshot_p50_ms']:.1f} ms, "
+        f"p99 {one['snapshot_p99_ms']:.1f} ms"
+    )
+
+
+def _feed_line(one: dict[str, Any]) -> str:
+    return (
+        f"main took {one['taken_per_s']:,.0f} ticks/s and missed {one['missed']:,.0f}; feed link cut "
+        f"{one['links_cut']:,.0f} times, {one['rows_merged']:,.0f} rows merged in main, at most "
+        f"{one['most_lag_ms']:,.0f} ms behind"
+    )
+
+
+def _pauses_line(where: str, one: dict[str, Any]) -> str:
+    young, middle, old = (one["counts"][generation] for generation in "012")
+    return (
+        f"gc, {where}: {one['count']:,.0f} pauses ({young:,.0f} young, {middle:,.0f} middle, {old:,.0f} old), longest "
+        f"{one['longest_ms']:.2f} ms, {one['total_ms']:,.1f} ms in all, {one['share']:.2%} of the time"
+    )
 
 
 def ratio_line(figures: Figures, ours: Figures, name: str) -> str:
