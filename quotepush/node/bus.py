@@ -21,7 +21,7 @@ __all__ = [
     "PlacesGranted", "PlacesWanted", "Ready", "RegistryClient", "Rows", "Setup", "ToMain", "ToWorker", "Unwatch",
 ]  # fmt: skip
 
-BUS_VERSION = 1
+BUS_VERSION = 2
 _LENGTH = struct.Struct("!I")
 _READ_MAX = 1 << 28
 

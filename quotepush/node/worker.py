@@ -191,6 +191,12 @@ class WorkerProcess:
 
     def _ask(self, codes: Sequence[str], then: Callable[[Answer], None], *, watch: bool, books: bool) -> None:
         def answered(message: bus.Answered) -> None:
+            worker = self._worker
+            if books and worker is not None:
+                for code, seq, row, book in message.rows:
+                    if row is not None:
+                        # Newer than what we have, when main still holds rows for us; those are without the book.
+                        worker.hub.offer(code, seq, row, book)
             then(Answer({code: (seq, row, book) for code, seq, row, book in message.rows}, message.refused))
 
         self._next_question += 1

@@ -174,20 +174,15 @@ class Outbox:
             for lane in gone:
                 self.held.pop(lane, None)
 
-    def last_sent(self, lane: Lane) -> tuple[int, int]:
-        """Return the seq of the last row that was sent of ``lane`` (0: none), and how many of its rows wait."""
-        first: int | None = None
-        waiting = 0
-        if self.held and (slot := self.held.get(lane)):
-            first, waiting = slot.prev or 0, 1 + slot.merged
-        for row in self.rows:
-            if row.lane is lane:
-                waiting += 1
-                if first is None:
-                    first = row.prev or 0
-        if first is None:
-            first = lane.newcomers[self] or 0 if self in lane.newcomers else lane.seq
-        return first, waiting
+    def last_sent(self, lane: Lane) -> tuple[int | None, int]:
+        """Return the seq of the last row that was sent of ``lane`` (None: none), and how many of its rows wait."""
+        waiting = [row for row in self.rows if row.lane is lane]
+        slot = self.held.get(lane) if self.held else None
+        if slot is not None:
+            return slot.prev, 1 + slot.merged + len(waiting)
+        if waiting:
+            return waiting[0].prev, len(waiting)
+        return lane.newcomers.get(self, lane.seq), 0
 
     def clear(self) -> None:
         """Forget everything that waits."""

@@ -22,7 +22,6 @@ from quotepush.errors import PeerError
 from quotepush.push.outbox import Outbox
 from quotepush.push.subscriptions import Channel, Lane, Shape, Subscription, Subscriptions
 from quotepush.quote.code import BadCode, parse_code
-from quotepush.quote.tick import BOOK_FIELDS
 from quotepush.wire import messages
 from quotepush.wire.formats import DEFAULT_FIELDS, DEFAULT_VIEW, JSON, Codec, View
 from quotepush.wire.messages import CLOSE_CODES, Message, Request, RequestError, parse_request
@@ -189,7 +188,7 @@ class Session:
         try:
             try:
                 said = self.codec.decode(data)
-            except ValueError as e:  # what both orjson and msgspec raise
+            except (ValueError, RecursionError) as e:  # what orjson and msgspec raise
                 self._spend_token(now_ms)
                 raise RequestError("bad_json", f"not {self.codec.language}: {e}") from None
             self._spend_token(now_ms)
@@ -225,7 +224,10 @@ class Session:
 
     def _subscribe(self, request: Request, now_ms: int) -> None:
         results, codes = self._understand(request.codes, self._desk.limits.codes - len(self.subscriptions))
-        shape = Shape(View.of(request.fields), self.codec.format(request.format), request.max_rate)
+        spelled = self.codec.format(request.format)
+        # An array has the columns that its ack names, and no field that nobody knows.
+        fields = DEFAULT_FIELDS if spelled.is_array and request.fields is None else request.fields
+        shape = Shape(View.of(fields), spelled, request.max_rate)
         channels = self._desk.subscriptions.channels
         missing = [
             code
@@ -330,11 +332,17 @@ class Session:
         before = self.subscriptions[channel.code]
         seq, waiting = self.outbox.last_sent(before.lane)
         self.outbox.drop([before.lane])
-        self._desk.subscriptions.leave(before.lane, self.outbox)
-        base = channel.seq if is_sent else seq or None
+        base = channel.seq if is_sent else seq
+        if shape != before.lane.shape:  # else the lane stays, even if nobody else is in it, and with it its rate
+            self._desk.subscriptions.leave(before.lane, self.outbox)
         lane = self._desk.subscriptions.add(channel, self.outbox, shape, base=base)
         after = self.subscriptions[channel.code] = before.go_on(lane, base, seq, waiting)
-        if base is not None and base < channel.seq:
+        if is_sent:
+            return
+        if base is None:
+            if waiting:
+                missed.append(lane)
+        elif base < channel.seq:
             after.add_own()
             missed.append(lane)
 
@@ -378,8 +386,8 @@ class Session:
                     "fields": lane.view.fields,
                     "max_rate": lane.shape.max_rate,
                     "format": "rows" if lane.format.is_array else "objects",
-                    "seq": seq,
-                    "merged": subscription.merged_until(seq, waiting),
+                    "seq": seq or 0,
+                    "merged": subscription.merged_until(seq or 0, waiting),
                 }
             )
         self._say(
@@ -423,7 +431,7 @@ class Session:
                 rows.append(channel.text(DEFAULT_VIEW, self.codec.objects))
                 continue
             # It stands for the rows that wait, so it shows what they would have shown.
-            view = View.of((*DEFAULT_FIELDS, *BOOK_FIELDS)) if before.lane.view.has_book else DEFAULT_VIEW
+            view = View.of((*DEFAULT_FIELDS, *before.lane.view.fields)) if before.lane.view.has_book else DEFAULT_VIEW
             rows.append(channel.text(view, self.codec.objects))
             self._change(channel, before.lane.shape, True, [])
         self._release(asked)
