@@ -257,11 +257,16 @@ class FanOutMachine(RuleBasedStateMachine):
         {"fields": st.sampled_from(VIEWS), "max_rate": st.sampled_from(RATES),
          "format": st.sampled_from(["objects", "rows"])}
     )  # fmt: skip
+    some_field = (st.sampled_from(["last", "last", "bid", "bids", "x1", "ts"]), st.integers(1, 2))
+    some_tick = st.tuples(*some_field)
+    some_options = st.integers(0, 2)
     someone = st.integers(0, 2)
     some_codes = st.lists(st.sampled_from(CODES), min_size=1, max_size=2, unique=True)
 
-    @initialize(max_rows=st.integers(1, 4), max_bytes=st.sampled_from([200, 10_000]))
-    def start(self, max_rows: int, max_bytes: int) -> None:
+    @initialize(max_rows=st.integers(1, 4), max_bytes=st.sampled_from([200, 10_000]),
+                kinds=st.tuples(options, options, options), last=st.sampled_from([JSON, MSGPACK]))  # fmt: skip
+    def start(self, max_rows: int, max_bytes: int, kinds: tuple[dict[str, Any], ...], last: Codec) -> None:
+        self.kinds = kinds  # few, so that clients meet in their lanes
         self.hub = Hub(
             self.subscriptions, max_delay_s=0.0, max_rows=max_rows, max_bytes=max_bytes,
             on_merging=lambda outbox: outbox.session.say_merging(),
@@ -281,9 +286,7 @@ class FanOutMachine(RuleBasedStateMachine):
             hand_out(lane, seq, bare)
 
         self.hub._hand_out = note_time  # type: ignore[method-assign]
-        self.clients = [
-            Client(self, f"n.0.{n}", codec) for n, codec in enumerate((JSON, JSON, MSGPACK))
-        ]
+        self.clients = [Client(self, f"n.0.{n}", codec) for n, codec in enumerate((JSON, JSON, last))]
 
     def teardown(self) -> None:
         try:
@@ -361,10 +364,7 @@ class FanOutMachine(RuleBasedStateMachine):
             row, book = self.encoded(code)
             self.hub.offer(code, self.board[code], row, *([book] if self.watched[code] else []))
 
-    @rule(ticks=st.lists(
-        st.tuples(st.sampled_from(CODES), st.sampled_from(["last", "bid", "bids", "x1", "ts"]), st.integers(1, 2)),
-        min_size=1, max_size=6,
-    ))  # fmt: skip
+    @rule(ticks=st.lists(st.tuples(st.sampled_from(CODES), *some_field), min_size=1, max_size=6))
     def take_ticks(self, ticks: list[tuple[str, str, int]]) -> None:
         def take() -> None:
             for tick in ticks:
@@ -373,9 +373,9 @@ class FanOutMachine(RuleBasedStateMachine):
 
         self.turn(take)
 
-    @rule(code=st.sampled_from(CODES), field=st.sampled_from(["last", "bid", "bids", "x1"]), value=st.integers(1, 3))
-    def take_one_tick(self, code: str, field: str, value: int) -> None:
-        self.take_ticks([(code, field, value)])
+    @rule(tick=some_tick)
+    def take_one_tick(self, tick: tuple[str, int]) -> None:
+        self.take_ticks([("A", *tick)])
 
     @rule(by_s=st.sampled_from([0.0625, 0.125, 0.25, 1.0, 0.2495, 0.9995]))
     def let_time_pass(self, by_s: float) -> None:
@@ -413,10 +413,18 @@ class FanOutMachine(RuleBasedStateMachine):
         self.turn(lambda: answers.append(self.clients[who].ask(action, codes, **options)))
         return answers[0]
 
-    @rule(who=someone, codes=some_codes, options=options, snapshot=st.booleans())
-    def subscribe(self, who: int, codes: list[str], options: dict[str, Any], snapshot: bool) -> None:
-        answer = self.ask(who, "subscribe", codes, snapshot=snapshot, **options)
+    @rule(who=someone, codes=some_codes, kind=some_options, snapshot=st.booleans())
+    def subscribe(self, who: int, codes: list[str], kind: int, snapshot: bool) -> None:
+        answer = self.ask(who, "subscribe", codes, snapshot=snapshot, **self.kinds[kind])
         assert [entry["code"] for entry in answer["accepted"]] == codes
+
+    @rule(who=someone, kind=some_options, ticks=st.lists(some_tick, max_size=2))
+    def change_options_behind_ticks(self, who: int, kind: int, ticks: list[tuple[str, int]]) -> None:
+        """The rows still wait for the flush, or for their time."""
+        for field, value in ticks:
+            self.turn(lambda field=field, value=value: self.tick("A", field, value))
+        self.subscribe(who, ["A"], kind, False)
+        self.list(who)
 
     @rule(who=someone, codes=some_codes)
     def unsubscribe(self, who: int, codes: list[str]) -> None:
@@ -471,4 +479,4 @@ class FanOutMachine(RuleBasedStateMachine):
 
 
 TestFanOutAgainstItsModel = FanOutMachine.TestCase
-TestFanOutAgainstItsModel.settings = settings(deadline=None, derandomize=True, max_examples=200, stateful_step_count=40)
+TestFanOutAgainstItsModel.settings = settings(deadline=None, derandomize=True, max_examples=300, stateful_step_count=50)
