@@ -195,6 +195,12 @@ class WorkerProcess:
         since: Mapping[str, tuple[str, int]],
     ) -> None:
         def answered(message: bus.Answered) -> None:
+            worker = self._worker
+            if books and worker is not None:
+                for code, seq, row, book, _ in message.rows:
+                    if row is not None:
+                        # Newer than what we have, when main still holds rows for us; those are without the book.
+                        worker.hub.offer(code, seq, row, book)
             rows = {row[0]: row[1:] for row in message.rows}
             then(Answer(rows, message.refused, message.missed, frozenset(message.stale)))
 

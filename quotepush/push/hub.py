@@ -95,6 +95,8 @@ class Hub:
             return
         if seq <= channel.seq:
             return
+        if book is not None and channel.book is None:
+            channel.begin_book(book)
         channel.renew(seq, bare, book)
         self.rows_in += 1
         lane = channel.plain
@@ -159,8 +161,8 @@ class Hub:
 
     def _offer_to(self, lane: Lane) -> None:
         """Hand the channel's newest row to a lane with a view, a format or a rate of its own."""
-        if not lane.has_news():
-            return
+        if lane.is_due or not lane.has_news():
+            return  # it goes with the row that waits, or with the next one
         rate = lane.shape.max_rate
         if rate is not None:
             now_s = time.monotonic()
@@ -175,9 +177,16 @@ class Hub:
         self._hand_out(lane, lane.channel.seq, lane.channel.text(lane.view, lane.format))
 
     def deliver(self, lane: Lane, outbox: Outbox) -> None:
-        """Queue the newest row for one of the lane's newcomers, who has missed it while he changed lanes."""
+        """Queue the newest row for somebody who has come from another lane and has not been sent it there.
+
+        He gets it at once, as he would a snapshot; with a rate, the next one comes a period later.
+        """
         channel = lane.channel
-        base = lane.newcomers.pop(outbox)
+        rate = lane.shape.max_rate
+        if rate is not None and (now_s := time.monotonic()) >= lane.next_s:
+            lane.next_s = now_s + 1 / rate
+        base = lane.newcomers.pop(outbox, lane.seq)
+        lane.audience.discard(outbox)
         row = Row(lane, channel.seq, base, channel.text(lane.view, lane.format))
         if not outbox.rows:
             self._dirty.append(outbox)
@@ -190,8 +199,6 @@ class Hub:
 
     def _hand_out_later(self, lane: Lane) -> None:
         """The lane has had its row for now: its newest one goes out when the next may, whatever comes until then."""
-        if lane.is_due:
-            return
         lane.is_due = True
         heappush(self._due, (lane.next_s, next(self._numbers), lane))
         if self._due_timer is None or self._due[0][2] is lane:
@@ -212,12 +219,10 @@ class Hub:
         while self._due and self._due[0][0] <= now_s + 0.001:
             lane = heappop(self._due)[2]
             lane.is_due = False
-            channel = lane.channel
-            if not lane.is_watched or channel.seq <= lane.seq:
-                continue
-            if lane.has_news():
+            if lane.is_watched and lane.has_news():
                 assert lane.shape.max_rate is not None
-                lane.next_s = now_s + 1 / lane.shape.max_rate
+                # Not from now: what goes a millisecond early must not make the next one earlier still.
+                lane.next_s = max(now_s, lane.next_s) + 1 / lane.shape.max_rate
                 self._hand_out_newest(lane)
         self._wake_for_due()
         self.flush_soon()

@@ -217,27 +217,19 @@ class Outbox:
             for lane in gone:
                 self.held.pop(lane, None)
 
-    def last_sent(self, lane: Lane) -> tuple[int, int]:
-        """Return the seq of the last row that was sent of ``lane`` (0: none), and how many of its rows wait."""
-        first: int | None = None
-        waiting = 0
-        for row in self.replay or ():
-            if row.lane is lane:
-                waiting += 1
-                if first is None:
-                    first = row.prev or 0
-        if self.held and (slot := self.held.get(lane)):
-            waiting += 1 + slot.merged
-            if first is None:
-                first = slot.prev or 0
-        for row in self.rows:
-            if row.lane is lane:
-                waiting += 1
-                if first is None:
-                    first = row.prev or 0
-        if first is None:
-            first = lane.newcomers[self] or 0 if self in lane.newcomers else lane.seq
-        return first, waiting
+    def last_sent(self, lane: Lane) -> tuple[int | None, int]:
+        """Return the seq of the last row that was sent of ``lane`` (None: none), and how many of its rows wait."""
+        replayed = [row for row in self.replay or () if row.lane is lane]
+        slot = self.held.get(lane) if self.held else None
+        waiting = [row for row in self.rows if row.lane is lane]
+        count = len(replayed) + (1 + slot.merged if slot is not None else 0) + len(waiting)
+        if replayed:
+            return replayed[0].prev, count
+        if slot is not None:
+            return slot.prev, count
+        if waiting:
+            return waiting[0].prev, count
+        return lane.newcomers.get(self, lane.seq), 0
 
     def clear(self) -> None:
         """Forget everything that waits."""

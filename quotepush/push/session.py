@@ -22,7 +22,6 @@ from quotepush.errors import PeerError
 from quotepush.push.outbox import Outbox
 from quotepush.push.subscriptions import Channel, Lane, Row, Shape, Subscription, Subscriptions
 from quotepush.quote.code import BadCode, parse_code
-from quotepush.quote.tick import BOOK_FIELDS
 from quotepush.wire import messages
 from quotepush.wire.formats import DEFAULT_FIELDS, DEFAULT_VIEW, JSON, Codec, Format, View
 from quotepush.wire.messages import CLOSE_CODES, Message, Request, RequestError, parse_request
@@ -61,8 +60,6 @@ class _Gone:
 
 
 _GONE = _Gone()
-
-_WHOLE_VIEW = View.of((*DEFAULT_FIELDS, *BOOK_FIELDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +200,7 @@ class Session:
         try:
             try:
                 said = self.codec.decode(data)
-            except ValueError as e:  # what both orjson and msgspec raise
+            except (ValueError, RecursionError) as e:  # what orjson and msgspec raise
                 self._spend_token(now_ms)
                 raise RequestError("bad_json", f"not {self.codec.language}: {e}") from None
             self._spend_token(now_ms)
@@ -239,7 +236,10 @@ class Session:
 
     def _subscribe(self, request: Request, now_ms: int) -> None:
         results, codes = self._understand(request.codes, self._desk.limits.codes - len(self.subscriptions))
-        shape = Shape(View.of(request.fields), self.codec.format(request.format), request.max_rate)
+        spelled = self.codec.format(request.format)
+        # An array has the columns that its ack names, and no field that nobody knows.
+        fields = DEFAULT_FIELDS if spelled.is_array and request.fields is None else request.fields
+        shape = Shape(View.of(fields), spelled, request.max_rate)
         channels = self._desk.subscriptions.channels
         # Kept rows have no books; with a rate nobody wants every row; who is subscribed has missed nothing.
         since: dict[str, tuple[str, int]] = {}
@@ -341,7 +341,7 @@ class Session:
             )
         )  # fmt: skip
         if channels:
-            self._say_snapshot(now_ms, channels, shape.view, shape.format)
+            self._say_snapshot(now_ms, [(channel, shape.view) for channel in channels], shape.format)
         self._say_stale(codes)
         for lane in missed:
             self._desk.deliver(lane, self.outbox)
@@ -368,17 +368,18 @@ class Session:
             prev = seq
         return "replay"
 
-    def _say_snapshot(self, now_ms: int, channels: Iterable[Channel], view: View, spelled: Format) -> None:
+    def _say_snapshot(self, now_ms: int, shown: Sequence[tuple[Channel, View]], spelled: Format) -> None:
+        """Send the newest rows of these channels; arrays are all of one view."""
         rows: list[bytes] = []
         epochs: dict[str, str] = {}
-        for channel in channels:
+        for channel, view in shown:
             text = channel.text(view, spelled)
             if channel.epoch not in ("", self._epoch):
                 epochs[channel.code] = channel.epoch
                 text = spelled.with_epoch(text, channel.epoch)
             rows.append(text)
         facts = {"epochs": epochs} if epochs and spelled.is_array else {}
-        cols = view.cols if spelled.is_array else None
+        cols = shown[0][1].cols if spelled.is_array else None
         self._link.write(self.codec.rows_frame("snapshot", now_ms, rows, cols, **facts))
 
     def _change(self, channel: Channel, shape: Shape, is_sent: bool, missed: list[Lane]) -> None:
@@ -391,11 +392,17 @@ class Session:
         before = self.subscriptions[channel.code]
         seq, waiting = self.outbox.last_sent(before.lane)
         self.outbox.drop([before.lane])
-        self._desk.subscriptions.leave(before.lane, self.outbox)
-        base = channel.seq if is_sent else seq or None
+        base = channel.seq if is_sent else seq
+        if shape != before.lane.shape:  # else the lane stays, even if nobody else is in it, and with it its rate
+            self._desk.subscriptions.leave(before.lane, self.outbox)
         lane = self._desk.subscriptions.add(channel, self.outbox, shape, base=base)
         after = self.subscriptions[channel.code] = before.go_on(lane, base, seq, waiting)
-        if base is not None and base < channel.seq:
+        if is_sent:
+            return
+        if base is None:
+            if waiting:
+                missed.append(lane)
+        elif base < channel.seq:
             after.add_own()
             missed.append(lane)
 
@@ -439,8 +446,8 @@ class Session:
                     "fields": lane.view.fields,
                     "max_rate": lane.shape.max_rate,
                     "format": "rows" if lane.format.is_array else "objects",
-                    "seq": seq,
-                    "merged": subscription.merged_until(seq, waiting),
+                    "seq": seq or 0,
+                    "merged": subscription.merged_until(seq or 0, waiting),
                 }
             )
         self._say(
@@ -476,10 +483,17 @@ class Session:
         if answer is not None:
             self._refuse(codes, answer.refused)
         now_ms = self._desk.clock_ms()
-        channels = [self._desk.subscriptions.channels.get(c) or Channel(c, *_found(answer, c)) for c in codes]
-        for code, channel in zip(codes, channels, strict=True):
-            if code in self.subscriptions:  # the snapshot stands for the rows that wait
-                self._change(channel, self.subscriptions[code].lane.shape, True, [])
+        shown: list[tuple[Channel, View]] = []
+        for code in codes:
+            channel = self._desk.subscriptions.channels.get(code) or Channel(code, *_found(answer, code))
+            before = self.subscriptions.get(code)
+            view = DEFAULT_VIEW
+            if before is not None:
+                # It stands for the rows that wait, so it shows what they would have shown.
+                if before.lane.view.has_book:
+                    view = View.of((*DEFAULT_FIELDS, *(before.lane.view.fields or ())))
+                self._change(channel, before.lane.shape, True, [])
+            shown.append((channel, view))
         self._release(asked)
         self._say(
             messages.ack(
@@ -488,9 +502,7 @@ class Session:
                 rejected=[r for r in results if "error" in r],
             )
         )  # fmt: skip
-        # With the book of those codes whose book this worker has: rows that wait may have been to show it.
-        view = DEFAULT_VIEW if all(channel.book is None for channel in channels) else _WHOLE_VIEW
-        self._say_snapshot(now_ms, channels, view, self.codec.objects)
+        self._say_snapshot(now_ms, shown, self.codec.objects)
         self._go_on()
 
     def _ping(self, request: Request, now_ms: int) -> None:

@@ -46,6 +46,8 @@ PLAIN = Shape(DEFAULT_VIEW, JSON.objects)
 
 # What the default view does not show, or what is no news.
 _NO_NEWS = frozenset((*BOOK_FIELDS, "seq", "ts"))
+# Equal to no values of any view.
+_UNKNOWN = object()
 
 
 class Row:
@@ -121,8 +123,12 @@ class Lane:
         return bool(self.channel.values(self.view) != self._shown)
 
     def note_shown(self) -> None:
-        """They are being sent the channel's newest row."""
+        """They are being sent the channel's newest row, or know what it says."""
         self._shown = self.channel.values(self.view)
+
+    def forget_shown(self) -> None:
+        """They have not all seen the same: whatever comes next is news to one of them."""
+        self._shown = _UNKNOWN
 
 
 class Channel:
@@ -156,6 +162,14 @@ class Channel:
         self._fields: Mapping[str, Any] | None = None
         self._texts: dict[tuple[View, Format], bytes] | None = None
         self._values: dict[View, Any] | None = None
+
+    def begin_book(self, book: bytes) -> None:
+        """Hold the book too from now on, for it was not wanted here before; nobody is in a lane that shows it."""
+        # A plain lane has always been shown everything, and need not have noted it.
+        known = [lane for lane in self.all_lanes() if lane is self.plain or not lane.has_news()]
+        self.renew(self.seq, self.row, book)
+        for lane in known:
+            lane.note_shown()
 
     @property
     def is_watched(self) -> bool:
@@ -260,20 +274,23 @@ class Subscription:
         """The session was handed a row that the rest of the lane was not."""
         self._rows_before -= 1
 
-    def go_on(self, lane: Lane, base: int | None, seq: int, rows_waiting: int) -> "Subscription":
+    def go_on(self, lane: Lane, base: int | None, seq: int | None, rows_waiting: int) -> "Subscription":
         """Return this subscription as it goes on in ``lane`` behind the row ``base``, keeping its count.
 
         Args:
             base: sent as a snapshot just now, or sent last (None: nothing was).
-            seq: of the last row that was sent before.
+            seq: of the last row that was sent before (None: none was).
             rows_waiting: rows that were waiting for the session and are not sent any more.
         """
         after = Subscription(lane, base)
-        after.merged = self.merged_until(seq, rows_waiting)
         after.is_stale = self.is_stale
-        if rows_waiting and base is not None:
-            # All but the newest, also the ones that were merged upstream.
-            after.merged += max(0, base - max(seq, self._seq_before - 1) - 1)
+        sent = seq or 0
+        after.merged = self.merged_until(sent, rows_waiting)
+        if base is None:
+            after._seq_before = self._seq_before  # its first row has been handed out, but is not sent as it was
+        elif self._seq_before >= 0:
+            # A snapshot stands for all rows since the last one: sent as they were, or nothing new in their view.
+            after.merged += max(0, base - max(sent, self._seq_before - 1) - 1)
         return after
 
 
@@ -301,11 +318,11 @@ class Subscriptions:
             channel = self.channels[code] = Channel(code, seq, row, book, epoch)
             channel.is_stale = is_stale
         elif book is not None and channel.book is None:
-            channel.renew(channel.seq, channel.row, book)  # it was not wanted here until now
+            channel.begin_book(book)
         return channel
 
     def add(self, channel: Channel, outbox: "Outbox", shape: Shape = PLAIN, *, base: int | None) -> Lane:
-        """Put ``outbox`` into the lane of ``shape``; the caller has taken it out of another one.
+        """Put ``outbox`` into the lane of ``shape``, where it may be already; the caller takes it out of any other.
 
         Args:
             base: seq of the row that the session was sent last; None: it was sent none.
@@ -325,6 +342,10 @@ class Subscriptions:
             lane.audience.add(outbox)
         else:
             lane.newcomers[outbox] = base
+        if lane.is_due:
+            # He may be shown the row that waits, in a snapshot: should the next one say the same as the row before,
+            # it is news to him.
+            lane.forget_shown()
         return lane
 
     def leave(self, lane: Lane, outbox: "Outbox") -> None:

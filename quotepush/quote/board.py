@@ -105,9 +105,10 @@ class Quote:
 
     def encoded_book(self) -> bytes:
         """Return the book as JSON text, made once per tick."""
+        self._settle()
         text = self._encoded_book
         if text is None:
-            text = self._encoded_book = orjson.dumps(self.book)
+            text = self._encoded_book = orjson.dumps(self._book)
         return text
 
     def _settle(self) -> None:

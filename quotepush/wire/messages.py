@@ -142,8 +142,10 @@ def _parse_subscribe(action: str, request_id: _Id, said: _Said, max_codes: int, 
     wanted = said.get("snapshot", True)
     if type(wanted) is not bool:
         raise PeerError("bad_request", "snapshot must be true or false")
-    spelled = said.get("format") or "objects"
-    if spelled not in ("objects", "rows"):
+    spelled = said.get("format")
+    if spelled is None:
+        spelled = "objects"
+    elif spelled not in ("objects", "rows"):
         raise PeerError("bad_request", "format must be objects or rows")
     codes = _codes(said, max_codes)
     return Request(action, request_id, codes, wanted, _view(said, extra), _max_rate(said), spelled, _since(said))

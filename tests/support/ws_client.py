@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
 import orjson
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
@@ -36,6 +37,7 @@ class _View:
         self.bases: dict[str, int | None] = {}
         self.due: deque[set[str]] = deque()  # codes of each snapshot that an ack has announced
         self.awaited: set[str] = set()  # codes whose snapshot must come before their next tick
+        self.columns: dict[int, list[str]] = {}  # of rows that are arrays
         self.highest: dict[str, int] = {}
 
 
@@ -48,6 +50,7 @@ class RecordingClient:
         snapshot: whether those subscriptions want a snapshot.
         reconnects: connect and subscribe anew whenever the connection is lost.
         history: keep every tick row in ``ticks``.
+        msgpack: speak MessagePack.
         receive_buffer_bytes: of the socket; a small one makes a client that stops reading felt soon.
         on_ticks: called with this client and the rows of each tick message, when they have been found right.
         options: for ``websockets.connect``, e.g. ``ssl``.
@@ -71,6 +74,7 @@ class RecordingClient:
         snapshot: bool = True,
         reconnects: bool = False,
         history: bool = False,
+        msgpack: bool = False,
         receive_buffer_bytes: int | None = None,
         on_ticks: "Callable[[RecordingClient, Sequence[dict[str, Any]]], None] | None" = None,
         **options: Any,
@@ -81,7 +85,8 @@ class RecordingClient:
         self._reconnects = reconnects
         self._receive_buffer_bytes = receive_buffer_bytes
         self._on_ticks = on_ticks
-        self._options = options
+        self._is_binary = msgpack
+        self._options = {"subprotocols": ["quotes.v1.msgpack"]} | options if msgpack else options
         self._socket: ClientConnection | None = None
         self._reader: asyncio.Task[None] | None = None
         self._view = _View()
@@ -204,7 +209,8 @@ class RecordingClient:
                 text = await socket.recv()
                 if not self._may_read.is_set():
                     await self._may_read.wait()
-                self._take(orjson.loads(text))
+                self._expect(isinstance(text, bytes) is self._is_binary, "a message of the wrong kind")
+                self._take(msgspec.msgpack.decode(text) if isinstance(text, bytes) else orjson.loads(text))
         except ConnectionClosed:
             self.close_code, self.close_reason = socket.close_code, socket.close_reason or ""
         self._forget_asked()
@@ -336,7 +342,8 @@ class RecordingClient:
         self._asked[self._next_id] = future, fields
         assert self._socket is not None
         try:
-            await self._socket.send(orjson.dumps({"action": action, "id": self._next_id, **fields}).decode())
+            said = {"action": action, "id": self._next_id, **fields}
+            await self._socket.send(msgspec.msgpack.encode(said) if self._is_binary else orjson.dumps(said).decode())
         except ConnectionClosed:
             self._asked.pop(self._next_id, None)
             future.set_exception(ConnectionError("the connection is closed"))
@@ -359,6 +366,8 @@ class RecordingClient:
         view = self._view
         if not view.hello:
             self._expect(kind == "hello", f"the first message is {kind}")
+        if "cols" in message and kind != "ack":
+            message = {**message, "data": self._objects(message)}
         if kind == "tick":
             self._take_ticks(message["data"])
             return
@@ -381,10 +390,21 @@ class RecordingClient:
             if future is not None and not future.done():
                 future.set_result(message)
 
+    def _objects(self, message: dict[str, Any]) -> list[dict[str, Any]]:
+        """Rows that are arrays, as objects."""
+        columns = self._view.columns.get(message["cols"])
+        if columns is None:
+            raise Violation(f"rows whose columns no ack has named: {message}")
+        rows = [dict(zip(columns, row, strict=True)) for row in message["data"]]
+        return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
     def _take_ack(self, message: dict[str, Any], fields: dict[str, Any]) -> None:
         view = self._view
         action = message["action"]
         if action == "subscribe":
+            self._expect(("cols" in message) is (fields.get("format") == "rows"), f"columns of objects: {message}")
+            if "cols" in message:
+                view.columns[message["cols"]] = message["columns"]
             codes = {entry["code"] for entry in message["accepted"]}
             spelled = [entry["as"] for entry in message["accepted"]]
             self._expect(set(spelled) <= set(fields["codes"]), "the ack accepts what was not asked for")

@@ -15,8 +15,8 @@ from tests.support.waiting import wait_until
 
 TO_WORKER = [
     bus.Setup(1, {"port": 8008, "allowed_origins": ["*"], "zones": {"SH": "Asia/Shanghai"}}, "n1", "epoch", "0.1"),
-    bus.Rows([("600519.SH", 7, b'{"code":"600519.SH","seq":7,"name":"\xe8\x8c\x85"}'), ("AAPL", 2**40, b"{}")]),
-    bus.Answered(5, [("A", 3, b"{}"), ("B", 0, None)], {"C": "unknown_code"}),
+    bus.Rows([("600519.SH", 7, b'{"code":"600519.SH","seq":7,"name":"\xe8\x8c\x85"}'), ("AAPL", 2**40, b"{}", b"[]")]),
+    bus.Answered(5, [("A", 3, b"{}", b"{}"), ("B", 0, None, None)], {"C": "unknown_code"}),
     bus.PlacesGranted(6),
     bus.Feed("ok", 1_721_872_800_123),
     bus.Lend(1, True),
@@ -25,7 +25,7 @@ TO_WORKER = [
 TO_MAIN = [
     bus.Hello("0.1721872800000000"),
     bus.Ready(),
-    bus.Ask(5, ["A", "B"], True),
+    bus.Ask(5, ["A", "B"], True, False),
     bus.Unwatch(["A"]),
     bus.PlacesWanted(2, 16),
     bus.PlacesBack(3),
@@ -135,8 +135,8 @@ async def test_large_frames_arrive_whole_and_what_waits_can_be_seen() -> None:
 async def test_an_answer_may_be_given_while_a_message_is_taken() -> None:
     async with pair() as (main, worker):
         main.bus._on_message = lambda message: main.bus.send(bus.Answered(message.question, [], {}))
-        worker.bus.send(bus.Ask(1, ["A"], False))
-        worker.bus.send(bus.Ask(2, ["A"], False))
+        worker.bus.send(bus.Ask(1, ["A"], False, False))
+        worker.bus.send(bus.Ask(2, ["A"], False, False))
         assert [message.question for message in await worker.heard(2)] == [1, 2]
 
 

@@ -25,7 +25,8 @@ from quotepush.cli import cli
 from quotepush.metrics import METRICS
 from quotepush.quote.code import parse_code
 from quotepush.quote.tick import KNOWN_FIELDS
-from quotepush.wire.messages import CLOSE_CODES, SUBPROTOCOL
+from quotepush.wire.formats import JSON
+from quotepush.wire.messages import CLOSE_CODES
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
 from tests.support.waiting import wait_until
@@ -363,7 +364,7 @@ async def test_the_conversation_happens_as_written(
     async with (
         redis_server.client() as redis,
         aiohttp.ClientSession() as http,
-        http.ws_connect(quotepush_server.ws_url, protocols=[SUBPROTOCOL]) as socket,
+        http.ws_connect(quotepush_server.ws_url, protocols=[JSON.subprotocol]) as socket,
     ):
         for block in blocks:
             if block.language == "sh":

@@ -19,7 +19,7 @@ from quotepush.push import outbox as outbox_module
 from quotepush.push.hub import Hub
 from quotepush.push.outbox import Outbox
 from quotepush.push.session import Answer, Desk, Limits, Session
-from quotepush.push.subscriptions import Subscriptions
+from quotepush.push.subscriptions import PLAIN, Lane, Shape, Subscriptions
 
 
 def message_of(frame: bytes) -> dict[str, Any]:
@@ -73,10 +73,12 @@ class Bench:
     def fail(self, outbox: Outbox) -> None:
         pytest.fail("a session could not be written to")
 
-    def subscribe(self, code: str, *sockets: Socket, with_prev: bool = True) -> None:
+    def subscribe(self, code: str, *sockets: Socket, with_prev: bool = True, shape: Shape = PLAIN) -> Lane:
         channel = self.subscriptions.open(code, 0, None)
         for socket in sockets:
-            self.subscriptions.add(channel, socket.outbox, with_prev=with_prev)
+            base = channel.seq if with_prev else None
+            lane = self.subscriptions.add(channel, socket.outbox, shape, base=base)
+        return lane
 
     def offer(self, code: str, *seqs: int, size: int = 0) -> None:
         for seq in seqs:
@@ -129,11 +131,11 @@ async def test_a_session_that_cannot_be_written_to_ends_and_the_others_go_on() -
         raise ZeroDivisionError
 
     broken.outbox.write = raising
-    bench.subscribe("X", before, broken, after)
+    lane = bench.subscribe("X", before, broken, after)
     bench.offer("X", 1)
     bench.hub.flush_soon()
     assert failed == [broken.outbox]
-    bench.subscriptions.discard([bench.subscriptions.channels["X"]], broken.outbox)
+    bench.subscriptions.discard([lane], broken.outbox)
     bench.offer("X", 2)
     bench.hub.flush_soon()
     await rest(bench.hub)
@@ -206,14 +208,13 @@ async def test_bytes_bound_an_outbox_too() -> None:
 
 async def test_a_session_that_no_longer_wants_what_waited_has_caught_up() -> None:
     bench, slow = Bench(max_rows=1), Socket()
-    bench.subscribe("X", slow)
+    lane = bench.subscribe("X", slow)
     slow.outbox.is_blocked = True
     bench.offer("X", 1, 2, 3)
     bench.hub.flush_soon()
     assert bench.states == [("merging", slow.outbox)]
-    channel = bench.subscriptions.channels["X"]
-    slow.outbox.drop([channel])
-    bench.subscriptions.discard([channel], slow.outbox)
+    slow.outbox.drop([lane])
+    bench.subscriptions.discard([lane], slow.outbox)
     slow.outbox.is_blocked = False
     bench.hub.unblock(slow.outbox)
     await quiet(bench)
@@ -282,12 +283,12 @@ async def test_a_flush_with_nothing_to_say_writes_nothing() -> None:
 
 async def test_nothing_is_sent_to_a_session_that_was_forgotten() -> None:
     bench, gone, here = Bench(), Socket(), Socket()
-    bench.subscribe("X", gone, here)
+    lane = bench.subscribe("X", gone, here)
     gone.outbox.is_blocked = True
     bench.offer("X", 1)
     bench.hub.flush_soon()
     bench.offer("X", 2)
-    bench.subscriptions.discard([bench.subscriptions.channels["X"]], gone.outbox)
+    bench.subscriptions.discard([lane], gone.outbox)
     bench.hub.forget([gone.outbox])
     gone.outbox.is_blocked = False
     bench.hub.flush_soon()
@@ -436,13 +437,13 @@ class HubMachine(RuleBasedStateMachine):
 
     # Main, which answers at once
 
-    def watch(self, codes: Sequence[str], then: Callable[[Answer], None]) -> None:
+    def watch(self, codes: Sequence[str], books: bool, then: Callable[[Answer], None]) -> None:
         assert not self.watched & set(codes), "asked for a code that comes already"
         self.watched |= set(codes)
         self.look(codes, then)
 
     def look(self, codes: Sequence[str], then: Callable[[Answer], None]) -> None:
-        then(Answer({code: (self.seqs[code], self.row(code) if self.seqs[code] else None) for code in codes}, {}))
+        then(Answer({code: (self.seqs[code], self.row(code) if self.seqs[code] else None, None) for code in codes}, {}))
 
     def unwatch(self, codes: Iterable[str]) -> None:
         self.watched -= set(codes)
@@ -520,8 +521,7 @@ class HubMachine(RuleBasedStateMachine):
     def subscribe(self, who: int, codes: list[str], snapshot: bool) -> None:
         client = self.clients[who]
         for code in codes:
-            if snapshot or code not in client.subscribed:
-                # It begins anew; a subscription that exists already and wants no snapshot simply goes on.
+            if code not in client.subscribed:  # one that exists already goes on, and so does its count
                 client.last[code] = None
                 client.got[code], client.offered[code], client.merged[code] = [], [], 0
         answer = client.ask(action="subscribe", codes=codes, snapshot=snapshot)

@@ -33,27 +33,27 @@ class RecordingBus:
 
     @property
     def seqs(self) -> list[tuple[str, int]]:
-        return [(code, seq) for message in self.take() for code, seq, _ in message.rows]
+        return [(code, seq) for message in self.take() for code, seq, *_ in message.rows]
 
 
 class Bench:
     def __init__(self, *unknown: str) -> None:
         self.relay = Relay(lambda code: code not in unknown)
-        self.board = self.relay.board = Board(days=TradingDays({}), watched=self.relay.wanted)
+        self.board = self.relay.board = Board(days=TradingDays({}), watched=self.relay.wanted, books_watched=self.relay.books)
         self.price = 0
 
-    def worker(self, *codes: str) -> tuple[WorkerFeed, RecordingBus]:
+    def worker(self, *codes: str, books: bool = False) -> tuple[WorkerFeed, RecordingBus]:
         bus = RecordingBus()
         feed = WorkerFeed(bus)  # type: ignore[arg-type]
         if codes:
-            self.relay.ask(feed, Ask(1, list(codes), True))
+            self.relay.ask(feed, Ask(1, list(codes), True, books))
             bus.take()
         return feed, bus
 
-    def tick(self, *codes: str, flush: bool = True) -> None:
+    def tick(self, *codes: str, flush: bool = True, **fields: Any) -> None:
         for code in codes:
             self.price += 1
-            quote = self.board.apply(code, orjson.dumps({"last": self.price}), 1000)
+            quote = self.board.apply(code, orjson.dumps(fields or {"last": self.price}), 1000)
             if quote is not None:
                 self.relay.offer(quote)
         if flush:
@@ -64,18 +64,18 @@ def test_an_answer_has_the_newest_row_or_none() -> None:
     bench = Bench()
     bench.tick("A", "A")
     feed, bus = bench.worker()
-    bench.relay.ask(feed, Ask(7, ["A", "B"], False))
+    bench.relay.ask(feed, Ask(7, ["A", "B"], False, False))
     (answer,) = bus.take()
     assert (answer.question, answer.refused) == (7, {})
-    (a, seq, row), b = answer.rows
-    assert (a, seq, orjson.loads(row)["seq"]) == ("A", 2, 2)
-    assert b == ("B", 0, None)
+    (a, seq, row, book), b = answer.rows
+    assert (a, seq, orjson.loads(row)["seq"], book) == ("A", 2, 2, None)
+    assert b == ("B", 0, None, None)
 
 
 def test_to_look_is_not_to_watch() -> None:
     bench = Bench()
     feed, bus = bench.worker()
-    bench.relay.ask(feed, Ask(7, ["A"], False))
+    bench.relay.ask(feed, Ask(7, ["A"], False, False))
     bus.take()
     bench.tick("A")
     assert bus.take() == []
@@ -92,10 +92,10 @@ def test_who_watches_gets_every_later_row() -> None:
 def test_unknown_codes_are_refused_and_not_watched() -> None:
     bench = Bench("ZZZ")
     feed, bus = bench.worker()
-    bench.relay.ask(feed, Ask(7, ["A", "ZZZ"], True))
+    bench.relay.ask(feed, Ask(7, ["A", "ZZZ"], True, False))
     (answer,) = bus.take()
     assert answer.refused == {"ZZZ": "unknown_code"}
-    assert [code for code, _, _ in answer.rows] == ["A"]
+    assert [code for code, *_ in answer.rows] == ["A"]
     assert feed.codes == {"A"} == set(bench.relay.wanted)
 
 
@@ -103,13 +103,13 @@ def test_rows_before_an_answer_are_sent_before_it() -> None:
     bench = Bench()
     feed, bus = bench.worker("A")
     bench.tick("A", flush=False)
-    bench.relay.ask(feed, Ask(8, ["B"], True))
+    bench.relay.ask(feed, Ask(8, ["B"], True, False))
     bench.tick("A", "B", flush=False)
     bench.relay.flush()
     rows, answer, later = bus.take()
-    assert [(code, seq) for code, seq, _ in rows.rows] == [("A", 1)]
+    assert [(code, seq) for code, seq, *_ in rows.rows] == [("A", 1)]
     assert isinstance(answer, Answered)
-    assert [(code, seq) for code, seq, _ in later.rows] == [("A", 2), ("B", 1)]
+    assert [(code, seq) for code, seq, *_ in later.rows] == [("A", 2), ("B", 1)]
 
 
 def test_each_worker_gets_what_it_wants() -> None:
@@ -137,7 +137,7 @@ def test_a_code_that_is_given_up_is_not_sent_any_more() -> None:
     bench.tick("A", "B")
     assert bus.seqs == [("B", 1)]
     assert set(bench.relay.wanted) == {"B"}
-    bench.relay.ask(feed, Ask(9, ["A"], True))
+    bench.relay.ask(feed, Ask(9, ["A"], True, False))
     (answer,) = bus.take()
     assert answer.rows[0][1] == 1
     bench.tick("A")
@@ -147,7 +147,7 @@ def test_a_code_that_is_given_up_is_not_sent_any_more() -> None:
 def test_watching_twice_is_watching_once() -> None:
     bench = Bench()
     feed, bus = bench.worker("A")
-    bench.relay.ask(feed, Ask(9, ["A"], True))
+    bench.relay.ask(feed, Ask(9, ["A"], True, False))
     bus.take()
     bench.tick("A")
     assert bus.seqs == [("A", 1)]
@@ -199,7 +199,7 @@ def test_a_slow_worker_gets_its_answers_all_the_same() -> None:
     feed, slow = bench.worker("A")
     slow.unsent_bytes = relay_module._SLOW_BYTES + 1
     bench.tick("A", "A")
-    bench.relay.ask(feed, Ask(9, ["B"], True))
+    bench.relay.ask(feed, Ask(9, ["B"], True, False))
     (answer,) = slow.take()
     assert answer.question == 9
 
@@ -224,6 +224,58 @@ def test_what_nobody_watches_is_not_merged_by_a_lagging_main() -> None:
     assert bench.relay.merged == 0
 
 
+# Books
+
+
+def test_a_book_goes_only_to_the_workers_that_asked_for_it() -> None:
+    bench = Bench()
+    bench.tick("A", bids=[[10, 1]])
+    feed, deep = bench.worker()
+    bench.relay.ask(feed, Ask(7, ["A", "B"], True, True))
+    (answer,) = deep.take()
+    assert [(code, seq, book) for code, seq, _, book in answer.rows] == [("A", 1, b'{"bids":[[10,1]]}'), ("B", 0, b"{}")]
+    _, flat = bench.worker("A", "B")
+    bench.tick("A", last=5, bids=[[10, 2]])
+    bench.tick("B", last=6)
+    assert [entry[3:] for message in flat.take() for entry in message.rows] == [(), ()]
+    assert [entry[3:] for message in deep.take() for entry in message.rows] == [(b'{"bids":[[10,2]]}',), (b"{}",)]
+
+
+def test_a_change_of_the_book_alone_is_news_only_where_somebody_wants_it() -> None:
+    bench = Bench()
+    _, flat = bench.worker("A")
+    bench.tick("A", last=5, bids=[[10, 1]])
+    assert flat.seqs == [("A", 1)]
+    bench.tick("A", last=5, bids=[[10, 2]])
+    assert flat.seqs == []
+    _, deep = bench.worker("A", books=True)
+    bench.tick("A", last=5, bids=[[10, 3]])
+    bench.tick("A", last=5, bids=[[10, 3]])
+    assert deep.seqs == [("A", 3)]
+
+
+def test_who_only_looks_at_a_book_is_not_sent_it_later() -> None:
+    bench = Bench()
+    feed, bus = bench.worker("A")
+    bench.relay.ask(feed, Ask(7, ["A"], False, True))
+    (answer,) = bus.take()
+    assert answer.rows[0][3] == b"{}"
+    assert not bench.relay.books
+    bench.tick("A", last=5, bids=[[10, 1]])
+    assert [len(entry) for message in bus.take() for entry in message.rows] == [3]
+
+
+def test_a_book_is_given_up_with_its_code() -> None:
+    bench = Bench()
+    first, _ = bench.worker("A", books=True)
+    second, _ = bench.worker("A", books=True)
+    bench.relay.unwatch(first, ["A"])
+    assert dict(bench.relay.books) == {"A": 1}
+    bench.relay.forget(second)
+    assert not bench.relay.books
+    assert not first.books and not second.books
+
+
 CODES = ("A", "B", "C")
 
 
@@ -237,35 +289,44 @@ class RelayMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.workers: list[tuple[WorkerFeed, RecordingBus]] = [self.bench.worker(), self.bench.worker()]
-        # Per worker and watched code: the seq that it knows.
-        self.known: list[dict[str, int]] = [{}, {}]
+        # Per worker and watched code: the entry that it knows; with the book, where it has asked for that.
+        self.known: list[dict[str, tuple[Any, ...]]] = [{}, {}]
 
     def read(self, who: int) -> None:
         """The worker takes what has come, as its hub does."""
         known = self.known[who]
         for message in self.workers[who][1].take():
             if isinstance(message, Rows):
-                codes = [code for code, _, _ in message.rows]
-                for code, seq, row in message.rows:
+                for entry in message.rows:
+                    code, seq, row = entry[:3]
                     assert orjson.loads(row)["seq"] == seq
-                    if code in known:
-                        known[code] = max(known[code], seq)
-                assert set(codes) <= set(CODES)
+                    if code in known and seq > known[code][1]:
+                        assert len(entry) >= len(known[code]), "a row without the book, behind one with it"
+                        known[code] = entry
             else:
-                for code, seq, _ in message.rows:
-                    known[code] = max(known.get(code, 0), seq)
+                for code, seq, row, book in message.rows:
+                    if code not in known or seq > known[code][1] or book is not None:
+                        assert code not in known or seq >= known[code][1]
+                        known[code] = (code, seq, row, book) if book is not None else (code, seq, row)
 
     @rule(codes=st.lists(st.sampled_from(CODES), min_size=1, max_size=6), flush=st.booleans())
     def tick(self, codes: list[str], flush: bool) -> None:
         self.bench.tick(*codes, flush=flush)
 
+    @rule(codes=st.lists(st.sampled_from(CODES), min_size=1, max_size=6), flush=st.booleans(), size=st.integers(1, 3))
+    def change_the_book(self, codes: list[str], flush: bool, size: int) -> None:
+        self.bench.tick(*codes, flush=flush, bids=[[10, size]])
+
     @rule()
     def flush(self) -> None:
         self.bench.relay.flush()
 
-    @rule(who=st.integers(0, 1), codes=st.lists(st.sampled_from(CODES), min_size=1, unique=True))
-    def watch(self, who: int, codes: list[str]) -> None:
-        self.bench.relay.ask(self.workers[who][0], Ask(1, codes, True))
+    @rule(who=st.integers(0, 1), codes=st.lists(st.sampled_from(CODES), min_size=1, unique=True), books=st.booleans())
+    def watch(self, who: int, codes: list[str], books: bool) -> None:
+        feed, _ = self.workers[who]
+        if not books:  # a worker asks for what it does not have; with the book it has everything
+            codes = [code for code in codes if code not in feed.books]
+        self.bench.relay.ask(feed, Ask(1, codes, True, books))
 
     @rule(who=st.integers(0, 1), codes=st.lists(st.sampled_from(CODES), min_size=1, unique=True))
     def unwatch(self, who: int, codes: list[str]) -> None:
@@ -298,13 +359,19 @@ class RelayMachine(RuleBasedStateMachine):
             bus.unsent_bytes = 0
             feed.drained()
             self.read(who)
-            for code, seq in self.known[who].items():
-                assert seq == self.bench.board.seq(code), "a worker was not told the newest row"
+            for code, (_, _, row, *book) in self.known[who].items():
+                quote = self.bench.board.quotes.get(code)
+                newest, newest_book = ({}, {}) if quote is None else (quote.row, quote.book)
+                known = {} if row is None else orjson.loads(row)
+                assert known.get("last") == newest.get("last"), "a worker was not told the newest row"
+                assert bool(book) is (code in feed.books)
+                assert not book or orjson.loads(book[0]) == newest_book, "a worker was not told the newest book"
 
     @invariant()
     def wanted_is_what_the_workers_want(self) -> None:
         if hasattr(self, "workers"):
             assert set(self.bench.relay.wanted) == set().union(*(feed.codes for feed, _ in self.workers))
+            assert set(self.bench.relay.books) == set().union(*(feed.books for feed, _ in self.workers))
 
     def teardown(self) -> None:
         if hasattr(self, "workers"):

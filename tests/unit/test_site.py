@@ -148,7 +148,7 @@ async def test_without_an_origin_there_are_no_headers_for_pages() -> None:
         ({"Sec_WebSocket_Version": "12"}, "bad_handshake"),
         ({"Sec_WebSocket_Version": "-"}, "bad_handshake"), ({"Connection": "keep-alive"}, "bad_handshake"),
         ({"Sec_WebSocket_Protocol": "graphql-ws"}, "bad_subprotocol"),
-        ({"Sec_WebSocket_Protocol": "quotes.v1.msgpack, quotes.v2.json"}, "bad_subprotocol"),
+        ({"Sec_WebSocket_Protocol": "quotes.v1.cbor, quotes.v2.json"}, "bad_subprotocol"),
     ],
 )  # fmt: skip
 async def test_a_faulty_handshake_is_refused_before_a_place_is_taken(changes: dict[str, str], error: str) -> None:
@@ -162,7 +162,8 @@ async def test_a_faulty_handshake_is_refused_before_a_place_is_taken(changes: di
 @pytest.mark.parametrize(
     ("offered", "chosen"),
     [("quotes.v1.json", "quotes.v1.json"), ("other, quotes.v1.json", "quotes.v1.json"),
-     (" quotes.v1.json ,x", "quotes.v1.json"), ("", None)],
+     (" quotes.v1.json ,x", "quotes.v1.json"), ("quotes.v1.msgpack", "quotes.v1.msgpack"),
+     ("x, quotes.v1.msgpack,quotes.v1.json", "quotes.v1.msgpack"), ("", None)],
 )  # fmt: skip
 async def test_the_subprotocol_is_chosen_among_those_that_are_offered(offered: str, chosen: str | None) -> None:
     async with site() as s:

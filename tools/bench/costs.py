@@ -30,7 +30,6 @@ from quotepush.push.hub import Hub
 from quotepush.push.outbox import Outbox
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.quote.board import Board, TradingDays
-from quotepush.wire.messages import tick_head
 
 _ROUNDS = 7
 _CONNECTIONS = 500
@@ -104,9 +103,8 @@ def cost_of_fan_out() -> None:
     outboxes = [Outbox(None, lambda data: None) for _ in range(1000)]
     channel = subscriptions.open("600000.SH", 0, b"{}")
     for outbox in outboxes:
-        subscriptions.add(channel, outbox, with_prev=True)
+        subscriptions.add(channel, outbox, base=0)
     row = filled((LOADS["market"].payload() % "600000.SH").encode(), 1_000_000_000, time.time_ns() // 1000)
-    head = tick_head(1_700_000_000_000)
     seq = 0
 
     def offer(count: int) -> None:
@@ -126,7 +124,7 @@ def cost_of_fan_out() -> None:
             offer(count)
             middle = time.process_time()
             for outbox in outboxes:
-                outbox.take(head, 1)
+                outbox.take(1)
             offered = min(offered, middle - begin)
             taken = min(taken, time.process_time() - middle)
             clear()
