@@ -13,7 +13,7 @@ from quotepush.quote.tick import (
     KNOWN_FIELDS,
     MAX_TS_MS,
     BadTick,
-    check_depth,
+    written_size,
     check_tick,
     clear_nulls,
     decode_tick,
@@ -133,7 +133,7 @@ def test_json_that_is_no_object_is_refused(payload: bytes) -> None:
 def refusal(tick: dict[str, Any]) -> str | None:
     try:
         check_tick(tick, shape_of(tick))
-        check_depth(tick)
+        written_size(tick)
     except BadTick as e:
         assert e.reason in str(e)
         return e.reason
