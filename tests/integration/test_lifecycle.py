@@ -456,7 +456,7 @@ async def test_at_the_end_clients_are_told_to_come_back_and_nothing_is_left(
             assert (client.close_code, client.close_reason) == (1012, "restart")
             await client.close()
         assert not any(is_alive(pid) for pid in pids)
-        assert await redis.keys("*") == []
+        assert not [key for key in await redis.keys("*") if not key.startswith("qp:row")]  # newest rows are kept
     assert "ERROR" not in server.log()
     assert "Traceback" not in server.log()
     assert "killed" not in server.log()

@@ -466,7 +466,7 @@ _WRONG_REQUESTS = {
     '{"action":"subscribe","codes":["A"],"fields":["last","price"]}': "unknown_field",
     '{"action":"subscribe","codes":["A"],"max_rate":0}': "bad_request",
     '{"action":"subscribe","codes":["A"],"format":"columns"}': "bad_request",
-    '{"action":"subscribe","codes":["A"],"epoch":"e","since":{"A":1}}': "bad_request",
+    '{"action":"subscribe","codes":["A"],"epoch":"e","since":["A"]}': "bad_request",
     '{"action":"subscribe","codes":["A"],"since":{"A":1}}': "bad_request",
     '{"action":"unsubscribe"}': "bad_request",
     '{"action":"snapshot","codes":{}}': "bad_request",
@@ -498,7 +498,7 @@ async def test_a_wrong_request_gets_an_error_and_keeps_the_connection(start_serv
         assert (await client.request("list"))["total"] == 0
 
 
-async def test_an_error_names_the_request_and_what_is_not_offered(server: QuotepushServer) -> None:
+async def test_an_error_names_the_request_and_what_is_wrong_with_it(server: QuotepushServer) -> None:
     async with RecordingClient(server.ws_url) as client:
         answer = await client.request("subscribe", codes=["AAPL"], since={"AAPL": 1})
         assert (answer["type"], answer["error"], answer["action"]) == ("error", "bad_request", "subscribe")

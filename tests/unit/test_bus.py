@@ -16,16 +16,23 @@ from tests.support.waiting import wait_until
 TO_WORKER = [
     bus.Setup(1, {"port": 8008, "allowed_origins": ["*"], "zones": {"SH": "Asia/Shanghai"}}, "n1", "epoch", "0.1"),
     bus.Rows([("600519.SH", 7, b'{"code":"600519.SH","seq":7,"name":"\xe8\x8c\x85"}'), ("AAPL", 2**40, b"{}", b"[]")]),
-    bus.Answered(5, [("A", 3, b"{}", b"{}"), ("B", 0, None, None)], {"C": "unknown_code"}),
+    bus.Answered(
+        5,
+        [("A", 3, b"{}", b"{}", "e1"), ("B", 0, None, None, "e0")],
+        {"C": "unknown_code"},
+        {"A": [(2, b"{}"), (3, b"{}")]},
+        ["A"],
+    ),
+    bus.Freshness(["A"], ["B", "C"]),
     bus.PlacesGranted(6),
-    bus.Feed("ok", 1_721_872_800_123),
+    bus.Feed("ok", 1_721_872_800_123, "e1"),
     bus.Lend(1, True),
     bus.Drain(10.5, 1000),
 ]
 TO_MAIN = [
     bus.Hello("0.1721872800000000"),
     bus.Ready(),
-    bus.Ask(5, ["A", "B"], True, False),
+    bus.Ask(5, ["A", "B"], True, False, {"A": ("e1", 1)}),
     bus.Unwatch(["A"]),
     bus.PlacesWanted(2, 16),
     bus.PlacesBack(3),
@@ -100,9 +107,9 @@ async def test_what_is_sent_in_one_turn_shares_a_frame_and_a_turn() -> None:
 
 async def test_what_is_sent_now_comes_behind_what_is_queued() -> None:
     async with pair() as (main, worker):
-        main.bus.send(bus.Feed("ok", 1))
-        main.bus.send_now(bus.Feed("ok", 2))
-        main.bus.send(bus.Feed("ok", 3))
+        main.bus.send(bus.Feed("ok", 1, "e"))
+        main.bus.send_now(bus.Feed("ok", 2, "e"))
+        main.bus.send(bus.Feed("ok", 3, "e"))
         assert [message.last_tick_ms for message in await worker.heard(3)] == [1, 2, 3]
 
 
@@ -134,9 +141,9 @@ async def test_large_frames_arrive_whole_and_what_waits_can_be_seen() -> None:
 
 async def test_an_answer_may_be_given_while_a_message_is_taken() -> None:
     async with pair() as (main, worker):
-        main.bus._on_message = lambda message: main.bus.send(bus.Answered(message.question, [], {}))
-        worker.bus.send(bus.Ask(1, ["A"], False, False))
-        worker.bus.send(bus.Ask(2, ["A"], False, False))
+        main.bus._on_message = lambda message: main.bus.send(bus.Answered(message.question, [], {}, {}))
+        worker.bus.send(bus.Ask(1, ["A"], False, False, {}))
+        worker.bus.send(bus.Ask(2, ["A"], False, False, {}))
         assert [message.question for message in await worker.heard(2)] == [1, 2]
 
 
@@ -152,8 +159,8 @@ async def test_sending_to_one_who_is_gone_is_harmless() -> None:
     async with pair() as (main, worker):
         worker.bus.close()
         await wait_until(lambda: main.losses)
-        main.bus.send(bus.Feed("ok", 1))
-        main.bus.send_now(bus.Feed("ok", 2))
+        main.bus.send(bus.Feed("ok", 1, "e"))
+        main.bus.send_now(bus.Feed("ok", 2, "e"))
         main.bus.flush()
         main.bus.close()
         assert main.bus.unsent_bytes == 0

@@ -5,7 +5,7 @@ Main, the wire and the clock are the test's; subscriptions, hub, outboxes and se
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -304,7 +304,9 @@ class FanOutMachine(RuleBasedStateMachine):
         channel = self.subscriptions.channels.get(code)
         return self.board[code] if channel is None else channel.seq
 
-    def watch(self, codes: Sequence[str], books: bool, then: Callable[[Answer], None]) -> None:
+    def watch(
+        self, codes: Sequence[str], books: bool, since: Mapping[str, tuple[str, int]], then: Callable[[Answer], None]
+    ) -> None:
         for code in codes:
             assert code not in self.watched or (books and not self.watched[code]), "asked for what comes already"
             self.watched[code] = books
@@ -319,7 +321,7 @@ class FanOutMachine(RuleBasedStateMachine):
         rows = {}
         for code in codes:
             row, book = self.encoded(code)
-            rows[code] = self.board[code], row if self.board[code] else None, book if books else None
+            rows[code] = self.board[code], row if self.board[code] else None, book if books else None, "e"
         return Answer(rows, {})
 
     def unwatch(self, codes: Iterable[str]) -> None:

@@ -130,16 +130,17 @@ def message_of(codec: Codec, frame: bytes) -> Any:
 @names
 @given(data=st.lists(rows(sizes=(2, 15, 16)), max_size=4), view=views, time_ms=st.integers(1, 2**45),
        kind=st.sampled_from(["tick", "snapshot"]),
-       flags=st.dictionaries(st.sampled_from(["gap", "replay"]), st.booleans()))  # fmt: skip
+       facts=st.fixed_dictionaries({}, optional={"gap": st.just(True), "replay": st.just(True),
+       "epochs": st.dictionaries(st.sampled_from(["A", "600519.SH"]), texts)}))  # fmt: skip
 @settings(deadline=None, derandomize=True, max_examples=200)
 def test_a_message_holds_its_rows_and_says_what_they_are(
-    spelled: Format, data: list[dict[str, Any]], view: View, time_ms: int, kind: str, flags: dict[str, bool]
+    spelled: Format, data: list[dict[str, Any]], view: View, time_ms: int, kind: str, facts: dict[str, Any]
 ) -> None:
     encoded = [spelled.encode(row, view) for row in data]
     cols = view.cols if spelled.is_array else None
-    message = message_of(spelled.codec, spelled.codec.rows_frame(kind, time_ms, encoded, cols, **flags))
+    message = message_of(spelled.codec, spelled.codec.rows_frame(kind, time_ms, encoded, cols, **facts))
     assert next(iter(message)) == "type"
-    expected = {"type": kind, "time": time_ms, **{flag: True for flag, is_set in flags.items() if is_set}}
+    expected = {"type": kind, "time": time_ms, **facts}
     if cols is not None:
         expected["cols"] = cols
     assert message == {**expected, "data": [decoded(spelled, text) for text in encoded]}

@@ -6,7 +6,7 @@ checks the promises to a client and not the hub's own books.
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -437,13 +437,15 @@ class HubMachine(RuleBasedStateMachine):
 
     # Main, which answers at once
 
-    def watch(self, codes: Sequence[str], books: bool, then: Callable[[Answer], None]) -> None:
+    def watch(
+        self, codes: Sequence[str], books: bool, since: Mapping[str, tuple[str, int]], then: Callable[[Answer], None]
+    ) -> None:
         assert not self.watched & set(codes), "asked for a code that comes already"
         self.watched |= set(codes)
         self.look(codes, then)
 
     def look(self, codes: Sequence[str], then: Callable[[Answer], None]) -> None:
-        then(Answer({code: (self.seqs[code], self.row(code) if self.seqs[code] else None, None) for code in codes}, {}))
+        then(Answer({c: (self.seqs[c], self.row(c) if self.seqs[c] else None, None, "e") for c in codes}, {}))
 
     def unwatch(self, codes: Iterable[str]) -> None:
         self.watched -= set(codes)

@@ -41,11 +41,11 @@ def fault(said: Any, max_codes: int = 5) -> RequestError:
         ({"action": "subscribe", "codes": ["A"], "fields": None}, Request("subscribe", None, ("A",), True)),
         ({"action": "subscribe", "codes": ["A"], "max_rate": None, "format": None}, Request("subscribe", None, ("A",))),
         (
-            {"action": "subscribe", "codes": ["A"], "fields": ["bids", "my_own", "ts"], "max_rate": 2, "format": "rows"},
-            Request("subscribe", None, ("A",), True, ("bids", "my_own", "ts"), 2.0, "rows"),
+            {"action": "subscribe", "codes": ["A"], "fields": ["bids", "my_own"], "max_rate": 2, "format": "rows"},
+            Request("subscribe", None, ("A",), True, ("bids", "my_own"), 2.0, "rows"),
         ),
         ({"action": "subscribe", "codes": ["A"], "format": "objects"}, Request("subscribe", None, ("A",))),
-        ({"action": "subscribe", "codes": ["A"], "max_rate": 1000}, Request("subscribe", None, ("A",), max_rate=1000.0)),
+        ({"action": "subscribe", "codes": ["A"], "max_rate": 999}, Request("subscribe", None, ("A",), max_rate=999.0)),
         ({"action": "subscribe", "codes": ["A"], "max_rate": 0.1}, Request("subscribe", None, ("A",), max_rate=0.1)),
         ({"action": "subscribe", "codes": ["A"] * 5}, Request("subscribe", None, ("A",) * 5, True)),
         ({"action": "subscribe", "codes": ["A"], "unknown": [1]}, Request("subscribe", None, ("A",), True)),
@@ -94,12 +94,52 @@ def test_snapshot_is_true_or_false(snapshot: Any) -> None:
     assert fault({"action": "subscribe", "codes": ["A"], "snapshot": snapshot}).error == "bad_request"
 
 
-@pytest.mark.parametrize("option", ["epoch", "since"])
-@pytest.mark.parametrize("value", [0, False, "", [], {}, ["last"], 2, "rows"])
-def test_an_option_that_is_not_offered_is_refused_by_name(option: str, value: Any) -> None:
-    found = fault({"action": "subscribe", "id": 7, "codes": ["A"], option: value})
+@pytest.mark.parametrize(
+    ("said", "since"),
+    [
+        ({"epoch": "e", "since": {"A": 5}}, {"A": ("e", 5)}),
+        ({"epoch": "e", "since": {"sh600519": 5, "aapl": 0}}, {"600519.SH": ("e", 5), "AAPL": ("e", 0)}),
+        ({"epoch": "e", "since": {"A": 2**63 - 1}}, {"A": ("e", 2**63 - 1)}),
+        ({"epoch": "e", "since": {"A": {"epoch": "a", "seq": 5}, "B": 6}}, {"A": ("a", 5), "B": ("e", 6)}),
+        ({"since": {"A": {"epoch": "a", "seq": 5}}}, {"A": ("a", 5)}),
+        ({"since": {"A": {"epoch": "", "seq": 0, "more": 1}}}, {"A": ("", 0)}),
+        ({"epoch": "e", "since": {"no such": 5, "A": 6}}, {"A": ("e", 6)}),  # it is refused among the codes
+        ({"epoch": "e", "since": {"600519": 5, "600519.SH": 6}}, {"600519.SH": ("e", 6)}),
+        ({"epoch": "e", "since": {}}, {}),
+        ({"since": {}}, {}),
+        ({"since": None}, {}),
+        ({"epoch": "e"}, {}),
+        ({"epoch": 5}, {}),  # says nothing without since
+    ],
+)
+def test_since_has_an_epoch_and_a_seq_for_each_code(said: dict[str, Any], since: dict[str, tuple[str, int]]) -> None:
+    assert parse({"action": "subscribe", "codes": ["A"], **said}).since == since
+
+
+@pytest.mark.parametrize("since", [0, False, "", [], ["A"], 2, "A", [["A", 5]]])
+def test_a_since_that_is_no_object_is_refused_by_name(since: Any) -> None:
+    found = fault({"action": "subscribe", "id": 7, "codes": ["A"], "epoch": "e", "since": since})
     assert (found.error, found.request_id, found.action) == ("bad_request", 7, "subscribe")
-    assert option in found.message
+    assert "since" in found.message
+
+
+@pytest.mark.parametrize(
+    "place",
+    [None, "5", 5.0, True, False, -1, 2**63, [], [5], {}, {"epoch": "e"}, {"seq": 5}]
+    + [{"epoch": epoch, "seq": 5} for epoch in (None, 5, True, [], {})]
+    + [{"epoch": "e", "seq": seq} for seq in (None, "5", 5.0, True, -1, 2**63, [], {})],
+)
+def test_a_place_that_is_no_seq_in_an_epoch_is_refused(place: Any) -> None:
+    found = fault({"action": "subscribe", "id": 7, "codes": ["A"], "epoch": "e", "since": {"B": 5, "A": place}})
+    assert (found.error, found.request_id, found.action) == ("bad_request", 7, "subscribe")
+    assert "since" in found.message
+
+
+@pytest.mark.parametrize("epoch", [{}, {"epoch": None}, {"epoch": 5}, {"epoch": ["e"]}, {"epoch": True}])
+def test_a_number_alone_needs_the_epoch_beside_it(epoch: dict[str, Any]) -> None:
+    found = fault({"action": "subscribe", "codes": ["A"], "since": {"A": 5}, **epoch})
+    assert found.error == "bad_request"
+    assert "epoch" in found.message
 
 
 @pytest.mark.parametrize(
@@ -155,6 +195,8 @@ actions = st.sampled_from(["subscribe", "unsubscribe", "list", "snapshot", "ping
         {}, optional={"action": actions | json_values, "id": json_values,
         "codes": st.lists(st.text(max_size=4)) | json_values, "snapshot": json_values,
         "fields": st.lists(st.sampled_from(["last", "bids", "no"])) | json_values,
+        "epoch": st.text(max_size=4) | json_values,
+        "since": st.dictionaries(st.sampled_from(["A", "no such"]), st.integers() | json_values) | json_values,
         "max_rate": st.floats() | json_values, "format": st.sampled_from(["rows", "objects"]) | json_values},
     ),
 ))  # fmt: skip

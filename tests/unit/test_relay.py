@@ -11,6 +11,7 @@ from quotepush.node import relay as relay_module
 from quotepush.node.bus import Answered, Ask, Rows
 from quotepush.node.relay import Relay, WorkerFeed
 from quotepush.quote.board import Board, TradingDays
+from quotepush.quote.ring import Ring
 
 
 class RecordingBus:
@@ -37,16 +38,19 @@ class RecordingBus:
 
 
 class Bench:
-    def __init__(self, *unknown: str) -> None:
-        self.relay = Relay(lambda code: code not in unknown)
-        self.board = self.relay.board = Board(days=TradingDays({}), watched=self.relay.wanted, books_watched=self.relay.books)
+    def __init__(self, *unknown: str, keep_s: float = 0.0) -> None:
+        self.ring = Ring(max_bytes=1 << 20, max_code_bytes=1 << 16, max_age_ms=60_000)
+        self.relay = Relay(lambda code: code not in unknown, self.ring, keep_s)
+        self.board = self.relay.board = Board(
+            epoch="e", days=TradingDays({}), watched=self.relay.wanted, books_watched=self.relay.books
+        )
         self.price = 0
 
     def worker(self, *codes: str, books: bool = False) -> tuple[WorkerFeed, RecordingBus]:
         bus = RecordingBus()
         feed = WorkerFeed(bus)  # type: ignore[arg-type]
         if codes:
-            self.relay.ask(feed, Ask(1, list(codes), True, books))
+            self.relay.ask(feed, Ask(1, list(codes), True, books, {}))
             bus.take()
         return feed, bus
 
@@ -64,18 +68,19 @@ def test_an_answer_has_the_newest_row_or_none() -> None:
     bench = Bench()
     bench.tick("A", "A")
     feed, bus = bench.worker()
-    bench.relay.ask(feed, Ask(7, ["A", "B"], False, False))
+    bench.relay.ask(feed, Ask(7, ["A", "B"], False, False, {}))
     (answer,) = bus.take()
     assert (answer.question, answer.refused) == (7, {})
-    (a, seq, row, book), b = answer.rows
-    assert (a, seq, orjson.loads(row)["seq"], book) == ("A", 2, 2, None)
-    assert b == ("B", 0, None, None)
+    (a, seq, row, book, epoch), b = answer.rows
+    assert (a, seq, orjson.loads(row)["seq"], book, epoch) == ("A", 2, 2, None, "e")
+    assert b == ("B", 0, None, None, "e")
+    assert (answer.missed, answer.stale) == ({}, [])
 
 
 def test_to_look_is_not_to_watch() -> None:
     bench = Bench()
     feed, bus = bench.worker()
-    bench.relay.ask(feed, Ask(7, ["A"], False, False))
+    bench.relay.ask(feed, Ask(7, ["A"], False, False, {}))
     bus.take()
     bench.tick("A")
     assert bus.take() == []
@@ -92,7 +97,7 @@ def test_who_watches_gets_every_later_row() -> None:
 def test_unknown_codes_are_refused_and_not_watched() -> None:
     bench = Bench("ZZZ")
     feed, bus = bench.worker()
-    bench.relay.ask(feed, Ask(7, ["A", "ZZZ"], True, False))
+    bench.relay.ask(feed, Ask(7, ["A", "ZZZ"], True, False, {}))
     (answer,) = bus.take()
     assert answer.refused == {"ZZZ": "unknown_code"}
     assert [code for code, *_ in answer.rows] == ["A"]
@@ -103,7 +108,7 @@ def test_rows_before_an_answer_are_sent_before_it() -> None:
     bench = Bench()
     feed, bus = bench.worker("A")
     bench.tick("A", flush=False)
-    bench.relay.ask(feed, Ask(8, ["B"], True, False))
+    bench.relay.ask(feed, Ask(8, ["B"], True, False, {}))
     bench.tick("A", "B", flush=False)
     bench.relay.flush()
     rows, answer, later = bus.take()
@@ -136,8 +141,8 @@ def test_a_code_that_is_given_up_is_not_sent_any_more() -> None:
     bench.relay.unwatch(feed, ["A", "never watched"])
     bench.tick("A", "B")
     assert bus.seqs == [("B", 1)]
-    assert set(bench.relay.wanted) == {"B"}
-    bench.relay.ask(feed, Ask(9, ["A"], True, False))
+    assert bench.relay.watched == 1
+    bench.relay.ask(feed, Ask(9, ["A"], True, False, {}))
     (answer,) = bus.take()
     assert answer.rows[0][1] == 1
     bench.tick("A")
@@ -147,11 +152,13 @@ def test_a_code_that_is_given_up_is_not_sent_any_more() -> None:
 def test_watching_twice_is_watching_once() -> None:
     bench = Bench()
     feed, bus = bench.worker("A")
-    bench.relay.ask(feed, Ask(9, ["A"], True, False))
+    bench.relay.ask(feed, Ask(9, ["A"], True, False, {}))
     bus.take()
     bench.tick("A")
     assert bus.seqs == [("A", 1)]
     bench.relay.unwatch(feed, ["A"])
+    assert bench.relay.watched == 0
+    bench.relay.tidy()
     assert bench.relay.wanted == {}
 
 
@@ -163,6 +170,8 @@ def test_a_worker_that_is_gone_wants_nothing() -> None:
     bench.relay.forget(feed)
     bench.tick("B")
     assert here.seqs == [("B", 1)]
+    assert bench.relay.watched == 1
+    bench.relay.tidy()
     assert set(bench.relay.wanted) == {"B"}
     assert feed.codes == set()
 
@@ -199,7 +208,7 @@ def test_a_slow_worker_gets_its_answers_all_the_same() -> None:
     feed, slow = bench.worker("A")
     slow.unsent_bytes = relay_module._SLOW_BYTES + 1
     bench.tick("A", "A")
-    bench.relay.ask(feed, Ask(9, ["B"], True, False))
+    bench.relay.ask(feed, Ask(9, ["B"], True, False, {}))
     (answer,) = slow.take()
     assert answer.question == 9
 
@@ -231,9 +240,12 @@ def test_a_book_goes_only_to_the_workers_that_asked_for_it() -> None:
     bench = Bench()
     bench.tick("A", bids=[[10, 1]])
     feed, deep = bench.worker()
-    bench.relay.ask(feed, Ask(7, ["A", "B"], True, True))
+    bench.relay.ask(feed, Ask(7, ["A", "B"], True, True, {}))
     (answer,) = deep.take()
-    assert [(code, seq, book) for code, seq, _, book in answer.rows] == [("A", 1, b'{"bids":[[10,1]]}'), ("B", 0, b"{}")]
+    assert [(code, seq, book) for code, seq, _, book, _ in answer.rows] == [
+        ("A", 1, b'{"bids":[[10,1]]}'),
+        ("B", 0, b"{}"),
+    ]
     _, flat = bench.worker("A", "B")
     bench.tick("A", last=5, bids=[[10, 2]])
     bench.tick("B", last=6)
@@ -257,7 +269,7 @@ def test_a_change_of_the_book_alone_is_news_only_where_somebody_wants_it() -> No
 def test_who_only_looks_at_a_book_is_not_sent_it_later() -> None:
     bench = Bench()
     feed, bus = bench.worker("A")
-    bench.relay.ask(feed, Ask(7, ["A"], False, True))
+    bench.relay.ask(feed, Ask(7, ["A"], False, True, {}))
     (answer,) = bus.take()
     assert answer.rows[0][3] == b"{}"
     assert not bench.relay.books
@@ -274,6 +286,60 @@ def test_a_book_is_given_up_with_its_code() -> None:
     bench.relay.forget(second)
     assert not bench.relay.books
     assert not first.books and not second.books
+
+
+# Who comes back
+
+
+def test_a_code_that_everybody_has_left_is_kept_for_a_while() -> None:
+    bench = Bench(keep_s=3600.0)
+    feed, bus = bench.worker("A")
+    bench.tick("A")
+    bench.relay.unwatch(feed, ["A"])
+    bench.relay.tidy()
+    bench.tick("A", "A")
+    assert bus.seqs == [("A", 1)]
+    assert bench.relay.watched == 0
+    bench.relay.ask(feed, Ask(9, ["A"], True, False, {"A": ("e", 1)}))
+    (answer,) = bus.take()
+    assert [(seq, orjson.loads(row)["seq"]) for seq, row in answer.missed["A"]] == [(2, 2), (3, 3)]
+    assert bench.relay.watched == 1
+    bench.tick("A")
+    assert bus.seqs == [("A", 4)]
+
+
+def test_what_was_missed_of_a_code_that_was_given_up_is_not_known() -> None:
+    bench = Bench()
+    feed, bus = bench.worker("A")
+    bench.tick("A")
+    bench.relay.unwatch(feed, ["A"])
+    bench.relay.tidy()
+    bench.tick("A")
+    bus.take()
+    bench.relay.ask(feed, Ask(9, ["A"], True, False, {"A": ("e", 1)}))
+    (answer,) = bus.take()
+    assert (answer.missed, answer.rows[0][1]) == ({}, 2)
+    assert bench.ring.bytes == 0
+
+
+def test_who_has_missed_nothing_is_told_so_and_who_asks_in_another_epoch_is_not() -> None:
+    bench = Bench()
+    feed, bus = bench.worker("A", "B")
+    bench.tick("A", "B")
+    bus.take()
+    bench.relay.ask(feed, Ask(9, ["A", "B", "C"], True, False, {"A": ("e", 1), "B": ("before", 1), "C": ("e", 0)}))
+    (answer,) = bus.take()
+    assert answer.missed == {"A": []}
+
+
+def test_a_worker_for_which_rows_are_held_is_not_told_what_was_missed() -> None:
+    bench = Bench()
+    feed, slow = bench.worker("A")
+    slow.unsent_bytes = relay_module._SLOW_BYTES + 1
+    bench.tick("A", "A")
+    bench.relay.ask(feed, Ask(9, ["A"], True, False, {"A": ("e", 1)}))
+    (answer,) = slow.take()
+    assert answer.missed == {}  # the rows that are held come behind the answer
 
 
 CODES = ("A", "B", "C")
@@ -304,7 +370,7 @@ class RelayMachine(RuleBasedStateMachine):
                         assert len(entry) >= len(known[code]), "a row without the book, behind one with it"
                         known[code] = entry
             else:
-                for code, seq, row, book in message.rows:
+                for code, seq, row, book, _ in message.rows:
                     if code not in known or seq > known[code][1] or book is not None:
                         assert code not in known or seq >= known[code][1]
                         known[code] = (code, seq, row, book) if book is not None else (code, seq, row)
@@ -326,7 +392,7 @@ class RelayMachine(RuleBasedStateMachine):
         feed, _ = self.workers[who]
         if not books:  # a worker asks for what it does not have; with the book it has everything
             codes = [code for code in codes if code not in feed.books]
-        self.bench.relay.ask(feed, Ask(1, codes, True, books))
+        self.bench.relay.ask(feed, Ask(1, codes, True, books, {}))
 
     @rule(who=st.integers(0, 1), codes=st.lists(st.sampled_from(CODES), min_size=1, unique=True))
     def unwatch(self, who: int, codes: list[str]) -> None:
@@ -351,6 +417,13 @@ class RelayMachine(RuleBasedStateMachine):
         self.bench.relay.forget(self.workers[who][0])
         self.workers[who], self.known[who] = self.bench.worker(), {}
 
+    @rule()
+    def tidy(self) -> None:
+        """What nobody came back to is given up at once."""
+        self.bench.relay.tidy()
+        if hasattr(self, "workers"):
+            assert set(self.bench.relay.wanted) == set().union(*(feed.codes for feed, _ in self.workers))
+
     @precondition(lambda self: hasattr(self, "workers"))
     @rule()
     def come_to_rest(self) -> None:
@@ -370,7 +443,9 @@ class RelayMachine(RuleBasedStateMachine):
     @invariant()
     def wanted_is_what_the_workers_want(self) -> None:
         if hasattr(self, "workers"):
-            assert set(self.bench.relay.wanted) == set().union(*(feed.codes for feed, _ in self.workers))
+            wanted = set().union(*(feed.codes for feed, _ in self.workers))
+            assert {code for code, feeds in self.bench.relay.wanted.items() if feeds} == wanted
+            assert self.bench.relay.watched == len(wanted)
             assert set(self.bench.relay.books) == set().union(*(feed.books for feed, _ in self.workers))
 
     def teardown(self) -> None:

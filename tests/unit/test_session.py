@@ -1,7 +1,7 @@
 """One client's rules, and what happens while main's answer is under way."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -47,10 +47,17 @@ class RecordingLink:
 class Question:
     """What main has been asked and has not answered yet."""
 
-    def __init__(self, codes: Sequence[str], books: bool, then: Callable[[Answer], None]) -> None:
+    def __init__(
+        self,
+        codes: Sequence[str],
+        books: bool,
+        then: Callable[[Answer], None],
+        since: Mapping[str, tuple[str, int]] | None = None,
+    ) -> None:
         self.codes = list(codes)
         self.books = books
         self.then = then
+        self.since = dict(since or {})
 
 
 class Counter:
@@ -65,6 +72,9 @@ class Counter:
         self.rows: dict[str, tuple[int, bytes | None]] = {}
         self.books: dict[str, bytes] = {}
         self.unknown: set[str] = set()
+        self.epochs: dict[str, str] = {}  # of codes with an epoch of their own
+        self.missed: dict[str, list[tuple[int, bytes]]] = {}
+        self.stale: set[str] = set()
         self.desk = Desk(
             subscriptions=Subscriptions(),
             limits=Limits(
@@ -73,7 +83,7 @@ class Counter:
             server="0.0.1",
             epoch="epoch-1",
             heartbeat_ms=5000,
-            watch=lambda codes, books, then: self.watches.append(Question(codes, books, then)),
+            watch=lambda codes, books, since, then: self.watches.append(Question(codes, books, then, since)),
             look=lambda codes, then: self.looks.append(Question(codes, False, then)),
             unwatch=self.unwatched.extend,
             subscribed=self.touched.append,
@@ -87,7 +97,11 @@ class Counter:
         refused = {code: "unknown_code" for code in question.codes if code in self.unknown}
         known = [code for code in question.codes if code not in refused]
         books = {code: self.books.get(code, b"{}") if question.books else None for code in known}
-        question.then(Answer({code: (*self.rows.get(code, (0, None)), books[code]) for code in known}, refused))
+        rows = {
+            code: (*self.rows.get(code, (0, None)), books[code], self.epochs.get(code, "epoch-1")) for code in known
+        }
+        missed = {code: self.missed[code] for code in question.since if code in self.missed}
+        question.then(Answer(rows, refused, missed, self.stale))
 
     def answer_all(self) -> None:
         while self.watches or self.looks:
@@ -208,6 +222,102 @@ def test_a_subscription_without_a_snapshot_gets_none() -> None:
     assert only(link)["type"] == "ack"
     lane = session.subscriptions["AAPL"].lane
     assert lane.newcomers == {session.outbox: None}
+
+
+# Resume
+
+
+def test_who_has_missed_nothing_is_current_and_gets_no_row() -> None:
+    counter = Counter()
+    counter.set_row("A", 7)
+    counter.missed["A"] = []
+    session, link = counter.open()
+    say(session, action="subscribe", codes=["a"], epoch="epoch-1", since={"A": 7})
+    (question,) = counter.watches
+    assert (question.codes, question.since) == (["A"], {"A": ("epoch-1", 7)})
+    counter.answer_all()
+    assert only(link)["accepted"] == [{"code": "A", "as": "a", "resume": "current"}]
+    assert session.outbox.replay is None
+    lane = session.subscriptions["A"].lane
+    assert lane.audience == {session.outbox}
+
+
+def test_what_was_missed_waits_behind_the_ack_and_chains_from_where_the_client_was() -> None:
+    counter = Counter()
+    counter.set_row("A", 9)
+    counter.missed["A"] = [(seq, orjson.dumps({"code": "A", "seq": seq})) for seq in (8, 9)]
+    replayed: list[Any] = []
+    counter.desk.replay = replayed.append
+    session, link = counter.open()
+    say(session, action="subscribe", codes=["A"], since={"A": {"epoch": "epoch-1", "seq": 5}})
+    counter.answer_all()
+    assert only(link)["accepted"] == [{"code": "A", "as": "A", "resume": "replay"}]
+    assert replayed == [session.outbox]
+    message = message_of(session.outbox.take_replay(5))
+    assert message == {
+        "type": "tick", "time": 5, "replay": True,
+        "data": [{"prev": 5, "code": "A", "seq": 8}, {"prev": 8, "code": "A", "seq": 9}],
+    }  # fmt: skip
+    say(session, action="list")
+    assert [(entry["seq"], entry["merged"]) for entry in only(link)["subscriptions"]] == [(9, 2)]
+
+
+def test_what_main_no_longer_has_comes_as_a_snapshot_also_without_one() -> None:
+    counter = Counter()
+    counter.set_row("A", 9)
+    session, link = counter.open()
+    say(session, action="subscribe", codes=["A", "B"], snapshot=False, epoch="epoch-0", since={"A": 5})
+    counter.answer_all()
+    ack, snapshot = link.take()
+    assert [entry.get("resume") for entry in ack["accepted"]] == ["snapshot", None]
+    assert [(row["code"], row["seq"]) for row in snapshot["data"]] == [("A", 9)]
+
+
+@pytest.mark.parametrize("option", [{"max_rate": 2}, {"fields": ["bids"]}])
+def test_rows_with_a_rate_or_a_book_are_not_replayed(option: dict[str, Any]) -> None:
+    counter = Counter()
+    counter.set_row("A", 9)
+    counter.missed["A"] = []
+    session, link = counter.open()
+    say(session, action="subscribe", codes=["A"], epoch="epoch-1", since={"A": 9}, **option)
+    assert counter.watches[0].since == {}
+    counter.answer_all()
+    ack, snapshot = link.take()
+    assert ack["accepted"][0]["resume"] == "snapshot"
+    assert [row["seq"] for row in snapshot["data"]] == [9]
+
+
+def test_main_is_asked_for_what_was_missed_of_a_code_that_is_here_and_not_by_who_is_subscribed() -> None:
+    counter = Counter()
+    counter.set_row("A", 9)
+    subscribed(counter, "A")
+    session, link = counter.open("n.0.2")
+    counter.missed["A"] = []
+    say(session, action="subscribe", codes=["A"], epoch="epoch-1", since={"A": 9})
+    assert counter.watches[0].since == {"A": ("epoch-1", 9)}
+    counter.answer_all()
+    assert only(link)["accepted"][0]["resume"] == "current"
+    say(session, action="subscribe", codes=["A"], epoch="epoch-1", since={"A": 9})
+    assert not counter.watches
+    ack, _ = link.take()
+    assert ack["accepted"][0]["resume"] == "snapshot"
+
+
+def test_an_epoch_of_its_own_is_said_in_the_ack_and_with_the_row() -> None:
+    counter = Counter()
+    counter.set_row("A", 9)
+    counter.set_row("B", 3)
+    counter.epochs["A"] = "epoch-a"
+    session, link = counter.open()
+    say(session, action="subscribe", codes=["A", "B"])
+    counter.answer_all()
+    ack, snapshot = link.take()
+    assert [entry.get("epoch") for entry in ack["accepted"]] == ["epoch-a", None]
+    assert [row.get("epoch") for row in snapshot["data"]] == ["epoch-a", None]
+    say(session, action="subscribe", codes=["A", "B"], format="rows", fields=["last"])
+    ack, snapshot = link.take()
+    assert [entry.get("epoch") for entry in ack["accepted"]] == ["epoch-a", None]
+    assert snapshot["epochs"] == {"A": "epoch-a"}
 
 
 def test_when_nothing_is_accepted_there_is_no_snapshot() -> None:
@@ -379,9 +489,9 @@ def test_a_faulty_request_gets_an_error_and_keeps_the_connection(
 
 @pytest.mark.parametrize(
     "option",
-    [{"epoch": "e"}, {"since": {"A": 1}}, {"since": {}}, {"fields": []}, {"max_rate": 0}, {"format": "columns"}],
+    [{"since": {"A": 1}}, {"since": []}, {"fields": []}, {"max_rate": 0}, {"format": "columns"}],
 )
-def test_an_option_that_is_not_offered_or_not_understood_is_refused_and_not_ignored(option: dict[str, Any]) -> None:
+def test_an_option_that_is_not_understood_is_refused_and_not_ignored(option: dict[str, Any]) -> None:
     counter = Counter()
     session, link = counter.open()
     say(session, action="subscribe", id=1, codes=["A"], **option)
@@ -718,7 +828,7 @@ class MainMachine(RuleBasedStateMachine):
             subscriptions=self.subscriptions,
             limits=Limits(codes=10, codes_per_request=10, requests_per_s=1e9, message_bytes=10_000),
             server="test", epoch="e", heartbeat_ms=5000,
-            watch=lambda codes, books, then: self.up.append(("watch", list(codes), then)),
+            watch=lambda codes, books, since, then: self.up.append(("watch", list(codes), then)),
             look=lambda codes, then: self.up.append(("look", list(codes), then)),
             unwatch=self.unwatch, subscribed=lambda fd: None, clock_ms=lambda: 1000,
         )  # fmt: skip
@@ -774,7 +884,7 @@ class MainMachine(RuleBasedStateMachine):
             return
         if what == "watch":
             self.wanted |= set(codes)
-        self.down.append(("answer", then, Answer({c: (self.board[c], self.row(c), None) for c in codes}, {})))
+        self.down.append(("answer", then, Answer({c: (self.board[c], self.row(c), None, "e") for c in codes}, {})))
 
     @rule()
     def worker_works(self) -> None:

@@ -13,7 +13,6 @@ from quotepush.quote.tick import (
     KNOWN_FIELDS,
     MAX_TS_MS,
     BadTick,
-    written_size,
     check_tick,
     clear_nulls,
     decode_tick,
@@ -21,6 +20,7 @@ from quotepush.quote.tick import (
     has_news,
     merge_fields,
     shape_of,
+    written_size,
 )
 
 PRICES = ("last", "prev_close", "open", "high", "low", "amount", "bid", "ask", "limit_up", "limit_down")

@@ -69,8 +69,8 @@ class Served:
         limits = Limits(settings.max_codes, settings.codes_per_request, settings.requests_per_s, settings.message_bytes)
         self.desk = Desk(
             subscriptions=Subscriptions(), limits=limits, server="0", epoch="e", heartbeat_ms=settings.heartbeat_ms,
-            watch=lambda codes, books, then: self._ask(codes, then), look=self._ask, unwatch=lambda codes: None, subscribed=lambda fd: None,
-            clock_ms=clock_ms,
+            watch=lambda codes, books, since, then: self._ask(codes, then), look=self._ask, unwatch=lambda codes: None,
+            subscribed=lambda fd: None, clock_ms=clock_ms,
         )  # fmt: skip
         self.worker = PushWorker(
             settings,
@@ -87,7 +87,7 @@ class Served:
         self.places -= 1
 
     def _ask(self, codes: Sequence[str], then: Callable[[Answer], None]) -> None:
-        question = functools.partial(then, Answer(dict.fromkeys(codes, (0, None, None)), {}))
+        question = functools.partial(then, Answer(dict.fromkeys(codes, (0, None, None, "e")), {}))
         if self.answers_at_once:
             asyncio.get_running_loop().call_soon(question)
         else:
@@ -705,7 +705,7 @@ class Peer:
         self.link = WebSocketLink(self.floor, "test")
         desk = Desk(
             subscriptions=Subscriptions(), limits=Limits(1, 1, 1e6, 4096), server="0", epoch="e", heartbeat_ms=5000,
-            watch=lambda codes, books, then: None, look=lambda codes, then: None, unwatch=lambda codes: None,
+            watch=lambda codes, books, since, then: None, look=lambda codes, then: None, unwatch=lambda codes: None,
             subscribed=lambda fd: None, clock_ms=lambda: 0,
         )  # fmt: skip
         self.link.session = Session("n.0.1", self.link, desk)
