@@ -431,8 +431,9 @@ class Session:
                 rows.append(channel.text(DEFAULT_VIEW, self.codec.objects))
                 continue
             # It stands for the rows that wait, so it shows what they would have shown.
-            view = View.of((*DEFAULT_FIELDS, *before.lane.view.fields)) if before.lane.view.has_book else DEFAULT_VIEW
-            rows.append(channel.text(view, self.codec.objects))
+            view = before.lane.view
+            shown = View.of((*DEFAULT_FIELDS, *(view.fields or ()))) if view.has_book else DEFAULT_VIEW
+            rows.append(channel.text(shown, self.codec.objects))
             self._change(channel, before.lane.shape, True, [])
         self._release(asked)
         self._say(

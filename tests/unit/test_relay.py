@@ -39,7 +39,9 @@ class RecordingBus:
 class Bench:
     def __init__(self, *unknown: str) -> None:
         self.relay = Relay(lambda code: code not in unknown)
-        self.board = self.relay.board = Board(days=TradingDays({}), watched=self.relay.wanted, books_watched=self.relay.books)
+        self.board = self.relay.board = Board(
+            days=TradingDays({}), watched=self.relay.wanted, books_watched=self.relay.books
+        )
         self.price = 0
 
     def worker(self, *codes: str, books: bool = False) -> tuple[WorkerFeed, RecordingBus]:
@@ -233,7 +235,10 @@ def test_a_book_goes_only_to_the_workers_that_asked_for_it() -> None:
     feed, deep = bench.worker()
     bench.relay.ask(feed, Ask(7, ["A", "B"], True, True))
     (answer,) = deep.take()
-    assert [(code, seq, book) for code, seq, _, book in answer.rows] == [("A", 1, b'{"bids":[[10,1]]}'), ("B", 0, b"{}")]
+    assert [(code, seq, book) for code, seq, _, book in answer.rows] == [
+        ("A", 1, b'{"bids":[[10,1]]}'),
+        ("B", 0, b"{}"),
+    ]
     _, flat = bench.worker("A", "B")
     bench.tick("A", last=5, bids=[[10, 2]])
     bench.tick("B", last=6)

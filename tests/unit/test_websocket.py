@@ -69,8 +69,8 @@ class Served:
         limits = Limits(settings.max_codes, settings.codes_per_request, settings.requests_per_s, settings.message_bytes)
         self.desk = Desk(
             subscriptions=Subscriptions(), limits=limits, server="0", epoch="e", heartbeat_ms=settings.heartbeat_ms,
-            watch=lambda codes, books, then: self._ask(codes, then), look=self._ask, unwatch=lambda codes: None, subscribed=lambda fd: None,
-            clock_ms=clock_ms,
+            watch=lambda codes, books, then: self._ask(codes, then), look=self._ask, unwatch=lambda codes: None,
+            subscribed=lambda fd: None, clock_ms=clock_ms,
         )  # fmt: skip
         self.worker = PushWorker(
             settings,
