@@ -449,12 +449,36 @@ async def test_to_ask_for_the_same_again_is_no_way_around_the_rate(worker: Worke
         client.ask("subscribe", "A", max_rate=1)
         client.take()
         worker.tick(last=n)
+        assert client.rows == []
         client.ask("snapshot", "A")
         client.take()
-    assert client.rows == []
+        worker.tick(last=-n)
+        assert client.rows == []
     worker.tick(last=6)
     worker.wait(1)
     assert [row["last"] for row in client.rows] == [6]
+
+
+async def test_the_row_that_new_options_bring_begins_a_period(worker: Worker) -> None:
+    worker.tick(last=0, bid=0)
+    client = worker.open("A", fields=["last"])
+    worker.tick(bid=1)
+    client.ask("subscribe", "A", max_rate=1, snapshot=False)
+    assert client.chain == [(1, 2)]
+    worker.tick(bid=2)
+    worker.wait(0.9)
+    assert client.chain == [(1, 2)]
+    worker.wait(0.1)
+    assert client.chain == [(1, 2), (2, 3)]
+
+
+async def test_timers_that_come_early_do_not_raise_the_rate(worker: Worker) -> None:
+    client = worker.open("A", max_rate=500)
+    begin = worker.clock.now_s
+    for n in range(1000):
+        worker.tick(last=n)
+        worker.wait(0.00105)
+    assert len(client.rows) <= (worker.clock.now_s - begin + 0.001) * 500 + 1
 
 
 async def test_what_waits_for_its_time_is_not_sent_after_an_unsubscribe(worker: Worker) -> None:
