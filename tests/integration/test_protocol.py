@@ -740,3 +740,87 @@ async def test_a_channel_that_yields_no_code_is_counted_and_ignored(server: Quot
         await publish(redis, code, last=2)
         await wait_until(lambda: client.last(code) == 2)
     assert await server.metric("ticks_ignored") == before + 3
+
+
+# Views, rates and formats
+
+
+async def test_views_rates_formats_and_languages_meet_on_one_code(server: QuotepushServer, redis: Redis) -> None:
+    (code,) = new_codes(1)
+    await publish_and_wait(server, redis, code, last=0, bid=0)
+    async with contextlib.AsyncExitStack() as stack:
+        clients: list[tuple[dict[str, Any], RecordingClient]] = []
+        for msgpack in (False, True):
+            for options in (
+                {}, {"fields": ["last"]}, {"fields": ["bid", "bids"]}, {"max_rate": 20}, {"format": "rows"},
+                {"fields": ["last"], "format": "rows", "max_rate": 20},
+            ):  # fmt: skip
+                client = RecordingClient(server.ws_url, msgpack=msgpack, history=True)
+                await stack.enter_async_context(client)
+                await client.subscribe(code, **options)
+                clients.append((options, client))
+        for n in range(1, 31):
+            await publish(redis, code, **{"last" if n % 3 else "bid": n}, bids=[[n, 1]])
+        await wait_until(lambda: all(client.rows[code]["seq"] >= 30 for _, client in clients))
+        await asyncio.gather(*(wait_until(lambda c=c: c.last(code) in (29, None)) for _, c in clients))
+        for options, client in clients:
+            fields = options.get("fields", ["last", "bid"])
+            newest = {"last": 29, "bid": 30, "bids": [[30, 1]]}
+            expected = {name: newest[name] for name in fields}
+            await wait_until(lambda c=client, e=expected: c.rows[code].items() >= e.items())
+            assert client.ticks is not None
+            for row in client.ticks:
+                assert ("bids" in row) is ("bids" in fields)
+            (listed,) = (await client.request("list"))["subscriptions"]
+            assert listed["merged"] == client.merged
+            assert client.received + client.merged == listed["seq"] - 1
+
+
+async def test_every_message_can_be_messagepack(server: QuotepushServer, redis: Redis) -> None:
+    (code,) = new_codes(1)
+    async with RecordingClient(server.ws_url, [code], msgpack=True) as client:
+        assert client.hello["version"] == "quotes.v1"
+        await publish(redis, code, last=1.5, name="贵州茅台")
+        await wait_until(lambda: client.last(code) == 1.5)
+        assert client.rows[code]["name"] == "贵州茅台"
+        assert (await client.snapshot(code))[0]["last"] == 1.5
+        assert [entry["code"] for entry in (await client.request("list"))["subscriptions"]] == [code]
+        error = await client.request("sell")
+        assert (error["type"], error["error"]) == ("error", "unknown_action")
+        assert (await client.unsubscribe(code))["removed"] == [code]
+        await client.ping()
+        await client.send_raw(b"\xc1")
+        await wait_until(lambda: of_type(client, "error")[-1]["error"] == "bad_json")
+        await client.send_raw(b"\x91" * 5000)
+        await wait_until(lambda: [e["error"] for e in of_type(client, "error")][-2:] == ["bad_json"] * 2)
+        await wait_until(lambda: client.heartbeats)
+        assert client.heartbeat is not None
+        assert client.heartbeat["feed"] == "ok"
+        await client.send_raw('{"action":"ping"}')
+        await wait_until(lambda: client.has_ended)
+        assert (client.close_code, client.close_reason) == (1003, "wrong_frame_kind")
+
+
+async def test_a_message_of_the_server_that_ends_is_messagepack_too(
+    start_server: StartServer, own_redis: Redis
+) -> None:
+    server = await start_server(workers=1)
+    async with RecordingClient(server.ws_url, msgpack=True) as client:
+        assert await server.stop() == 0
+        await wait_until(lambda: client.has_ended)
+        assert client.states() == ["closing"]
+        assert client.close_code == 1012
+
+
+async def test_fields_of_the_feed_may_be_named_where_the_setting_lists_them(
+    start_server: StartServer, own_redis: Redis
+) -> None:
+    server = await start_server(workers=1, extra_fields="iv,greeks")
+    async with RecordingClient(server.ws_url, history=True) as client:
+        await client.subscribe("A", fields=["iv", "greeks"])
+        await publish(own_redis, "A", last=1, iv=0.3)
+        await wait_until(lambda: client.received)
+        assert client.ticks is not None
+        assert client.ticks[0]["iv"] == 0.3
+        assert "last" not in client.ticks[0]
+        assert (await client.request("subscribe", codes=["A"], fields=["vega"]))["error"] == "unknown_field"

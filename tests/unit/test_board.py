@@ -181,6 +181,28 @@ def test_nothing_is_new_to_nobody() -> None:
     assert (board.seq("AAPL"), board.seq("MSFT")) == (2, 1)
 
 
+def test_a_change_of_the_book_alone_is_news_where_the_book_is_watched() -> None:
+    books: set[str] = set()
+    board = make_board(watched={"AAPL"}, books_watched=books)
+    assert take(board, "AAPL", {"last": 5, "bids": [[1, 2]]})
+    assert take(board, "AAPL", {"bids": [[1, 3]]}) is None
+    books.add("AAPL")
+    assert take(board, "AAPL", {"bids": [[1, 3]]}) is None
+    quote = take(board, "AAPL", {"bids": [[1, 4]]})
+    assert orjson.loads(quote.encoded_book()) == {"bids": [[1, 4]]}
+
+
+def test_a_book_that_changed_while_nobody_watched_is_encoded_anew() -> None:
+    watched = {"AAPL"}
+    board = make_board(watched=watched)
+    take(board, "AAPL", {"bids": [[1, 2]]})
+    quote = board.quotes["AAPL"]
+    assert orjson.loads(quote.encoded_book()) == {"bids": [[1, 2]]}
+    watched.clear()
+    take(board, "AAPL", {"bids": [[1, 3]]})
+    assert orjson.loads(quote.encoded_book()) == {"bids": [[1, 3]]}
+
+
 # Reset and trading days
 
 
