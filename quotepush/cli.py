@@ -75,7 +75,8 @@ def check(config: str | None, **flags: Any) -> None:
     """Name every fault of a configuration at once; start nothing."""
     settings = settings_module.load(config, flags=flags)
     click.echo(f"the configuration is right: node {settings.node}, {settings.worker_count} workers, ", nl=False)
-    click.echo(f"Redis at {settings_module.without_password(settings.feed_redis)}")
+    click.echo(f"Redis at {settings_module.without_password(settings.feed_redis)}, ", nl=False)
+    click.echo("every client needs a token" if settings.token_key else "no tokens: everybody may subscribe")
 
 
 @cli.command()

@@ -118,6 +118,7 @@ class QuoteClient:
     Args:
         url: of the server, ``http``, ``https``, ``ws`` or ``wss``; ``/ws`` is appended when there is no path.
         headers: sent with the handshake.
+        token: sent with each handshake, for a server that wants one; when it has expired, the server refuses us.
         ssl: how a server's certificate is verified; a context for a private authority.
         max_queued_rows: how many rows wait for the caller before they are merged.
         open_timeout_s: for connecting, until the server's first message.
@@ -135,6 +136,7 @@ class QuoteClient:
         url: str,
         *,
         headers: Mapping[str, str] | None = None,
+        token: str | None = None,
         ssl: ssl_module.SSLContext | bool = True,
         max_queued_rows: int = 10_000,
         open_timeout_s: float = 10.0,
@@ -144,7 +146,7 @@ class QuoteClient:
     ) -> None:
         self._link = ClientLink(
             url,
-            headers=headers or {},
+            headers={**(headers or {}), **({} if token is None else {"Authorization": f"Bearer {token}"})},
             ssl=ssl,
             open_timeout_s=open_timeout_s,
             min_backoff_s=min_backoff_s,

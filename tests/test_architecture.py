@@ -18,16 +18,17 @@ MODULES = {
 }
 
 # What each wing may import besides itself: only what stands below it. ingest, push and cluster do not know each other.
-GROUND = {"errors", "settings", "metrics"}
+GROUND = {"errors", "auth", "settings", "metrics"}
 PURE = {"errors", "quote", "wire"}
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
     "metrics": set(),
-    "settings": {"errors"},
+    "auth": {"errors"},
+    "settings": {"errors", "auth"},
     "quote": {"errors"},
     "wire": {"errors", "quote"},
     "ingest": PURE,
-    "push": PURE | {"settings"},
+    "push": PURE | {"auth", "settings"},
     "cluster": PURE | {"settings"},
     "node": GROUND | PURE | {"ingest", "push", "cluster", "quotepush"},
     # Programs of their own beside the server, and the libraries for other programs.
@@ -47,8 +48,8 @@ FLOORS: dict[str, set[str]] = {
 
 # No loop, no socket, no clock of their own.
 SANS_IO = (
-    "quotepush.errors", "quotepush.quote.", "quotepush.wire.", "quotepush.ingest.probe", "quotepush.push.subscriptions",
-    "quotepush.push.outbox", "quotepush.push.session", "quotepush.client_state",
+    "quotepush.errors", "quotepush.auth", "quotepush.quote.", "quotepush.wire.", "quotepush.ingest.probe",
+    "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.session", "quotepush.client_state",
 )  # fmt: skip
 NOT_SANS_IO = {"asyncio", "aiohttp", "redis", "uvloop", "socket", "threading", "time", "os"}
 
@@ -170,7 +171,8 @@ def test_only_the_settings_read_the_environment(module: str) -> None:
 def test_every_library_that_is_imported_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["embedded"]]
-    declared = {line.partition(">")[0].partition("[")[0].replace("-", "_") for line in wanted} | {"hiredis"}
+    declared = {line.partition(">")[0].partition("[")[0].replace("-", "_") for line in wanted} | {"hiredis", "jwt"}
+    declared -= {"pyjwt"}  # is imported as jwt
     found = {
         name.partition(".")[0]
         for module in MODULES
@@ -199,6 +201,10 @@ def test_a_worker_does_not_load_what_only_main_needs() -> None:
     loaded = loaded_after("import quotepush.node.worker")
     assert not {m for m in loaded if m.startswith("quotepush.ingest")}
     assert not {m for m in loaded if m in ("quotepush.node.main", "quotepush.node.supervisor", "prometheus_client")}
+
+
+def test_a_server_without_tokens_does_not_load_what_checks_them() -> None:
+    assert "jwt" not in loaded_after("import quotepush.node.worker, quotepush.node.main")
 
 
 def test_the_client_library_does_not_load_the_server() -> None:

@@ -116,8 +116,9 @@ def test_a_view_of_a_snapshot_is_refused_too() -> None:
     assert "fields" in fault({"action": "snapshot", "codes": ["A"], "fields": ["last"]}).message
 
 
-def test_tokens_are_refused_and_never_repeated() -> None:
-    found = fault({"action": "auth", "id": 1, "token": "secret-token"})
+@pytest.mark.parametrize("token", [None, 7, ["secret-token"], {"token": "secret-token"}])
+def test_a_token_is_a_text_and_never_repeated(token: Any) -> None:
+    found = fault({"action": "auth", "id": 1, "token": token})
     assert (found.error, found.action) == ("bad_request", "auth")
     assert "secret-token" not in found.message
 
