@@ -319,7 +319,7 @@ class _Main:
             "tick_copies": [(board.copies, nothing)],
             "log_catch_ups": [(self._follower.caught_up, nothing)],
             "log_gap_rows": [(self._follower.gaps, nothing)],
-            "tick_bugs": [(listener.bugs, nothing)],
+            "tick_bugs": [(listener.bugs + self._follower.bugs, nothing)],
             "board_codes": [(len(board.quotes), nothing)],
             "feed_up": [(listener.is_up, nothing)],
             "feed_links": [(listener.links, nothing)],
