@@ -1,13 +1,12 @@
 """Codes without a tick for too long: who is told, what, and how often; from the board to the client."""
 
 import asyncio
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import orjson
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+import pytest
 
 from quotepush.node import bus
 from quotepush.node import relay as relay_module
@@ -20,6 +19,7 @@ from quotepush.push.worker import FeedState
 from quotepush.quote.board import Board, TradingDays
 from quotepush.quote.ring import Ring
 from quotepush.wire.formats import CODECS, JSON, Codec
+from tests.support.waiting import wait_until
 
 STALE_MS = 1_000
 
@@ -363,7 +363,7 @@ def test_one_message_has_all_codes_of_a_change_and_at_most_500() -> None:
     assert client.told() == [("fresh", ["C0001", "C0003"])]
 
 
-def test_a_sweep_lets_others_have_a_turn_and_tells_at_its_end(monkeypatch: Any) -> None:
+def test_a_sweep_lets_others_have_a_turn_and_tells_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay_module, "_SWEPT_PER_SLICE", 2)
     bench = Bench()
     client = Client(bench.workers[0])
@@ -384,7 +384,7 @@ def test_a_sweep_lets_others_have_a_turn_and_tells_at_its_end(monkeypatch: Any) 
     assert bench.relay.stale == 9  # as the sweep saw it
 
 
-def test_a_worker_that_dies_within_a_sweep_is_told_nothing(monkeypatch: Any) -> None:
+def test_a_worker_that_dies_within_a_sweep_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay_module, "_SWEPT_PER_SLICE", 1)
     bench = Bench(2)
     clients = [Client(worker) for worker in bench.workers]
@@ -423,7 +423,7 @@ def test_a_session_whose_socket_is_full_is_told_when_it_is_not() -> None:
     assert gone.told() == []
 
 
-async def test_a_crowd_is_told_slice_by_slice(monkeypatch: Any) -> None:
+async def test_a_crowd_is_told_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(freshness_module, "_BUDGET_S", 0.0)
     bench = Bench()
     clients = [Client(bench.workers[0]) for _ in range(20)]
@@ -437,8 +437,7 @@ async def test_a_crowd_is_told_slice_by_slice(monkeypatch: Any) -> None:
     assert sum(len(client.heard) for client in clients) == 1
     late = Client(bench.workers[0])
     late.subscribe("A")
-    while bench.workers[0].freshness._timer is not None:
-        await asyncio.sleep(0)
+    await wait_until(lambda: all(client.heard for client in clients))
     assert [client.told() for client in [*clients, late]] == [[("stale", ["A"])]] * 21
 
 
@@ -491,96 +490,86 @@ def test_a_heartbeat_s_state_fits_its_age_also_before_main_has_said_so() -> None
     assert feed.state_at(1_000_500) == "down"
 
 
-CODE_NAMES = ("A", "B", "C")
+class Told:
+    """What clients know while everything happens in any order; messages are under way for long, in both directions."""
 
-
-class Told(RuleBasedStateMachine):
-    """Whatever happens in whatever order, every client knows in the end what is true, and is told no change twice."""
-
-    @initialize()
-    def begin(self) -> None:
+    def __init__(self, chance: random.Random) -> None:
+        self.chance = chance
         self.bench = Bench(2)
         self.clients = [Client(self.bench.workers[n % 2]) for n in range(4)]
         self.known: list[dict[str, str]] = [{} for _ in self.clients]
+        self.changes = 0
 
-    clients_of = st.integers(0, 3)
-    codes = st.sampled_from(CODE_NAMES)
+    def happen(self) -> None:
+        """One thing."""
+        client, worker = self.chance.choice(self.clients), self.chance.choice(self.bench.workers)
+        code = self.chance.choice("ABC")
+        match self.chance.randrange(10):
+            case 0:
+                self.bench.tick(code, last=self.chance.randrange(1, 3))
+            case 1:
+                self.bench.clock.now_ms += self.chance.choice((1, STALE_MS // 2, STALE_MS))
+            case 2:
+                list(self.bench.relay.sweep())
+            case 3:
+                client.ask("subscribe", code, fields=self.chance.choice((None, ["last", "bids"])))
+            case 4:
+                client.ask("unsubscribe", code)
+            case 5:
+                client.block()
+            case 6:
+                client.unblock()
+            case 7:
+                worker.carry_up()
+            case _:
+                worker.carry_down()
+        self.listen()
 
-    @rule(code=codes, price=st.integers(1, 2))
-    def tick(self, code: str, price: int) -> None:
-        self.bench.tick(code, last=price)
-
-    @rule(ms=st.sampled_from((1, STALE_MS // 2, STALE_MS)))
-    def wait(self, ms: int) -> None:
-        self.bench.clock.now_ms += ms
-
-    @rule()
-    def sweep(self) -> None:
-        for _ in self.bench.relay.sweep():
-            pass
-
-    @rule(n=clients_of, code=codes, book=st.booleans())
-    def subscribe(self, n: int, code: str, book: bool) -> None:
-        self.clients[n].ask("subscribe", code, fields=["last", "bids"] if book else None)
-
-    @rule(n=clients_of, code=codes)
-    def unsubscribe(self, n: int, code: str) -> None:
-        self.clients[n].ask("unsubscribe", code)
-
-    @rule(n=clients_of)
-    def block(self, n: int) -> None:
-        self.clients[n].block()
-
-    @rule(n=clients_of)
-    def unblock(self, n: int) -> None:
-        self.clients[n].unblock()
-
-    @rule(n=st.integers(0, 1))
-    def carry_up(self, n: int) -> None:
-        self.bench.workers[n].carry_up()
-
-    @rule(n=st.integers(0, 1))
-    def carry_down(self, n: int) -> None:
-        self.bench.workers[n].carry_down()
-
-    @rule()
-    def carry(self) -> None:
-        self.bench.carry()
-
-    @invariant()
-    def nobody_is_told_a_change_twice(self) -> None:
+    def listen(self) -> None:
+        """Nobody is told a change twice, but for who asks anew."""
         for client, known in zip(self.clients, self.known, strict=True):
             heard, client.heard = client.heard, []
             asked: set[str] = set()
             for message in heard:
                 if message["type"] == "ack" and message["action"] == "subscribe":
                     asked = {entry["code"] for entry in message["accepted"]}
+                    for code in asked:
+                        known.setdefault(code, "fresh")
                 elif message["type"] == "ack" and message["action"] == "unsubscribe":
                     for code in message["removed"]:
-                        known.pop(code, None)
+                        del known[code]
                 elif message["type"] == "status":
+                    self.changes += 1
                     for code in message["codes"]:
-                        is_again = message["state"] == known.get(code, "fresh")
+                        assert code in known, f"{code} is not subscribed"
+                        is_again = message["state"] == known[code]
                         assert not is_again or (code in asked and message["state"] == "stale"), (message, known)
                         known[code] = message["state"]
 
-    def teardown(self) -> None:
-        if not hasattr(self, "bench"):
-            return
+    def end(self) -> None:
+        """When nothing is under way any more, everybody knows what is true."""
         self.bench.carry()
         for client in self.clients:
             client.unblock()
         self.bench.sweep()
-        self.nobody_is_told_a_change_twice()
-        now_ms = self.bench.clock.now_ms
+        self.listen()
         for client, known in zip(self.clients, self.known, strict=True):
             for code in client.session.subscriptions:
                 quote = self.bench.board.quotes.get(code)
-                is_stale = quote is not None and now_ms - quote.arrived_ms >= STALE_MS
-                assert known.get(code, "fresh") == ("stale" if is_stale else "fresh")
+                is_stale = quote is not None and self.bench.clock.now_ms - quote.arrived_ms >= STALE_MS
+                assert known[code] == ("stale" if is_stale else "fresh")
         for worker in self.bench.workers:
             assert worker.feed.stale <= worker.feed.codes
 
 
-Told.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-test_whatever_happens_every_client_knows_the_truth_in_the_end = Told.TestCase
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_happens_every_client_knows_the_truth_in_the_end(seed: int) -> None:
+    chance = random.Random(seed)
+    changes = 0
+    for _ in range(20):
+        told = Told(chance)
+        for _ in range(chance.randrange(20, 200)):
+            told.happen()
+        told.end()
+        changes += told.changes
+    assert changes > 50
