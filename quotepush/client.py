@@ -28,6 +28,7 @@ A request that the server refuses is a :class:`~quotepush.errors.PeerError` with
 
 import asyncio
 import inspect
+import re
 import ssl as ssl_module
 import time
 from collections import Counter
@@ -129,6 +130,7 @@ class QuoteClient:
 
     Raises:
         WrongUrl: the URL cannot be one of a server.
+        ValueError: the token cannot be one.
     """
 
     def __init__(
@@ -144,6 +146,8 @@ class QuoteClient:
         min_backoff_s: float = 0.5,
         max_backoff_s: float = 20.0,
     ) -> None:
+        if token is not None and not re.fullmatch(r"[!-~]+", token):  # a line break from a file, most of all
+            raise ValueError("a token is ASCII without blanks and line breaks")
         self._link = ClientLink(
             url,
             headers={**(headers or {}), **({} if token is None else {"Authorization": f"Bearer {token}"})},
