@@ -228,12 +228,14 @@ class _Main:
     def _end_batch(self) -> None:  # hot
         self._relay.flush()
         self._relay.is_lagging = self._listener.lag_s > _LAGGING_S
+        self._supervisor.hurry_news()
 
     def _note_link(self, is_up: bool) -> None:
         if is_up:
             self._follower.lose_step()
         else:
             self._follower.note_cut()
+        self._supervisor.hurry_news()
 
     def _feed_news(self) -> tuple[str, int, str]:
         epoch = self._follower.epoch or self._epoch
