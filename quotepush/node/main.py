@@ -55,6 +55,8 @@ _FILE_RESERVE = 256
 _LAGGING_S = 0.25
 _EXPIRE_EVERY_S = 10.0
 _SWEEP_LEAST_S, _SWEEP_MOST_S = 0.05, 1.0
+# So a sweep takes at most a twentieth of main, however many codes are watched.
+_SWEEP_REST_S = 0.01
 _PORT_PATIENCE_S = 3.0
 _RETRY_AFTER_MS = 1000
 _REPORT_EVERY_S = 60.0
@@ -257,7 +259,7 @@ class _Main:
         while True:
             await asyncio.sleep(every_s)
             for _ in self._relay.sweep():
-                await asyncio.sleep(0)
+                await asyncio.sleep(_SWEEP_REST_S)
 
     async def _report_faults(self) -> None:
         """One line a minute about ticks that were refused, with the newest example."""
