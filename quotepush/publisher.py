@@ -110,7 +110,7 @@ redis.call('XLEN', log_key)
 if not epoch or n == 0 or (epoch == known_epoch and n < known_n) or string.find(left, epoch, 1, true) then
     epoch = proposed
     redis.call('SET', epoch_key, epoch)
-    redis.call('UNLINK', log_key)
+    if n == 0 then redis.call('UNLINK', log_key) end
 end
 if done then
     done = cmsgpack.unpack(done)

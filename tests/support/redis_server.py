@@ -24,9 +24,7 @@ class RedisServer:
         program: path of the server to run; empty: ``redis-server`` or ``valkey-server`` from PATH.
     """
 
-    def __init__(
-        self, directory: Path, *, aof: bool = False, options: tuple[str, ...] = (), program: str = ""
-    ) -> None:
+    def __init__(self, directory: Path, *, aof: bool = False, options: tuple[str, ...] = (), program: str = "") -> None:
         self.directory = directory
         self.aof = aof
         self.options = options
