@@ -32,16 +32,17 @@ FLOORS: dict[str, set[str]] = {
     "cluster": PURE | {"settings"},
     "node": GROUND | PURE | {"ingest", "push", "cluster", "quotepush"},
     # Programs of their own beside the server, and the libraries for other programs.
-    "feed": PURE,
+    "publisher": {"errors", "quote", "ingest"},
+    "feed": PURE | {"publisher"},
     "private_redis": {"errors"},
     "client_state": PURE,
     "client_link": PURE | {"client_state"},
     "client": PURE | {"client_state", "client_link"},
     "watching": PURE | {"client"},
-    "publishing": PURE | {"settings", "feed"},
+    "publishing": PURE | {"feed"},
     "demo": {"errors", "feed", "private_redis"},
     # On top: the package's front door and the command line.
-    "quotepush": {"client"},
+    "quotepush": {"client", "publisher"},
     "cli": GROUND | {"quotepush", "node", "demo", "watching", "publishing"},
     "__main__": {"cli"},
 }
@@ -66,6 +67,7 @@ TESTED_ELSEWHERE = {
     "quotepush.cluster.sets": "tests/unit/test_registry.py",
     "quotepush.feed": "tests/unit/test_feed.py",
     "quotepush.feed.run": "tests/unit/test_feed.py",
+    "quotepush.ingest.keys": "tests/unit/test_publisher.py",
     "quotepush.push.worker": "tests/unit/test_websocket.py",
     # Processes and their wiring: tested as processes.
     "quotepush.node.main": "tests/integration/test_lifecycle.py",
@@ -211,6 +213,12 @@ def test_the_client_library_does_not_load_the_server() -> None:
     loaded = loaded_after("from quotepush import QuoteClient")
     assert not {m for m in loaded if m.startswith(("quotepush.node", "quotepush.push", "quotepush.ingest"))}
     assert not loaded & {"redis", "uvloop", "setproctitle", "click", "rich"}
+
+
+def test_the_publishers_do_not_load_the_server() -> None:
+    loaded = loaded_after("from quotepush import BlockingPublisher, Publisher")
+    assert not {m for m in loaded if m.startswith(("quotepush.node", "quotepush.push", "quotepush.feed"))}
+    assert not loaded & {"aiohttp", "uvloop", "setproctitle", "click", "rich"}
 
 
 def test_the_package_alone_loads_nothing() -> None:

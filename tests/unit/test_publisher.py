@@ -1,6 +1,7 @@
 """Ticks get into a real Redis once, in order and in one piece, whatever happens to the link and to Redis."""
 
 import asyncio
+import re
 import shutil
 import threading
 import time
@@ -777,6 +778,23 @@ async def test_missing_permission_is_an_operator_s_error_and_changes_nothing(sto
 
         assert await client.keys() == []
         assert "hunter2" not in str(error.value)
+
+
+async def test_rights_that_the_documents_name_are_enough(store: RedisServer) -> None:
+    document = Path(__file__).parents[2].joinpath("docs", "protocol.md").read_text(encoding="utf-8")
+    keys, channels, commands = re.findall(r"`(~qp:\S+)`, `(&qp:\S+)` and `(\+[^`]+)`", document)[0]
+    async with store.client() as client:
+        await client.execute_command(
+            "ACL", "SETUSER", "feed", "on", ">hunter2", "resetchannels", keys, channels, *commands.split()
+        )
+        url = f"redis://feed:hunter2@127.0.0.1:{store.port}/0"
+        async with Publisher(url) as publisher, Publisher(url, copies="quote.{code}") as with_copies:
+            await publisher.connect()
+            assert await publisher.publish([{"code": "A", "last": 1, "bid": None, "reset": True}]) == [1]
+            await client.flushall()
+            assert await publisher.publish([{"code": "A", "last": 1, "bid": None, "reset": True}]) == [1]
+            with pytest.raises(RedisUnavailable, match="may not PUBLISH quote"):
+                await with_copies.publish([{"code": "A", "last": 1}])
 
 
 async def test_wrong_and_missing_passwords_are_operator_s_errors(store: RedisServer) -> None:
