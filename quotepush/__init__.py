@@ -2,23 +2,29 @@
 
 Ticks come in through Redis, rows go out to everybody who watches the code. The
 command line (``quotepush serve``) runs the server; :mod:`quotepush.client` is
-the Python client.
+the Python client; :mod:`quotepush.publisher` brings ticks in.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quotepush.client import QuoteClient
+    from quotepush.publisher import BlockingPublisher, Publisher
 
-__all__ = ["QuoteClient", "__version__"]
+__all__ = ["BlockingPublisher", "Publisher", "QuoteClient", "__version__"]
 
 __version__ = "0.1.0"
 
+_HOMES = {
+    "QuoteClient": "quotepush.client",
+    "Publisher": "quotepush.publisher",
+    "BlockingPublisher": "quotepush.publisher",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # The client brings aiohttp along; who only asks for the version does not pay for it.
-    if name == "QuoteClient":
-        from quotepush.client import QuoteClient
-
-        return QuoteClient
+    # The client brings aiohttp along, the publishers redis; who only asks for the version does not pay for them.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

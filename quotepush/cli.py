@@ -75,7 +75,8 @@ def check(config: str | None, **flags: Any) -> None:
     """Name every fault of a configuration at once; start nothing."""
     settings = settings_module.load(config, flags=flags)
     click.echo(f"the configuration is right: node {settings.node}, {settings.worker_count} workers, ", nl=False)
-    click.echo(f"Redis at {settings_module.without_password(settings.feed_redis)}")
+    click.echo(f"Redis at {settings_module.without_password(settings.feed_redis)}, ", nl=False)
+    click.echo("every client needs a token" if settings.token_key else "no tokens: everybody may subscribe")
 
 
 @cli.command()
@@ -98,16 +99,31 @@ def watch(codes: tuple[str, ...], url: str, is_json: bool, seconds: float | None
 @click.argument("fields", metavar="[FIELD=VALUE]...", nargs=-1)
 @click.option("--json", "text", metavar="TICK", help='Instead: {"code":…,"last":…}, or - for one per line of stdin.')
 @click.option("--redis", "url", metavar="URL", help="Redis that the server listens to  [default: as for serve]")
-@click.option("--channel", default="quote.{code}", show_default=True, help="Where ticks go.")
-def publish(code: str | None, fields: tuple[str, ...], text: str | None, url: str | None, channel: str) -> None:
-    """Publish ticks by hand, and say how many subscribers each had.
+@click.option("--prefix", help="The server's redis_prefix  [default: as for serve]")
+@click.option("--plain", is_flag=True, help="Plain PUBLISH on a channel: no log, nothing is caught up.")
+@click.option("--channel", metavar="TEMPLATE", help="With --plain: where ticks go  [default: quote.{code}]")
+def publish(
+    code: str | None,
+    fields: tuple[str, ...],
+    text: str | None,
+    url: str | None,
+    prefix: str | None,
+    plain: bool,
+    channel: str | None,
+) -> None:
+    """Publish ticks by hand, and say which seq each has; with --plain, how many subscribers it had.
 
     An empty VALUE clears the field. Exit codes: 1 no Redis, 2 something in a tick is wrong.
     """
     from quotepush.publishing import run
 
-    feed_redis = settings_module.load(flags={"feed_redis": url} if url else {}).feed_redis
-    sys.exit(run(code, fields, text, feed_redis, channel))
+    if channel is not None and not plain:
+        raise SettingsError(["--channel belongs to --plain"])
+    flags = {name: value for name, value in (("feed_redis", url), ("redis_prefix", prefix)) if value is not None}
+    found = settings_module.load(flags=flags)
+    if plain and channel is None:
+        channel = "quote.{code}"
+    sys.exit(run(code, fields, text, found.feed_redis, found.redis_prefix, channel))
 
 
 @cli.command()

@@ -28,6 +28,7 @@ A request that the server refuses is a :class:`~quotepush.errors.PeerError` with
 
 import asyncio
 import inspect
+import re
 import ssl as ssl_module
 import time
 from collections import Counter
@@ -118,6 +119,7 @@ class QuoteClient:
     Args:
         url: of the server, ``http``, ``https``, ``ws`` or ``wss``; ``/ws`` is appended when there is no path.
         headers: sent with the handshake.
+        token: sent with each handshake, for a server that wants one; when it has expired, the server refuses us.
         ssl: how a server's certificate is verified; a context for a private authority.
         max_queued_rows: how many rows wait for the caller before they are merged.
         open_timeout_s: for connecting, until the server's first message.
@@ -128,6 +130,7 @@ class QuoteClient:
 
     Raises:
         WrongUrl: the URL cannot be one of a server.
+        ValueError: the token cannot be one.
     """
 
     def __init__(
@@ -135,6 +138,7 @@ class QuoteClient:
         url: str,
         *,
         headers: Mapping[str, str] | None = None,
+        token: str | None = None,
         ssl: ssl_module.SSLContext | bool = True,
         max_queued_rows: int = 10_000,
         open_timeout_s: float = 10.0,
@@ -142,9 +146,11 @@ class QuoteClient:
         min_backoff_s: float = 0.5,
         max_backoff_s: float = 20.0,
     ) -> None:
+        if token is not None and not re.fullmatch(r"[!-~]+", token):  # a line break from a file, most of all
+            raise ValueError("a token is ASCII without blanks and line breaks")
         self._link = ClientLink(
             url,
-            headers=headers or {},
+            headers={**(headers or {}), **({} if token is None else {"Authorization": f"Bearer {token}"})},
             ssl=ssl,
             open_timeout_s=open_timeout_s,
             min_backoff_s=min_backoff_s,

@@ -102,7 +102,7 @@ async def _server(options: DemoOptions, redis: PrivateRedis) -> AsyncIterator["a
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "quotepush", "serve", f"--redis={redis.url}", f"--host={options.host}",
             f"--port={options.port}", "--admin-port=0", "--node=demo", f"--lock-file={Path(directory) / 'lock'}",
-            "--log-level=warning", "--drain-timeout-s=2",
+            "--redis-prefix=qp:", "--log-level=warning", "--drain-timeout-s=2",
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         try:

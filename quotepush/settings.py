@@ -7,7 +7,8 @@ in the environment, flags. All faults of all sources are found at once.
 
 Passwords may come in the Redis URL, or from ``QUOTEPUSH_FEED_REDIS_PASSWORD`` and
 ``QUOTEPUSH_REGISTRY_REDIS_PASSWORD``, or from a file (``feed_redis_password_file``,
-``registry_redis_password_file``: for secrets that a supervisor mounts).
+``registry_redis_password_file``: for secrets that a supervisor mounts). The key of tokens
+has a file too (``token_key_file``). No secret is in a ``repr`` or in a fault.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
+from quotepush.auth import key_fault
 from quotepush.errors import SettingsError
 
 __all__ = ["ENV_PREFIX", "Settings", "default_node", "example_toml", "load", "markdown", "without_password"]
@@ -35,6 +37,7 @@ ENV_PREFIX = "QUOTEPUSH_"
 _NODE = re.compile(r"[A-Za-z0-9-]{1,32}\Z")
 _URLS = ("feed_redis", "registry_redis")
 _PASSWORDS = tuple(f"{name}_password" for name in _URLS)
+_MOST_LEEWAY_S = 60
 
 
 def _setting(default: Any, doc: str, *, unit: str = "", at_least: float | None = None) -> Any:
@@ -64,6 +67,21 @@ class Settings:
     # The private listener.
     admin_host: str = _setting("127.0.0.1", "Address of the private listener (health, metrics).")
     admin_port: int = _setting(8009, "Port of the private listener; 0 takes any free one.", at_least=0)
+
+    # Tokens.
+    token_key: str = _setting(
+        "",
+        "Secret with which tokens are signed (HS256), at least 32 bytes; empty: no tokens, everybody may subscribe. "
+        "A flag can be seen in the list of processes.",
+    )
+    token_key_file: str = _setting("", "File with token_key, instead of it; read at the start.")
+    token_leeway_s: float = _setting(
+        5.0, "By how much the clocks of whoever signs tokens and of this machine may differ, at most 60.", unit="s",
+        at_least=0,
+    )  # fmt: skip
+    auth_timeout_s: float = _setting(
+        10.0, "Without a token for so long a connection that needs one is closed with 4408.", unit="s", at_least=0.1
+    )
 
     # This node.
     node: str = _setting("", "Name of this node in its cluster, [A-Za-z0-9-]{1,32}; empty: the host name.")
@@ -169,6 +187,10 @@ class Settings:
         10.0, "A worker silent for so long is killed and replaced.", unit="s", at_least=1
     )
 
+    def __repr__(self) -> str:
+        shown = (f"{f.name}={_without_secret(f.name, getattr(self, f.name))!r}" for f in dataclasses.fields(self))
+        return f"Settings({', '.join(shown)})"
+
     @property
     def registry_url(self) -> str:
         """URL of the registry Redis, password included."""
@@ -202,6 +224,12 @@ def without_password(url: str) -> str:
     # Up to the last @: in a password that nobody has quoted may stand whatever else divides a URL.
     url = re.sub(r"//([^:@/?#]*):.*@", r"//\1:***@", url)
     return re.sub(r"([?&]password=)[^&#]*", r"\1***", url)
+
+
+def _without_secret(name: str, value: Any) -> Any:
+    if name in _URLS:
+        return without_password(value)
+    return "***" if name == "token_key" and value else value
 
 
 def _with_password(url: str, password: str) -> str:
@@ -245,8 +273,8 @@ def load(
             try:
                 values[name] = _coerce(value, kinds[name])
             except ValueError as e:
-                # A URL of the wrong type may still hold its password: it is not repeated.
-                faults.append(f"{source}: {name} {'must be a text' if name in _URLS else e}")
+                # What holds a secret is not repeated, whatever its type.
+                faults.append(f"{source}: {name} {'must be a text' if name in (*_URLS, 'token_key') else e}")
     settings = _resolve(Settings(**values), env, faults)
     faults += _faults(settings)
     if faults:
@@ -331,7 +359,7 @@ def _called(origin: Any) -> str:
 
 
 def _resolve(settings: Settings, env: Mapping[str, str], faults: list[str]) -> Settings:
-    """Fill in what depends on the machine: node, lock file, passwords."""
+    """Fill in what depends on the machine: node, lock file, passwords, the key of tokens."""
     node = settings.node or default_node()
     lock_file = settings.lock_file or str(
         Path(env.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"quotepush-{node}.lock"
@@ -340,12 +368,9 @@ def _resolve(settings: Settings, env: Mapping[str, str], faults: list[str]) -> S
     for role in ("feed_redis", "registry_redis"):
         url = getattr(settings, role)
         password = env.get(f"{ENV_PREFIX}{role.upper()}_PASSWORD", "")
-        password_file = getattr(settings, f"{role}_password_file")
-        if password_file:
-            try:
-                password = Path(password_file).read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as e:
-                faults.append(f"{role}_password_file: {password_file} cannot be read: {e}")
+        name = f"{role}_password_file"
+        if getattr(settings, name):
+            password = _read_secret(name, getattr(settings, name), faults)
         if url:
             try:
                 urls[role] = _with_password(url, password)
@@ -353,7 +378,24 @@ def _resolve(settings: Settings, env: Mapping[str, str], faults: list[str]) -> S
                 continue  # _faults names the broken URL
         elif password:
             faults.append(f"{role}: a password is set, but no {role}")
-    return dataclasses.replace(settings, node=node, lock_file=lock_file, **urls)
+    token_key = settings.token_key
+    if settings.token_key_file:
+        if settings.token_key:
+            faults.append("token_key and token_key_file are both set; keep one of them")
+        others = len(faults)
+        token_key = _read_secret("token_key_file", settings.token_key_file, faults)
+        if not token_key and len(faults) == others:
+            faults.append(f"token_key_file: there is no key in {settings.token_key_file}")
+    return dataclasses.replace(settings, node=node, lock_file=lock_file, token_key=token_key, **urls)
+
+
+def _read_secret(name: str, path: str, faults: list[str]) -> str:
+    """Return the text of a file without the blanks around it; if it cannot be read, nothing, and that is a fault."""
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as e:
+        faults.append(f"{name}: {path} cannot be read: {e}")
+        return ""
 
 
 def _faults(s: Settings) -> list[str]:
@@ -395,6 +437,10 @@ def _faults(s: Settings) -> list[str]:
         path = getattr(s, name)
         if (path or name == "ws_path") and not re.match(r"(/[A-Za-z0-9._~-]+)+\Z", path):
             found.append(f"{name} must look like /quotes, without a slash at its end, not {path!r}")
+    if s.token_key and (fault := key_fault(s.token_key)):
+        found.append(f"token_key {fault}")
+    if s.token_leeway_s > _MOST_LEEWAY_S:
+        found.append(f"token_leeway_s must be at most {_MOST_LEEWAY_S}, not {s.token_leeway_s!r}")
     if bool(s.tls_cert) != bool(s.tls_key):
         found.append("tls_cert and tls_key go together")
     for name in ("tls_cert", "tls_key", "symbol_file"):

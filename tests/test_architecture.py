@@ -18,38 +18,39 @@ MODULES = {
 }
 
 # What each wing may import besides itself: only what stands below it. ingest, push and cluster do not know each other.
-GROUND = {"errors", "settings", "metrics"}
+GROUND = {"errors", "auth", "settings", "metrics"}
 PURE = {"errors", "quote", "wire"}
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
     "metrics": set(),
-    "settings": {"errors"},
+    "auth": {"errors"},
+    "settings": {"errors", "auth"},
     "quote": {"errors"},
     "wire": {"errors", "quote"},
     "ingest": PURE,
-    "push": PURE | {"settings"},
+    "push": PURE | {"auth", "settings"},
     "cluster": PURE | {"settings"},
     "node": GROUND | PURE | {"ingest", "push", "cluster", "quotepush"},
     # Programs of their own beside the server, and the libraries for other programs.
-    "publisher": {"errors", "quote", "settings", "ingest"},
+    "publisher": {"errors", "quote", "ingest"},
     "feed": PURE | {"publisher"},
     "private_redis": {"errors"},
     "client_state": PURE,
     "client_link": PURE | {"client_state"},
     "client": PURE | {"client_state", "client_link"},
     "watching": PURE | {"client"},
-    "publishing": PURE | {"settings", "feed"},
+    "publishing": PURE | {"feed"},
     "demo": {"errors", "feed", "private_redis"},
     # On top: the package's front door and the command line.
-    "quotepush": {"client"},
+    "quotepush": {"client", "publisher"},
     "cli": GROUND | {"quotepush", "node", "demo", "watching", "publishing"},
     "__main__": {"cli"},
 }
 
 # No loop, no socket, no clock of their own.
 SANS_IO = (
-    "quotepush.errors", "quotepush.quote.", "quotepush.wire.", "quotepush.ingest.probe", "quotepush.push.subscriptions",
-    "quotepush.push.outbox", "quotepush.push.session", "quotepush.client_state",
+    "quotepush.errors", "quotepush.auth", "quotepush.quote.", "quotepush.wire.", "quotepush.ingest.probe",
+    "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.session", "quotepush.client_state",
 )  # fmt: skip
 NOT_SANS_IO = {"asyncio", "aiohttp", "redis", "uvloop", "socket", "threading", "time", "os"}
 
@@ -64,9 +65,9 @@ TESTED_ELSEWHERE = {
     "quotepush.client_link": "tests/unit/test_client.py",
     "quotepush.cluster.nodes": "tests/unit/test_registry.py",
     "quotepush.cluster.sets": "tests/unit/test_registry.py",
-    "quotepush.ingest.keys": "tests/unit/test_publisher.py",  # names, which are what both ends use
     "quotepush.feed": "tests/unit/test_feed.py",
     "quotepush.feed.run": "tests/unit/test_feed.py",
+    "quotepush.ingest.keys": "tests/unit/test_publisher.py",
     "quotepush.push.worker": "tests/unit/test_websocket.py",
     # Processes and their wiring: tested as processes.
     "quotepush.node.main": "tests/integration/test_lifecycle.py",
@@ -172,7 +173,8 @@ def test_only_the_settings_read_the_environment(module: str) -> None:
 def test_every_library_that_is_imported_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["embedded"]]
-    declared = {line.partition(">")[0].partition("[")[0].replace("-", "_") for line in wanted} | {"hiredis"}
+    declared = {line.partition(">")[0].partition("[")[0].replace("-", "_") for line in wanted} | {"hiredis", "jwt"}
+    declared -= {"pyjwt"}  # is imported as jwt
     found = {
         name.partition(".")[0]
         for module in MODULES
@@ -203,10 +205,20 @@ def test_a_worker_does_not_load_what_only_main_needs() -> None:
     assert not {m for m in loaded if m in ("quotepush.node.main", "quotepush.node.supervisor", "prometheus_client")}
 
 
+def test_a_server_without_tokens_does_not_load_what_checks_them() -> None:
+    assert "jwt" not in loaded_after("import quotepush.node.worker, quotepush.node.main")
+
+
 def test_the_client_library_does_not_load_the_server() -> None:
     loaded = loaded_after("from quotepush import QuoteClient")
     assert not {m for m in loaded if m.startswith(("quotepush.node", "quotepush.push", "quotepush.ingest"))}
     assert not loaded & {"redis", "uvloop", "setproctitle", "click", "rich"}
+
+
+def test_the_publishers_do_not_load_the_server() -> None:
+    loaded = loaded_after("from quotepush import BlockingPublisher, Publisher")
+    assert not {m for m in loaded if m.startswith(("quotepush.node", "quotepush.push", "quotepush.feed"))}
+    assert not loaded & {"aiohttp", "uvloop", "setproctitle", "click", "rich"}
 
 
 def test_the_package_alone_loads_nothing() -> None:

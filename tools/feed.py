@@ -44,7 +44,9 @@ def _speed(ctx: click.Context, param: click.Parameter, value: str) -> float:
 
 @click.command(context_settings={"show_default": True, "max_content_width": 120})
 @click.option("--redis", "redis_url", metavar="URL", default="redis://127.0.0.1:6379/0", help="Where to publish.")
-@click.option("--channel", metavar="TEMPLATE", default="quote.{code}", help="Channel of a tick.")
+@click.option("--prefix", default="qp:", help="The server's redis_prefix.")
+@click.option("--plain", is_flag=True, help="Plain PUBLISH on a channel: no log, nothing is caught up.")
+@click.option("--channel", metavar="TEMPLATE", default="quote.{code}", help="With --plain: channel of a tick.")
 @click.option("--codes", metavar="N", type=int, default=3000, help="Simulation: how many instruments.")
 @click.option(
     "--rate", metavar="TICKS_PER_S", type=float, default=1000.0, help="Simulation: ticks a second, on average."
@@ -64,6 +66,8 @@ def _speed(ctx: click.Context, param: click.Parameter, value: str) -> float:
 def main(
     ctx: click.Context,
     redis_url: str,
+    prefix: str,
+    plain: bool,
     channel: str,
     codes: int,
     rate: float,
@@ -93,7 +97,16 @@ def main(
     for name, belongs_to in _ONLY_WITH.items():
         if belongs_to != of_source and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise click.UsageError(f"--{name} belongs to {belongs_to}")
-    options = FeedOptions(redis_url=redis_url, source=source, channel=channel, duration_s=duration_s, count=count)
+    if not plain and ctx.get_parameter_source("channel") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--channel belongs to --plain")
+    options = FeedOptions(
+        redis_url=redis_url,
+        source=source,
+        prefix=prefix,
+        channel=channel if plain else None,
+        duration_s=duration_s,
+        count=count,
+    )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             summary = runner.run(_feed(options))

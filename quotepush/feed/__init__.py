@@ -1,7 +1,7 @@
 """Ticks into Redis: a simulated market, a recording, or lines from another program.
 
-A world of its own beside the server: it knows channels and ticks (docs/protocol.md) and imports nothing that serves
-clients. ``listing`` → ``simulate`` and ``replay`` make ticks and are pure, ``sources`` gives them their time,
+A world of its own beside the server: it knows the log, channels and ticks (docs/protocol.md) and imports nothing that
+serves clients. ``listing`` → ``simulate`` and ``replay`` make ticks and are pure, ``sources`` gives them their time,
 ``publish`` sends them, ``run`` joins the two. `run_feed` is the way in; ``tools/feed.py`` is its command line.
 """
 

@@ -1,15 +1,14 @@
-"""How ticks are published: plainly, one ``PUBLISH`` per tick, many in one round trip.
+"""How a feed publishes: into the log that loses nothing, or plainly, one ``PUBLISH`` per tick.
 
-`TickPublisher` is what a feed needs of a publisher, whatever it does with the ticks. `PlainPublisher` holds one batch
-and nothing else, so its memory is bounded by its caller's batches. While Redis is away it drops ticks or waits, as it
-was told, and comes back by itself.
+`TickPublisher` is what a feed needs of a publisher, whatever it does with the ticks. `LoggedPublisher` and
+`PlainPublisher` hold one batch and nothing else, so their memory is bounded by their caller's batches. While Redis is
+away they drop ticks or wait, as they were told, and come back by themselves.
 """
 
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from typing import Protocol
-from urllib.parse import urlsplit
+from typing import Any, Protocol
 
 import orjson
 import redis.asyncio as aioredis
@@ -21,8 +20,10 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from quotepush.errors import RedisUnavailable, SettingsError
 from quotepush.feed.replay import CodedTick
+from quotepush.publisher import Publisher, shown_address
+from quotepush.quote.tick import BadTick
 
-__all__ = ["CODE_PLACE", "PlainPublisher", "TickPublisher", "shown_address"]
+__all__ = ["CODE_PLACE", "LoggedPublisher", "PlainPublisher", "TickPublisher"]
 
 CODE_PLACE = "{code}"
 """Stands in a channel template where the code goes."""
@@ -46,11 +47,114 @@ class TickPublisher(Protocol):
     async def connect(self) -> None:
         """Reach Redis for the first time, or raise `RedisUnavailable`."""
 
-    async def publish(self, ticks: Sequence[CodedTick]) -> None:
-        """Publish a batch in its order; return when it was taken or dropped."""
+    async def publish(self, ticks: Sequence[CodedTick]) -> list[int]:
+        """Publish a batch in its order; return when it was taken, with a number for each tick, or when it was dropped.
+
+        The number is what this way of publishing has to say of a tick: its ``seq``, or how many subscribers it had.
+        """
 
     async def aclose(self) -> None:
         """Let go of the connection."""
+
+
+class LoggedPublisher:
+    """Publishes through a `Publisher`: numbered, kept, logged, and once.
+
+    Args:
+        url: ``redis://``, ``rediss://`` or ``unix://``; its password is never shown.
+        prefix: the server's ``redis_prefix``.
+        waits: what happens while Redis is away. True: `publish` waits. False: ticks are dropped and counted; only the
+            batch that was under way waits by itself.
+        warn: takes one line when Redis goes away and one when it is back.
+        give_up_s: raise after so long without Redis; None: never.
+
+    Raises:
+        SettingsError: the URL is none, or has options that Redis connections do not have.
+    """
+
+    def __init__(
+        self, url: str, prefix: str, *, waits: bool, warn: Callable[[str], None], give_up_s: float | None = None
+    ) -> None:
+        self.sent = 0
+        self.dropped = 0
+        self.outages = 0
+        self._where = shown_address(url)
+        self._waits = waits
+        self._warn = warn
+        self._under_way: asyncio.Task[list[int]] | None = None
+        self._left: asyncio.Future[None] | None = None  # done: `publish` does not wait for its batch any longer
+        self._is_away = False
+        try:
+            self._publisher = Publisher(url, prefix=prefix, give_up_s=give_up_s, on_link=self._note_link)
+        except SettingsError as e:
+            raise SettingsError([f"--redis: {fault}" for fault in e.faults]) from None
+
+    async def connect(self) -> None:
+        """Reach Redis for the first time.
+
+        Raises:
+            RedisUnavailable: it does not answer, or refuses us.
+        """
+        await self._publisher.connect()
+
+    async def publish(self, ticks: Sequence[CodedTick]) -> list[int]:
+        """Publish a batch in its order; return the ``seq`` of each tick, or nothing when it was dropped.
+
+        Raises:
+            RedisUnavailable: Redis refuses for good, or ``give_up_s`` is over.
+        """
+        if self._under_way is not None:
+            if not self._under_way.done():
+                self.dropped += len(ticks)
+                return []
+            self._under_way.result()
+            self._under_way = None
+        sending = asyncio.create_task(self._send(ticks))
+        self._left = asyncio.get_running_loop().create_future()
+        ends: set[asyncio.Future[Any]] = {sending, self._left}
+        try:
+            # No timeout: it is tried for ever, and the caller can cancel.
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            await asyncio.wait({sending}, timeout=0 if self._is_away else _LAST_EXCHANGE_S)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+            raise
+        if sending.done():
+            return sending.result()
+        self._under_way = sending
+        return []
+
+    async def aclose(self) -> None:
+        """Give up the batch that is under way, and let go of the connection."""
+        if self._under_way is not None:
+            self._under_way.cancel()
+            await asyncio.gather(self._under_way, return_exceptions=True)
+        await self._publisher.aclose()
+
+    async def _send(self, ticks: Sequence[CodedTick]) -> list[int]:
+        batch = [{**tick, "code": code} for code, tick in ticks]
+        try:
+            seqs = await self._publisher.publish(batch)
+        except BadTick:  # one of them, or all together are too large: the others must not suffer
+            seqs = []
+            for tick in batch:
+                try:
+                    seqs += await self._publisher.publish([tick])
+                except BadTick as e:
+                    self._warn(f"a tick of {tick['code']} is refused: {e.message}")
+        self.sent += len(seqs)
+        return seqs
+
+    def _note_link(self, reason: str) -> None:
+        self._is_away = bool(reason)
+        if not reason:
+            self._warn(_back_line(self._where, self._waits, self.dropped))
+            return
+        self.outages += 1
+        self._warn(_away_line(self._where, self._waits, reason))
+        if not self._waits and self._left is not None and not self._left.done():
+            self._left.set_result(None)
 
 
 class PlainPublisher:
@@ -104,8 +208,8 @@ class PlainPublisher:
                 ["--redis: the address has an option that is unknown; leave out what follows its ?"]
             ) from None
 
-    async def publish(self, ticks: Sequence[CodedTick]) -> None:
-        """Publish a batch in its order; return when Redis has taken it, or when it was dropped.
+    async def publish(self, ticks: Sequence[CodedTick]) -> list[int]:
+        """Publish a batch in its order; return how many subscribers each tick had, or nothing when it was dropped.
 
         Raises:
             RedisUnavailable: Redis is there and refuses to publish for us.
@@ -115,16 +219,14 @@ class PlainPublisher:
             if self._reconnecting is not None:
                 if not self._waits and not self._reconnecting.done():
                     self.dropped += len(messages)
-                    return
+                    return []
                 # No timeout: it is tried for ever, and the caller can cancel.
                 await asyncio.shield(self._reconnecting)
                 self._reconnecting = None
             try:
-                await self._exchange_whole(messages)
+                return await self._exchange_whole(messages)
             except _LINK_FAULTS as e:
                 self._lost(e)
-            else:
-                return
 
     async def aclose(self) -> None:
         """Stop reconnecting and close the connection."""
@@ -136,38 +238,42 @@ class PlainPublisher:
         except (RedisError, OSError):
             pass
 
+    def channel_of(self, code: str) -> str:
+        """Return the channel that ticks of a code go to."""
+        return self._channel.replace(CODE_PLACE, code)
+
     def _messages_of(self, ticks: Sequence[CodedTick]) -> list[tuple[str, bytes]]:
         before, place, after = self._channel.partition(CODE_PLACE)
         if place:
             return [(before + code + after, orjson.dumps(tick)) for code, tick in ticks]
         return [(before, orjson.dumps({"code": code, **tick})) for code, tick in ticks]
 
-    async def _exchange_whole(self, messages: list[tuple[str, bytes]]) -> None:
+    async def _exchange_whole(self, messages: list[tuple[str, bytes]]) -> list[int]:
         """Send a batch and have it answered, also when we are cancelled meanwhile: what went out is counted."""
         exchange = asyncio.ensure_future(self._exchange(messages))
         try:
-            await asyncio.shield(exchange)
+            return await asyncio.shield(exchange)
         except asyncio.CancelledError:
             await asyncio.wait({exchange}, timeout=_LAST_EXCHANGE_S)
             exchange.cancel()
             await asyncio.gather(exchange, return_exceptions=True)
             raise
 
-    async def _exchange(self, messages: list[tuple[str, bytes]]) -> None:
+    async def _exchange(self, messages: list[tuple[str, bytes]]) -> list[int]:
         pipeline = self._redis.pipeline(transaction=False)
         for channel, payload in messages:
             pipeline.publish(channel, payload)
         async with asyncio.timeout(_TIMEOUT_S):
-            answers = await pipeline.execute(raise_on_error=False)
+            answers: list[Any] = await pipeline.execute(raise_on_error=False)
         for answer in answers:
             if isinstance(answer, ResponseError):
                 raise RedisUnavailable("feed_redis", self._where, _reason_of(answer))
         self.sent += len(messages)
+        return answers
 
     def _lost(self, reason: Exception) -> None:
         self.outages += 1
-        consequence = "waiting for it" if self._waits else "dropping ticks until it is back"
-        self._warn(f"Redis at {self._where} went away ({_reason_of(reason)}); {consequence}")
+        self._warn(_away_line(self._where, self._waits, _reason_of(reason)))
         self._reconnecting = asyncio.create_task(self._reconnect())
 
     async def _reconnect(self) -> None:
@@ -180,8 +286,7 @@ class PlainPublisher:
                 await self._ping()
             except (*_LINK_FAULTS, RedisError):
                 continue
-            dropped = "" if self._waits else f"; {self.dropped:,} ticks dropped so far"
-            self._warn(f"Redis at {self._where} is back{dropped}")
+            self._warn(_back_line(self._where, self._waits, self.dropped))
             return
 
     async def _ping(self) -> None:
@@ -189,15 +294,12 @@ class PlainPublisher:
             await self._redis.ping()
 
 
-def shown_address(url: str) -> str:
-    """Return where a Redis URL points to, without user, password and options."""
-    try:
-        parts = urlsplit(url)
-        if parts.scheme == "unix":
-            return f"unix:{parts.path}"
-        return f"{parts.hostname or '127.0.0.1'}:{parts.port or 6379}"
-    except ValueError:
-        return "an address that is none"
+def _away_line(where: str, waits: bool, reason: str) -> str:
+    return f"Redis at {where} went away ({reason}); {'waiting for it' if waits else 'dropping ticks until it is back'}"
+
+
+def _back_line(where: str, waits: bool, dropped: int) -> str:
+    return f"Redis at {where} is back" + ("" if waits else f"; {dropped:,} ticks dropped so far")
 
 
 def _reason_of(error: Exception) -> str:

@@ -16,7 +16,7 @@ from typing import TypeAlias
 
 from quotepush.errors import SettingsError
 from quotepush.feed.listing import MAX_CODES, PINNED
-from quotepush.feed.publish import CODE_PLACE, PlainPublisher, TickPublisher
+from quotepush.feed.publish import CODE_PLACE, LoggedPublisher, PlainPublisher, TickPublisher
 from quotepush.feed.replay import CodedTick
 from quotepush.feed.simulate import Market
 from quotepush.feed.sources import Clock, piped, replayed, simulated
@@ -73,8 +73,11 @@ class FeedOptions:
 
     redis_url: str = field(default="redis://127.0.0.1:6379/0", repr=False)  # it can hold a password
     source: Source = field(default_factory=Simulation)
-    channel: str = f"quote.{CODE_PLACE}"
-    """Channel template; without ``{code}`` all ticks go to one channel and carry their code."""
+    prefix: str = "qp:"
+    """The server's ``redis_prefix``: where the log is."""
+    channel: str | None = None
+    """None: ticks go into the log (`quotepush.publisher`). A channel template: they are published there plainly and
+    are nowhere else; without ``{code}`` all of them go to one channel and carry their code."""
     duration_s: float | None = None
     """Stop after so many seconds; None: never."""
     count: int | None = None
@@ -101,8 +104,8 @@ class FeedOptions:
             faults.append(f"--duration: above 0 seconds, not {self.duration_s:g}")
         if self.count is not None and self.count < 1:
             faults.append(f"--count: at least 1, not {self.count}")
-        rest = self.channel.replace(CODE_PLACE, "", 1)
-        if not self.channel or "{" in rest or "}" in rest:
+        rest = (self.channel or "").replace(CODE_PLACE, "", 1)
+        if self.channel == "" or "{" in rest or "}" in rest:
             faults.append(f"--channel: a name with {CODE_PLACE} at most once and no other braces")
         if faults:
             raise SettingsError(faults)
@@ -174,9 +177,12 @@ class _Feed:
         self._bad_lines = 0
         self._codes: set[str] = set()
         self._started_at_s = time.monotonic()
-        self._publisher: TickPublisher = PlainPublisher(
-            options.redis_url, options.channel, waits=not isinstance(options.source, Simulation), warn=report
-        )
+        waits = not isinstance(options.source, Simulation)
+        self._publisher: TickPublisher
+        if options.channel is None:
+            self._publisher = LoggedPublisher(options.redis_url, options.prefix, waits=waits, warn=report)
+        else:
+            self._publisher = PlainPublisher(options.redis_url, options.channel, waits=waits, warn=report)
 
     async def run(self, stop: asyncio.Event, progress: Callable[[FeedSummary], None] | None) -> FeedSummary:
         """Start in steps, wait for the first reason to end, stop in the reverse order."""

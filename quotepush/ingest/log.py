@@ -8,6 +8,7 @@ Laws:
 3. A log that begins another life (its epoch has changed) or has gone back is read from its begin; a log
    that has gone back gets a new epoch by compare-and-set, so that no number is used twice.
 4. What is read from the log has arrived when Redis got it, told by our own clock: a late catch-up makes nothing fresh.
+5. A batch, tick or row that is none harms nothing else: it is counted as refused, and what it hides is a gap.
 
 What publishers write: :mod:`quotepush.publisher`.
 """
@@ -20,8 +21,9 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import msgspec
 import orjson
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import DataError, NoPermissionError, RedisError, ResponseError
 
 from quotepush.ingest.keys import FeedKeys
 from quotepush.quote.board import GAP, NEW_EPOCH, Board, Quote
@@ -33,7 +35,7 @@ log = logging.getLogger("quotepush.feed")
 
 _PAGE = 200  # batches per XRANGE
 _ROWS_PER_SLICE = 200
-_MOST_WAITING = 20_000  # batches that wait for older ones; more are read from the log again
+_MOST_WAITING_BYTES = 32 << 20  # of batches that wait for older ones; more are read from the log again
 _RETRY_S = 0.5
 # Only an operator changes what we may read.
 _FORBIDDEN_RETRY_S = 30.0
@@ -45,6 +47,18 @@ if redis.call('GET', KEYS[1]) == ARGV[1] and tonumber(redis.call('HGET', KEYS[2]
 end
 return {redis.call('GET', KEYS[1]), redis.call('TIME')}
 """
+
+
+class _Batch(msgspec.Struct, gc=False):
+    """One message of the publishers."""
+
+    epoch: str
+    n: int
+    at: int
+    ticks: list[tuple[int, str, dict[str, Any]]]
+
+
+_decode_batch = msgspec.json.Decoder(_Batch).decode
 
 
 class LogFollower:
@@ -62,6 +76,7 @@ class LogFollower:
         n: number of the last batch that was taken.
         caught_up: how many times batches were read from the log because they had been missed.
         gaps: rows that were read anew because the log was too short.
+        bugs: ticks that were lost to a bug of ours.
         is_in_step: nothing is missing, as far as we know.
         is_forbidden: this Redis user may not read the log.
     """
@@ -90,10 +105,14 @@ class LogFollower:
         self.n = 0
         self.caught_up = 0
         self.gaps = 0
+        self.bugs = 0
         self.is_in_step = False
         self._waiting: list[bytes] = []
+        self._waiting_bytes = 0
         self._wake = asyncio.Event()
         self._is_lost = True  # something may be missing
+        self._losses = 0  # how often that came to pass
+        self._has_begun = False  # the rows that were there before us are on the board
         self._is_failing = False
         self.is_forbidden = False
         self._skew_ms = 0  # what our clock is ahead of the one of Redis
@@ -114,22 +133,30 @@ class LogFollower:
             has_waited: it did not come just now.
         """
         if not self._is_lost:
-            batch = orjson.loads(message)
-            if batch["epoch"] == self.epoch and batch["n"] == self.n + 1:
-                self._apply(batch, self._arrived_ms(batch["at"]) if has_waited else _now_ms())
+            try:
+                batch = _decode_batch(message)
+            except msgspec.MsgspecError as e:
+                self._refuse("bad_batch", e)
+                return
+            if batch.epoch == self.epoch and batch.n == self.n + 1:
+                self._apply(batch, self._arrived_ms(batch.at) if has_waited else _now_ms())
                 self._on_batch()
                 return
-            if batch["epoch"] == self.epoch and batch["n"] <= self.n:
+            if batch.epoch == self.epoch and batch.n <= self.n:
                 return
             self.lose_step()
-        if len(self._waiting) < _MOST_WAITING:
-            self._waiting.append(message)
+        if self._waiting_bytes > _MOST_WAITING_BYTES:
+            self.lose_step()
+        self._waiting.append(message)
+        self._waiting_bytes += len(message)
 
     def lose_step(self) -> None:
         """Something may have been missed: read the log before anything else is taken."""
         self._is_lost = True
+        self._losses += 1
         self.is_in_step = False
         self._waiting.clear()
+        self._waiting_bytes = 0
         self._wake.set()
 
     def note_cut(self) -> None:
@@ -174,19 +201,23 @@ class LogFollower:
     async def _catch_up(self) -> None:
         """Read what is missing; afterwards take what has waited."""
         while self._is_lost:
+            losses = self._losses
             async with asyncio.timeout(self._timeout_s):
                 epoch = await self._current_epoch()
-            if epoch != self.epoch:
+            if epoch != self.epoch or not self._has_begun:
                 await self._begin_life(epoch)
             elif epoch:
                 await self._read_on()
+            if losses != self._losses:
+                continue  # what came meanwhile is not all here
             # No await between here and the end: whatever comes now is taken in order.
             self._is_lost = False
-            waiting, self._waiting = self._waiting, []
+            waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
             for number, message in enumerate(waiting):
                 self.take(message, has_waited=True)
                 if self._is_lost:
                     self._waiting += waiting[number + 1 :]
+                    self._waiting_bytes = sum(map(len, self._waiting))
                     break
         self.is_in_step = True
         self._on_batch()
@@ -204,58 +235,67 @@ class LogFollower:
         """Return when Redis got something, by our own clock."""
         return min(_now_ms(), logged_ms + self._skew_ms)
 
-    async def _last_batch(self) -> int:
-        return int(await self._redis.hget(self._keys.seq, "#") or 0)
-
     async def _begin_life(self, epoch: str) -> None:
         """The log is another one, or the first we see: its rows count anew."""
-        if self.epoch:
+        if self.epoch and epoch != self.epoch:
             log.warning("the log of the publishers has begun another life; clients get their rows anew")
         self.epoch = self._board.log_epoch = epoch
         self.n = 0
-        if not epoch:
-            return
-        async with asyncio.timeout(self._timeout_s):
-            last = await self._last_batch()
-            codes = [_text(code) for code in await self._redis.hkeys(self._keys.seq)]
-        # Rows first: they are at least as new as batch `last`; ticks of the log behind it follow.
-        await self._read_rows((code for code in codes if code != "#"), NEW_EPOCH)
-        self.n = last
-        await self._read_on()
+        if epoch and not self._has_begun:
+            pipeline = self._redis.pipeline(transaction=False)
+            pipeline.hget(self._keys.seq, "#")
+            pipeline.hkeys(self._keys.seq)
+            async with asyncio.timeout(self._timeout_s):
+                last, codes = await pipeline.execute()
+            # Rows first: they are at least as new as batch `last`; ticks of the log behind it follow. Later lives are
+            # read from the log, which adds to the rows that we hold: a Redis that came back empty knows less than we.
+            await self._read_rows((_text(code) for code in codes if code != b"#"), NEW_EPOCH)
+            self.n = _number(last)
+        self._has_begun = True
+        if epoch:
+            await self._read_on()
 
     async def _read_on(self) -> None:
         """Take the batches of the log behind ours."""
         is_first = True
+        start = f"({self.n}-0"
         while True:
+            # The number first: what is published behind it may be missing in the page, but is no gap.
+            pipeline = self._redis.pipeline(transaction=False)
+            pipeline.hget(self._keys.seq, "#")
+            pipeline.xrange(self._keys.log, min=start, max="+", count=_PAGE)
             async with asyncio.timeout(self._timeout_s):
-                page = await self._redis.xrange(self._keys.log, min=f"({self.n}-0", max="+", count=_PAGE)
+                last, page = await pipeline.execute()
             for entry, fields in page:
-                n = int(_text(entry).partition("-")[0])
-                if n > self.n + 1:
-                    await self._bridge()
-                if n <= self.n:
+                start = f"({_text(entry)}"
+                try:
+                    batch = _decode_batch(fields.get(b"batch", b""))
+                except msgspec.MsgspecError as e:
+                    self._refuse("bad_batch", e)
                     continue
-                batch = orjson.loads(fields[b"batch"])
-                if batch["epoch"] != self.epoch:
-                    self.n = n
+                if batch.epoch != self.epoch:
+                    self.n = batch.n
                     continue  # of another life
+                if batch.n > self.n + 1:
+                    await self._bridge()
+                if batch.n <= self.n:
+                    continue
                 if is_first:
                     is_first = False
                     self.caught_up += 1
-                self._apply(batch, self._arrived_ms(batch["at"]))
+                self._apply(batch, self._arrived_ms(batch.at))
+            self._on_batch()
             if len(page) < _PAGE:
                 break
             await asyncio.sleep(0)
-        async with asyncio.timeout(self._timeout_s):
-            last = await self._last_batch()
-        if last > self.n:  # the log is shorter than what we have missed
+        if _number(last) > self.n:  # the log is shorter than what we have missed
             await self._bridge()
 
     async def _bridge(self) -> None:
         """The log is too short: read the rows that have changed since, and say so."""
         async with asyncio.timeout(self._timeout_s):
             seqs = await self._redis.hgetall(self._keys.seq)
-        numbers = {_text(code): int(seq) for code, seq in seqs.items()}
+        numbers = {_text(code): _number(seq) for code, seq in seqs.items()}
         last = numbers.pop("#", 0)
         quotes = self._board.quotes
         behind = [
@@ -277,7 +317,7 @@ class LogFollower:
             for code in some:
                 pipeline.hgetall(self._keys.row + code)
             async with asyncio.timeout(self._timeout_s):
-                rows = await pipeline.execute()
+                rows = await pipeline.execute(raise_on_error=False)
             for code, row in zip(some, rows, strict=True):
                 quote = self._restate(code, row, reason)
                 if quote is not None:
@@ -287,36 +327,50 @@ class LogFollower:
             await asyncio.sleep(0)
         return found
 
-    def _restate(self, code: str, row: Mapping[bytes, bytes], reason: int) -> Quote | None:
-        about = row.get(b"@")
-        if about is None:
+    def _restate(self, code: str, row: Mapping[bytes, bytes] | ResponseError, reason: int) -> Quote | None:
+        if isinstance(row, ResponseError):
+            if not str(row).startswith("WRONGTYPE"):
+                raise row
+            self._refuse("bad_row", f"{code}: {row}")
             return None
-        seq, epoch, at_ms = _text(about).split(" ")
-        if epoch != self.epoch:
+        if b"@" not in row:
             return None
-        fields = {_text(name): orjson.loads(value) for name, value in row.items() if not name.startswith(b"@")}
-        fields.setdefault("ts", int(at_ms))
-        return self._board.restate(code, epoch, int(seq), fields, self._arrived_ms(int(at_ms)), reason)
+        try:
+            seq, epoch, at = row[b"@"].decode().split(" ")
+            fields = {_text(name): orjson.loads(value) for name, value in row.items() if not name.startswith(b"@")}
+            number, at_ms = int(seq), int(at)
+        except ValueError as e:
+            self._refuse("bad_row", f"{code}: {e}")
+            return None
+        # At the begin also rows without a tick since the log has gone back: their numbers go on in the new epoch.
+        if epoch != self.epoch and self._has_begun:
+            return None
+        fields.setdefault("ts", at_ms)
+        return self._board.restate(code, self.epoch, number, fields, self._arrived_ms(at_ms), reason)
 
     async def _fill_ring(self) -> None:
         """Read the end of the log backwards, as far as the ring reaches, and keep the rows that its ticks make."""
         oldest_ms = _now_ms() - self._ring.max_age_ms
         ticks: dict[str, list[tuple[int, dict[str, Any], int]]] = {}
         size = 0
-        end = "+"
+        end = f"{self.n}-0"
         while end:
             async with asyncio.timeout(self._timeout_s):
                 page = await self._redis.xrevrange(self._keys.log, max=end, min="-", count=_PAGE)
             end = f"({_text(page[-1][0])}" if page else ""
             for _, fields in page:
-                message = fields[b"batch"]
-                batch = orjson.loads(message)
+                message = fields.get(b"batch", b"")
                 size += len(message)
-                if batch["epoch"] != self.epoch or batch["at"] < oldest_ms or size > self._ring.max_bytes:
+                try:
+                    batch = _decode_batch(message)
+                except msgspec.MsgspecError:
+                    end = ""  # nobody knows what is missing there
+                    break
+                if batch.epoch != self.epoch or batch.at < oldest_ms or size > self._ring.max_bytes:
                     end = ""
                     break
-                for seq, code, tick in reversed(batch["ticks"]):
-                    ticks.setdefault(code, []).append((seq, tick, batch["at"]))
+                for seq, code, tick in reversed(batch.ticks):
+                    ticks.setdefault(code, []).append((seq, tick, batch.at))
             await asyncio.sleep(0)
         for code, found in ticks.items():
             found.reverse()
@@ -324,19 +378,36 @@ class LogFollower:
             if quote is not None and quote.epoch == self.epoch and self._ring.fill(quote, found):
                 self._on_filled(code)
 
-    def _apply(self, batch: Mapping[str, Any], arrived_ms: int) -> None:  # hot
+    def _apply(self, batch: _Batch, arrived_ms: int) -> None:  # hot
         apply, publish = self._board.apply_numbered, self._publish
-        logged_ms = batch["at"]
-        for seq, code, tick in batch["ticks"]:
-            news = apply(code, seq, tick, arrived_ms, logged_ms)
-            if news is not None:
-                publish(news)
-        self.n = batch["n"]
+        logged_ms = batch.at
+        for seq, code, tick in batch.ticks:
+            try:
+                news = apply(code, seq, tick, arrived_ms, logged_ms)
+                if news is not None:
+                    publish(news)
+            except Exception:
+                # A tick that hits a bug of ours is lost, the next one is not; nor is it read again for ever.
+                self.bugs += 1
+                if self.bugs == 1:
+                    log.exception("a tick of the log could not be taken; further ones are counted only")
+        self.n = batch.n
+
+    def _refuse(self, reason: str, fault: object) -> None:
+        self._board.refused[reason] += 1
+        self._board.last_fault = f"{reason}: {fault}"
 
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
 
 
+def _number(data: bytes | None) -> int:
+    try:
+        return int(data or 0)
+    except ValueError:
+        raise DataError(f"a number of the log is {data!r}") from None
+
+
 def _text(data: bytes | str) -> str:
-    return data.decode() if isinstance(data, bytes) else data
+    return data.decode(errors="replace") if isinstance(data, bytes) else data

@@ -55,6 +55,8 @@ _FILE_RESERVE = 256
 _LAGGING_S = 0.25
 _EXPIRE_EVERY_S = 10.0
 _SWEEP_LEAST_S, _SWEEP_MOST_S = 0.05, 1.0
+# So a sweep takes at most a twentieth of main, however many codes are watched.
+_SWEEP_REST_S = 0.01
 _PORT_PATIENCE_S = 3.0
 _RETRY_AFTER_MS = 1000
 _REPORT_EVERY_S = 60.0
@@ -231,12 +233,14 @@ class _Main:
     def _end_batch(self) -> None:  # hot
         self._relay.flush()
         self._relay.is_lagging = self._listener.lag_s > _LAGGING_S
+        self._supervisor.hurry_news()
 
     def _note_link(self, is_up: bool) -> None:
         if is_up:
             self._follower.lose_step()
         else:
             self._follower.note_cut()
+        self._supervisor.hurry_news()
 
     def _feed_news(self) -> tuple[str, int, str]:
         epoch = self._follower.epoch or self._epoch
@@ -258,7 +262,7 @@ class _Main:
         while True:
             await asyncio.sleep(every_s)
             for _ in self._relay.sweep():
-                await asyncio.sleep(0)
+                await asyncio.sleep(_SWEEP_REST_S)
 
     async def _report_faults(self) -> None:
         """One line a minute about ticks that were refused, with the newest example."""
@@ -322,7 +326,7 @@ class _Main:
             "tick_copies": [(board.copies, nothing)],
             "log_catch_ups": [(self._follower.caught_up, nothing)],
             "log_gap_rows": [(self._follower.gaps, nothing)],
-            "tick_bugs": [(listener.bugs, nothing)],
+            "tick_bugs": [(listener.bugs + self._follower.bugs, nothing)],
             "board_codes": [(len(board.quotes), nothing)],
             "feed_up": [(listener.is_up, nothing)],
             "feed_links": [(listener.links, nothing)],

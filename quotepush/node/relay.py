@@ -18,8 +18,8 @@ __all__ = ["Relay", "WorkerFeed"]
 
 # Above so much unsent, a worker is slow: about 20,000 rows, some tens of milliseconds of its time.
 _SLOW_BYTES = 4 << 20
-# Codes that a sweep looks at in one turn of the loop: about half a millisecond.
-_SWEPT_PER_SLICE = 2_000
+# Codes that a sweep looks at in one turn of the loop: half a millisecond, for each of them is far away in memory.
+_SWEPT_PER_SLICE = 500
 
 # Code, seq and row; for a worker that has asked for it also the book; of a restated row also its epoch and the reason.
 _Entry = tuple[str, int, bytes] | tuple[str, int, bytes, bytes | None] | tuple[str, int, bytes, bytes | None, str, int]
@@ -272,21 +272,25 @@ class Relay:
         quotes, wanted = self.board.quotes, self.wanted
         concerned: dict[WorkerFeed, None] = {}
         found = 0
-        now_ms = self._clock_ms()
-        for number, code in enumerate(list(wanted), 1):
-            feeds, quote = wanted.get(code), quotes.get(code)
-            if feeds and quote is not None:
-                is_stale = self._is_stale(quote, now_ms)
+        oldest_ms = self._clock_ms() - self._stale_ms
+        codes = list(wanted)
+        for start in range(0, len(codes), _SWEPT_PER_SLICE):
+            for code in codes[start : start + _SWEPT_PER_SLICE]:
+                feeds = wanted.get(code)
+                quote = quotes.get(code) if feeds else None
+                if feeds is None or quote is None:
+                    continue
+                is_stale = 0 < quote.arrived_ms <= oldest_ms
                 found += is_stale
                 for feed in feeds:
                     if is_stale is not (code in feed.stale):
                         feed.note_freshness(code, is_stale)
                         concerned[feed] = None
-            if not number % _SWEPT_PER_SLICE:
-                yield
+            yield
         self.stale = found
         for feed in concerned:
             feed.tell_freshness()
+            yield
 
     @property
     def watched(self) -> int:

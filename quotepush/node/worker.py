@@ -23,6 +23,7 @@ import uvloop
 from aiohttp import web
 from setproctitle import setproctitle
 
+from quotepush.auth import Verifier
 from quotepush.cluster.registry import RegistryMirror, registry_client
 from quotepush.node import bus
 from quotepush.node.accept import Acceptor
@@ -168,6 +169,8 @@ class WorkerProcess:
             unwatch=self._unwatch,
             subscribed=mirror.touch,
             extra_fields=frozenset(settings.extra_fields),
+            verifier=Verifier(settings.token_key, settings.token_leeway_s) if settings.token_key else None,
+            auth_timeout_ms=round(settings.auth_timeout_s * 1000),
             clock_ms=clock_ms,
         )
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from quotepush.auth import Identity, Verifier
 from quotepush.errors import PeerError
 from quotepush.push.outbox import Outbox
 from quotepush.push.subscriptions import Channel, Lane, Row, Shape, Subscription, Subscriptions
@@ -118,6 +119,8 @@ class Desk:
         deliver: queue a lane's newest row for one of its newcomers; set by the worker that has the hub.
         replay: begin to send an outbox what it replays; set by the worker too.
         extra_fields: what views may name besides the fields of the protocol.
+        verifier: checks tokens; None: this server takes none, and everybody may do everything.
+        auth_timeout_ms: how long a session may be without a token, where it needs one.
         unwatch: nobody here watches these codes any more.
         subscribed: a session's codes have changed (for the registry).
         clock_ms: epoch milliseconds.
@@ -136,6 +139,16 @@ class Desk:
     extra_fields: frozenset[str] = frozenset()
     deliver: Callable[[Lane, Outbox], None] = _nobody
     replay: Callable[[Outbox], None] = _nobody
+    verifier: Verifier | None = None
+    auth_timeout_ms: int = 10_000
+
+    def identify(self, token: str) -> Identity | None:
+        """Return whom ``token`` names; None: this server takes no tokens.
+
+        Raises:
+            PeerError: ``auth_failed``, with the close code.
+        """
+        return None if self.verifier is None else self.verifier.verify(token, self.clock_ms())
 
 
 class Session:
@@ -144,17 +157,19 @@ class Session:
     Attributes:
         fd: its name in the cluster, ``<node>.<worker>.<n>``.
         codec: the language it speaks.
+        identity: who it has proved to be; None: nobody yet, or this server takes no tokens.
         subscriptions: canonical code to subscription, in the order of subscribing.
     """
 
     __slots__ = (
-        "_desk", "_epoch", "_inbox", "_is_waiting", "_limited_since_ms", "_link", "_tokens", "_tokens_at_ms", "codec",
-        "fd", "is_closed", "opened_ms", "outbox", "subscriptions",
+        "_allowance", "_allowance_at_ms", "_desk", "_epoch", "_inbox", "_is_waiting", "_limited_since_ms", "_link",
+        "codec", "fd", "identity", "is_closed", "opened_ms", "outbox", "subscriptions",
     )  # fmt: skip
 
-    def __init__(self, fd: str, link: Link, desk: Desk, codec: Codec = JSON) -> None:
+    def __init__(self, fd: str, link: Link, desk: Desk, codec: Codec = JSON, identity: Identity | None = None) -> None:
         self.fd = fd
         self.codec = codec
+        self.identity = identity
         self._link = link
         self._desk = desk
         self.outbox = Outbox(self, link.write, codec)
@@ -162,8 +177,8 @@ class Session:
         self.is_closed = False
         self.opened_ms = desk.clock_ms()
         self._epoch = desk.epoch  # as hello says it; other epochs are named with their codes
-        self._tokens = max(2.0, desk.limits.requests_per_s)
-        self._tokens_at_ms = self.opened_ms
+        self._allowance = max(2.0, desk.limits.requests_per_s)
+        self._allowance_at_ms = self.opened_ms
         self._limited_since_ms = 0
         self._is_waiting = False  # for main's answer to a request
         self._inbox: deque[str | bytes] | None = None
@@ -181,6 +196,7 @@ class Session:
                 heartbeat_ms=desk.heartbeat_ms,
                 fields=DEFAULT_FIELDS,
                 limits=desk.limits.as_said(),
+                auth="none" if desk.verifier is None else "required" if self.identity is None else "ok",
             )
         )
 
@@ -201,10 +217,11 @@ class Session:
             try:
                 said = self.codec.decode(data)
             except (ValueError, RecursionError) as e:  # what orjson and msgspec raise
-                self._spend_token(now_ms)
+                self._count_request(now_ms)
                 raise RequestError("bad_json", f"not {self.codec.language}: {e}") from None
-            self._spend_token(now_ms)
+            self._count_request(now_ms)
             request = parse_request(said, self._desk.limits.codes_per_request, self._desk.extra_fields)
+            self._require_identity(request)
             _HANDLERS[request.action](self, request, now_ms)
         except RequestError as e:
             self._say(messages.error(e, now_ms, e.request_id, e.action))
@@ -213,16 +230,45 @@ class Session:
             if e.close_code is not None:
                 self._link.close(e.close_code, e.error)
 
-    def _spend_token(self, now_ms: int) -> None:
+    def _require_identity(self, request: Request) -> None:
+        if self.identity is None and self._desk.verifier is not None and request.action not in _FOR_ANYBODY:
+            raise PeerError("not_authenticated", "this server wants a token first: send auth")
+
+    def _auth(self, request: Request, now_ms: int) -> None:
+        identity = self._desk.identify(request.token)
+        if identity is None:
+            raise PeerError("bad_request", "this server takes no tokens; everybody may subscribe")
+        if self.identity is not None and self.identity.user != identity.user:
+            raise PeerError("already_authenticated", "this connection is another user's; open a new one for this token")
+        self.identity = identity
+        expires = {} if identity.expires_ms is None else {"expires": identity.expires_ms}
+        self._say(messages.ack(request.action, request.id, now_ms, **expires))
+
+    def check_identity(self, now_ms: int) -> None:
+        """Close the session when its token has expired, or when it has sent none in time."""
+        verifier = self._desk.verifier
+        if verifier is None or self.is_closed:
+            return
+        if self.identity is None:
+            if now_ms - self.opened_ms >= self._desk.auth_timeout_ms:
+                self._end(PeerError("auth_timeout", "no token came in time"), now_ms)
+        elif verifier.has_expired(self.identity, now_ms):
+            self._end(PeerError("auth_failed", "the token has expired"), now_ms)
+
+    def _end(self, fault: PeerError, now_ms: int) -> None:
+        self._say(messages.error(fault, now_ms))
+        self._link.close(CLOSE_CODES[fault.error], fault.error)
+
+    def _count_request(self, now_ms: int) -> None:
         rate = self._desk.limits.requests_per_s
         most = max(2.0, rate)  # above 1, or each request that is let through would look like a rest
         # max: a wall clock that is set back is no fault of the client's.
-        self._tokens = min(most, self._tokens + max(0, now_ms - self._tokens_at_ms) * rate / 1000)
-        self._tokens_at_ms = now_ms
-        if self._tokens >= 1:
-            if self._tokens >= most:
+        self._allowance = min(most, self._allowance + max(0, now_ms - self._allowance_at_ms) * rate / 1000)
+        self._allowance_at_ms = now_ms
+        if self._allowance >= 1:
+            if self._allowance >= most:
                 self._limited_since_ms = 0
-            self._tokens -= 1
+            self._allowance -= 1
             return
         if not self._limited_since_ms:
             self._limited_since_ms = now_ms
@@ -231,7 +277,7 @@ class Session:
             "rate_limited",
             f"at most {rate:g} requests a second",
             close_code=CLOSE_CODES["rate_limited"] if goes_on else None,
-            retry_after_ms=max(1, round((1 - self._tokens) * 1000 / rate)),
+            retry_after_ms=max(1, round((1 - self._allowance) * 1000 / rate)),
         )
 
     def _subscribe(self, request: Request, now_ms: int) -> None:
@@ -637,4 +683,8 @@ _HANDLERS: dict[str, Callable[[Session, Request, int], None]] = {
     "list": Session._list,
     "snapshot": Session._snapshot,
     "ping": Session._ping,
+    "auth": Session._auth,
 }
+
+# What may be asked without a token where one is needed.
+_FOR_ANYBODY = ("auth", "ping")

@@ -1,6 +1,6 @@
 """The public HTTP side of a worker: the WebSocket's door, the ticker page, the browser client.
 
-Law: whoever is refused is refused before the upgrade, with the status that says why.
+Law: whoever is refused is refused before the upgrade, with the status that says why; no answer repeats a token.
 Browsers do not show that status to scripts, so a plain ``GET`` of the WebSocket's path
 answers with it too (426 when an upgrade would be welcome).
 """
@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 import orjson
 from aiohttp import web
 
+from quotepush.auth import Identity
+from quotepush.errors import PeerError
 from quotepush.push.websocket import Detached
 from quotepush.push.worker import PushWorker
 from quotepush.settings import Settings
@@ -99,6 +101,11 @@ class _Door:
         subprotocol = next((p for p in offered if p in _SUBPROTOCOLS), None)
         if offered and subprotocol is None:
             return _refuse(request, 400, "bad_subprotocol", f"this server speaks {' and '.join(_SUBPROTOCOLS)}")
+        try:
+            identity = self._identify(request)
+        except PeerError as e:
+            headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # RFC 6750 §3
+            return _refuse(request, 401, "auth_failed", e.message, headers=headers)
         if not await self._admit(wants_upgrade):
             return _refuse(request, 503, "overloaded", "this server holds all it can", retry_after_s=_RETRY_AFTER_S)
         if self._worker.is_draining:  # asked last: it may have begun while main was asked
@@ -109,13 +116,31 @@ class _Door:
             headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
             return _refuse(request, 426, "upgrade_required", "connect with a WebSocket", headers=headers)
         try:
-            return self._worker.accept(request, subprotocol)
+            return self._worker.accept(request, subprotocol, identity)
         except ConnectionResetError:  # it went away while main was asked: nobody is left to answer
             self._leave()
             return Detached()
         except BaseException:
             self._leave()
             raise
+
+    def _identify(self, request: web.Request) -> Identity | None:
+        """Return whom the handshake's token names; None: it brings none, or this server takes none.
+
+        Raises:
+            PeerError: ``auth_failed``.
+        """
+        desk = self._worker.desk
+        tokens = request.query.getall("token", [])
+        for header in request.headers.getall("Authorization", []):
+            scheme, _, token = header.partition(" ")
+            if scheme.lower() == "bearer":  # others may be for a proxy before us
+                tokens.append(token.strip())
+        if desk.verifier is None or not tokens:
+            return None
+        if len(tokens) > 1:  # RFC 6750 §2; which one counts must not depend on who reads it
+            raise PeerError("auth_failed", "the handshake brings more than one token")
+        return desk.identify(tokens[0])
 
     def _is_allowed(self, request: web.Request) -> bool:
         """Pages of our own host, pages that are listed, and whatever is no page at all."""

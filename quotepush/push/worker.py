@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from aiohttp import web
 
+from quotepush.auth import Identity
 from quotepush.push.freshness import Freshness
 from quotepush.push.hub import Hub
 from quotepush.push.outbox import Outbox
@@ -115,12 +116,16 @@ class PushWorker:
 
     # The life of a session
 
-    def accept(self, request: web.Request, subprotocol: str | None) -> Detached:
-        """Turn a checked upgrade request into a session that speaks ``subprotocol`` (None: the usual one, unsaid)."""
+    def accept(self, request: web.Request, subprotocol: str | None, identity: Identity | None = None) -> Detached:
+        """Turn a checked upgrade request into a session that speaks ``subprotocol`` (None: the usual one, unsaid).
+
+        Args:
+            identity: whom the token of the request names, if it brought one.
+        """
         codec = next((codec for codec in CODECS if codec.subprotocol == subprotocol), JSON)
         link = WebSocketLink(self, request.remote or "?")
         fd = f"{self._fd_prefix}{self._next_fd}"
-        link.session = Session(fd, link, self.desk, codec)
+        link.session = Session(fd, link, self.desk, codec, identity)
         response = upgrade(request, link, subprotocol, self._settings.message_bytes, lambda: self.opened(link))
         self._next_fd += 1
         return response
@@ -195,6 +200,7 @@ class PushWorker:
         beats = {codec: codec.frame(heartbeat) for codec in CODECS}
         for link in list(slot):
             try:
+                link.session.check_identity(now_ms)
                 ping = link.check(now_s, s.stall_timeout_s, s.ping_interval_s, s.ping_timeout_s)
                 beat = beats[link.session.codec]
                 link.write(beat + ping if ping else beat)

@@ -37,6 +37,8 @@ CLOSE_CODES = {
     "internal": 1011,
     "restart": 1012,
     "overloaded": 1013,
+    "auth_failed": 4401,
+    "auth_timeout": 4408,
     "rate_limited": 4429,
 }
 
@@ -52,7 +54,7 @@ class Request:
     """One message of a client, checked.
 
     Attributes:
-        action: ``subscribe``, ``unsubscribe``, ``list``, ``snapshot`` or ``ping``.
+        action: ``subscribe``, ``unsubscribe``, ``list``, ``snapshot``, ``ping`` or ``auth``.
         id: what the client called it, sent back in the answer; None: nothing.
         codes: as the client spelled them.
         snapshot: whether a subscribe wants the newest rows first.
@@ -60,6 +62,7 @@ class Request:
         max_rate: most rows per second and code; None: every row.
         format: ``objects`` or ``rows``.
         since: from where to resume: canonical code to epoch and seq.
+        token: of ``auth``; no ``repr`` shows it.
     """
 
     action: str
@@ -70,6 +73,7 @@ class Request:
     max_rate: float | None = None
     format: str = "objects"
     since: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    token: str = field(default="", repr=False)
 
 
 def parse_request(said: Any, max_codes: int, extra_fields: Collection[str] = ()) -> Request:
@@ -204,7 +208,10 @@ def _parse_plain(action: str, request_id: _Id, said: _Said, max_codes: int, extr
 
 
 def _parse_auth(action: str, request_id: _Id, said: _Said, max_codes: int, extra: Collection[str]) -> Request:
-    raise PeerError("bad_request", "this server takes no tokens; everybody may subscribe")
+    token = said.get("token")
+    if type(token) is not str:
+        raise PeerError("bad_request", "token must be a text")
+    return Request(action, request_id, token=token)
 
 
 _ACTIONS = {
@@ -222,12 +229,16 @@ Message = dict[str, Any]
 
 def hello(
     *, server: str, conn: str, conn_key: str, epoch: str, time_ms: int, heartbeat_ms: int, fields: Iterable[str],
-    limits: Mapping[str, Any],
+    limits: Mapping[str, Any], auth: str = "none",
 ) -> Message:  # fmt: skip
-    """Return the first message of every connection."""
+    """Return the first message of every connection.
+
+    Args:
+        auth: ``none`` (this server takes no tokens), ``required``, or ``ok`` (the handshake brought one).
+    """
     return {
         "type": "hello", "version": PROTOCOL, "server": server, "conn": conn, "conn_key": conn_key, "epoch": epoch,
-        "time": time_ms, "auth": "none", "heartbeat_ms": heartbeat_ms, "fields": list(fields), "limits": dict(limits),
+        "time": time_ms, "auth": auth, "heartbeat_ms": heartbeat_ms, "fields": list(fields), "limits": dict(limits),
     }  # fmt: skip
 
 

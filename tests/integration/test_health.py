@@ -3,6 +3,7 @@
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
 from tests.support.waiting import wait_until
+from tests.support.ws_client import RecordingClient, connected_clients
 
 
 async def test_a_running_server_is_alive_and_ready(quotepush_server: QuotepushServer) -> None:
@@ -47,3 +48,19 @@ async def test_metrics_count_ticks_and_what_was_refused(
         await wait_until(has_refused)
     assert await quotepush_server.metric("ticks_refused", reason="negative") == 1
     assert await quotepush_server.metric("workers_ready") == 2
+
+
+async def test_open_connections_are_counted_and_not_the_places_that_workers_hold_ready(
+    quotepush_server: QuotepushServer,
+) -> None:
+    async def is_counted(connections: int) -> bool:
+        return (await quotepush_server.admin("/readyz"))[1]["connections"] == connections
+
+    async with connected_clients(quotepush_server.ws_url, 3):
+        await wait_until(lambda: is_counted(3))
+    await wait_until(lambda: is_counted(0))
+    async with RecordingClient(quotepush_server.ws_url) as client:
+        await wait_until(lambda: is_counted(1))
+        await quotepush_server.stop()
+        assert client.close_code in (None, 1012)
+    assert "stopping: 1 connections are closed" in quotepush_server.log()

@@ -21,12 +21,14 @@ class RedisServer:
         directory: for its log and, with ``aof``, what it keeps.
         aof: keep everything over a kill and a restart; without it a restarted server is empty.
         options: more command line options, e.g. ``"--cluster-enabled", "yes"``.
+        program: path of the server to run; empty: ``redis-server`` or ``valkey-server`` from PATH.
     """
 
-    def __init__(self, directory: Path, *, aof: bool = False, options: tuple[str, ...] = ()) -> None:
+    def __init__(self, directory: Path, *, aof: bool = False, options: tuple[str, ...] = (), program: str = "") -> None:
         self.directory = directory
         self.aof = aof
         self.options = options
+        self.program = program
         self.port = _free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -46,7 +48,7 @@ class RedisServer:
     def start(self, timeout_s: float = 20.0) -> None:
         """Start it and return when it answers."""
         assert self._process is None, "it runs already"
-        program = shutil.which("redis-server") or shutil.which("valkey-server")
+        program = self.program or shutil.which("redis-server") or shutil.which("valkey-server")
         assert program is not None, "redis-server is not on PATH"
         self.directory.mkdir(parents=True, exist_ok=True)
         arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]

@@ -39,6 +39,7 @@ class _View:
         self.awaited: set[str] = set()  # codes whose snapshot must come before their next tick
         self.columns: dict[int, list[str]] = {}  # of rows that are arrays
         self.highest: dict[str, int] = {}
+        self.epochs: dict[str, str] = {}
 
 
 class RecordingClient:
@@ -60,6 +61,8 @@ class RecordingClient:
         ticks: all tick rows, with ``history``.
         received: tick rows so far.
         merged: rows that the server says it merged into others.
+        restated: rows of snapshots that nobody asked for: their code is numbered anew, or rows before them were lost.
+        passed_over: how many rows of the new numbering at most came before those.
         control: the last messages that are neither rows nor heartbeats.
         heartbeat: the newest one.
         lives: connections that were made.
@@ -102,6 +105,8 @@ class RecordingClient:
         self.ticks: list[dict[str, Any]] | None = [] if history else None
         self.received = 0
         self.merged = 0
+        self.restated = 0
+        self.passed_over = 0
         self.control: deque[dict[str, Any]] = deque(maxlen=500)
         self.heartbeat: dict[str, Any] | None = None
         self.heartbeats = 0
@@ -381,7 +386,7 @@ class RecordingClient:
             view.hello = message
             self._greeted.set()
         elif kind == "snapshot":
-            self._take_snapshot(message["data"])
+            self._take_snapshot(message["data"], message.get("gap", False))
         elif kind in ("ack", "pong", "error"):
             future, fields = self._asked.pop(message.get("id"), (None, {}))
             if kind == "ack":
@@ -424,16 +429,30 @@ class RecordingClient:
                 del view.bases[code]
                 view.awaited.discard(code)
 
-    def _take_snapshot(self, rows: Sequence[dict[str, Any]]) -> None:
+    def _take_snapshot(self, rows: Sequence[dict[str, Any]], has_gap: bool) -> None:
         view = self._view
-        self._expect(bool(view.due), "a snapshot that no ack has announced")
-        codes = view.due.popleft()
-        self._expect(len(rows) == len(codes) and {r["code"] for r in rows} == codes, f"a snapshot of {rows}")
+        codes = {row["code"] for row in rows}
+        self._expect(len(rows) == len(codes), f"a snapshot of {rows}")
+        is_asked = bool(view.due) and view.due[0] == codes
+        if is_asked:
+            view.due.popleft()
         for row in rows:
             code, seq = row["code"], row["seq"]
+            epoch = row.get("epoch") or view.hello["epoch"]
+            is_new = epoch != view.epochs.get(code)
             self._expect("prev" not in row, f"prev in a snapshot row: {row}")
-            self._expect(seq >= view.highest.get(code, 0), f"{code}: a snapshot of seq {seq} after a newer row")
+            if not is_asked:
+                self._expect(
+                    code in view.bases and code not in view.awaited, f"a snapshot that nobody waits for: {row}"
+                )
+                self._expect(has_gap or is_new, f"{code} is restated for nothing: {row}")
+                self.restated += 1
+                self.passed_over += seq - 1
+            self._expect(
+                is_new or seq >= view.highest.get(code, 0), f"{code}: a snapshot of seq {seq} after a newer row"
+            )
             view.highest[code] = seq
+            view.epochs[code] = epoch
             if code in view.bases:
                 view.bases[code] = seq
                 view.awaited.discard(code)

@@ -53,6 +53,16 @@ def test_check_never_shows_a_password() -> None:
     assert "geheim" not in ended.stdout + ended.stderr
 
 
+def test_check_says_whether_clients_need_a_token_and_never_shows_the_key() -> None:
+    ended = quotepush("check", QUOTEPUSH_TOKEN_KEY="geheim" * 6)
+    assert ended.returncode == 0
+    assert "every client needs a token" in ended.stdout
+    assert "everybody may subscribe" in quotepush("check").stdout
+    wrong = quotepush("check", QUOTEPUSH_TOKEN_KEY="geheim")
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+    assert "geheim" not in ended.stdout + ended.stderr + wrong.stdout + wrong.stderr
+
+
 def test_check_says_that_a_configuration_is_right(tmp_path: Path) -> None:
     file = tmp_path / "quotepush.toml"
     file.write_text('node = "here"\nworkers = 3\n')

@@ -409,3 +409,10 @@ def test_the_address_is_completed_and_shown_without_secrets(url: str, shown: str
 def test_importing_the_package_does_not_import_the_client():
     program = "import sys, quotepush; assert 'aiohttp' not in sys.modules; from quotepush import QuoteClient as Q; Q.on"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+
+
+@pytest.mark.parametrize("token", ["", " ", "secret word", "secret-word\n", "secret-wörd", "secret-word\0"])
+def test_a_token_that_cannot_be_one_is_told_at_once_and_not_repeated(token: str) -> None:
+    with pytest.raises(ValueError) as wrong:
+        QuoteClient("http://127.0.0.1:1", token=token)
+    assert "secret" not in str(wrong.value)

@@ -392,7 +392,11 @@ async def test_the_conversation_happens_as_written(
 
 
 def examples(language: str) -> list[Block]:
-    return [block for block in blocks_of(README) if block.language == language]
+    """The clients."""
+    return [block for block in blocks_of(README) if block.language == language and "Publisher" not in block.text]
+
+
+PUBLISHERS = [block for path in (README, PROTOCOL) for block in blocks_of(path) if "Publisher(" in block.text]
 
 
 @asynccontextmanager
@@ -448,6 +452,20 @@ async def test_the_python_clients_of_the_readme_print_prices(
     await publish_first_price(quotepush_server, redis_server)
     async with running(sys.executable, "-u", str(script)) as output:
         await watch_prices(output, redis_server)
+
+
+@pytest.mark.parametrize("example", PUBLISHERS, ids=str)
+async def test_the_publishers_of_the_documents_publish(
+    example: Block, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    assert "redis://127.0.0.1:6379/0" in example.text
+    script = tmp_path / "example.py"
+    script.write_text(example.text.replace("redis://127.0.0.1:6379/0", redis_server.url), encoding="utf-8")
+    async with running(sys.executable, "-u", str(script)) as output:
+        assert (await output.read()).split() in ([], [b"[1,", b"1]"])
+    async with redis_server.client() as redis:
+        assert await redis.hget("qp:row:600519.SH", "last") == "1688.2"
+        assert await redis.hget("qp:seq", "AAPL") == "1"
 
 
 @cache

@@ -36,8 +36,14 @@ def recorded() -> list[CodedTick]:
     return [tick for tick in ticks if tick is not None]
 
 
+@pytest.fixture(params=[None, "quote.{code}"], ids=["logged", "plain"])
+def channel(request: pytest.FixtureRequest) -> str | None:
+    """Where ticks go: into the log, or plainly on channels."""
+    return request.param
+
+
 class Heard:
-    """What a subscriber of ``quote.*`` got."""
+    """What a subscriber of everything got."""
 
     def __init__(self) -> None:
         self.ticks: list[CodedTick] = []
@@ -45,18 +51,24 @@ class Heard:
 
 @asynccontextmanager
 async def hearing(server: RedisServer) -> AsyncIterator[Heard]:
-    """Subscribe to all quotes; ends quietly with its Redis."""
+    """Subscribe to plain ticks and to batches of the log; ends quietly with its Redis."""
     heard = Heard()
     client = server.client()
     pubsub = client.pubsub()
-    await pubsub.psubscribe("quote.*")
-    assert await pubsub.get_message(timeout=5)
+    await pubsub.psubscribe("quote.*", "qp:feed")
+    for _ in range(2):
+        assert await pubsub.get_message(timeout=5)
 
     async def listen() -> None:
         while True:
             message = await pubsub.get_message(timeout=1)
-            if message is not None:
-                heard.ticks.append((message["channel"].removeprefix("quote."), orjson.loads(message["data"])))
+            if message is None:
+                continue
+            said = orjson.loads(message["data"])
+            if message["channel"] == "qp:feed":
+                heard.ticks += [(code, tick) for _, code, tick in said["ticks"]]
+            else:
+                heard.ticks.append((message["channel"].removeprefix("quote."), said))
 
     task = asyncio.create_task(listen())
     try:
@@ -68,18 +80,19 @@ async def hearing(server: RedisServer) -> AsyncIterator[Heard]:
         await client.aclose()
 
 
-async def test_recording_at_full_speed_arrives_whole_and_in_order(redis_server: RedisServer):
+async def test_recording_at_full_speed_arrives_whole_and_in_order(redis_server: RedisServer, channel: str | None):
+    source = Recording(path=RECORDING, speed=float("inf"))
     async with hearing(redis_server) as heard:
-        summary = await run_feed(
-            FeedOptions(redis_url=redis_server.url, source=Recording(path=RECORDING, speed=float("inf")))
-        )
+        summary = await run_feed(FeedOptions(redis_url=redis_server.url, source=source, channel=channel))
         await wait_until(lambda: len(heard.ticks) == summary.sent)
 
     assert heard.ticks == recorded()
     assert (summary.codes, summary.bad_lines, summary.dropped) == (7, 0, 0)
 
 
-async def test_redis_killed_in_the_middle_of_a_recording_loses_nothing_that_was_not_sent(tmp_path: Path):
+async def test_redis_killed_in_the_middle_of_a_recording_loses_nothing_that_was_not_sent(
+    tmp_path: Path, channel: str | None
+):
     directory = tmp_path / "r"
     server = RedisServer(directory, options=("--unixsocket", str(directory / "s")))
     server.start()
@@ -89,7 +102,7 @@ async def test_redis_killed_in_the_middle_of_a_recording_loses_nothing_that_was_
     middle_ms = expected[len(expected) // 2][1]["ts"]
     before = [one for one in expected if one[1]["ts"] <= middle_ms]
     reports: list[str] = []
-    options = FeedOptions(redis_url=f"unix://{door}", source=Recording(path=RECORDING))
+    options = FeedOptions(redis_url=f"unix://{door}", source=Recording(path=RECORDING), channel=channel)
     feed: asyncio.Task[FeedSummary] | None = None
     try:
         async with hearing(server) as heard:
@@ -128,11 +141,13 @@ async def test_redis_killed_in_the_middle_of_a_recording_loses_nothing_that_was_
     assert len(reports) == 2 and "went away" in reports[0] and "is back" in reports[1]
 
 
-async def test_simulation_goes_on_after_an_outage_and_counts_what_it_dropped(redis_server: RedisServer):
+async def test_simulation_goes_on_after_an_outage_and_counts_what_it_dropped(
+    redis_server: RedisServer, channel: str | None
+):
     reports: list[str] = []
     shown: list[FeedSummary] = []
     stop = asyncio.Event()
-    options = FeedOptions(redis_url=redis_server.url, source=Simulation(codes=50))
+    options = FeedOptions(redis_url=redis_server.url, source=Simulation(codes=50), channel=channel)
     feed = asyncio.create_task(run_feed(options, stop=stop, report=reports.append, progress=shown.append))
     await wait_until(lambda: shown and shown[-1].sent)
 
@@ -161,13 +176,13 @@ async def test_pinned_codes_come_first_and_full_from_a_simulation(redis_server: 
     assert len(maotai["bids"]) == len(apple["asks"]) == 5
 
 
-async def test_feed_of_lines_reports_bad_ones_and_ends_with_its_input(redis_server: RedisServer):
+async def test_feed_of_lines_reports_bad_ones_and_ends_with_its_input(redis_server: RedisServer, channel: str | None):
     read_fd, write_fd = os.pipe()
     os.write(write_fd, b'{"code":"A","last":1}\nrubbish\n{"code":"B","last":2}\n')
     os.close(write_fd)
     reports: list[str] = []
     async with hearing(redis_server) as heard:
-        options = FeedOptions(redis_url=redis_server.url, source=JsonLines(fd=read_fd))
+        options = FeedOptions(redis_url=redis_server.url, source=JsonLines(fd=read_fd), channel=channel)
         summary = await run_feed(options, report=reports.append)
         await wait_until(lambda: len(heard.ticks) == 2)
     os.close(read_fd)
@@ -177,17 +192,19 @@ async def test_feed_of_lines_reports_bad_ones_and_ends_with_its_input(redis_serv
     assert [report.split(":")[0] for report in reports] == ["line 2 skipped"]
 
 
-async def test_duration_and_count_end_a_feed(redis_server: RedisServer):
-    options = FeedOptions(redis_url=redis_server.url, source=Simulation(codes=10, rate_per_s=20_000))
+async def test_duration_and_count_end_a_feed(redis_server: RedisServer, channel: str | None):
+    source = Simulation(codes=10, rate_per_s=20_000)
+    options = FeedOptions(redis_url=redis_server.url, source=source, channel=channel)
 
     assert (await run_feed(replace(options, count=1234))).sent == 1234
     timed = await run_feed(replace(options, duration_s=0.2))
     assert timed.sent > 0
 
 
-async def test_cancelled_feed_ends_as_cancelled(redis_server: RedisServer):
+async def test_cancelled_feed_ends_as_cancelled(redis_server: RedisServer, channel: str | None):
     shown: list[FeedSummary] = []
-    feed = asyncio.create_task(run_feed(FeedOptions(redis_url=redis_server.url), progress=shown.append))
+    options = FeedOptions(redis_url=redis_server.url, channel=channel)
+    feed = asyncio.create_task(run_feed(options, progress=shown.append))
     await wait_until(lambda: shown)
 
     feed.cancel()
@@ -253,6 +270,19 @@ def test_tool_replays_a_recording_and_says_so_in_one_line(redis_server: RedisSer
     assert done.stderr == ""
 
 
+async def test_tool_publishes_into_the_log_or_plainly(redis_server: RedisServer):
+    line = '{"code":"A","last":1}\n'
+    plain = ("--plain", "--channel", "all")
+    async with redis_server.client() as client, client.pubsub() as pubsub:
+        await pubsub.subscribe("all", "x:feed")
+        for options in (("--prefix", "x:"), plain):
+            done = await asyncio.to_thread(run_tool, "--redis", redis_server.url, "--stdin", *options, stdin=line)
+            assert done.stdout.startswith("feed: 1 ticks"), done.stderr
+        heard = [await pubsub.get_message(timeout=5) for _ in range(4)][2:]
+        assert [one["channel"] for one in heard if one] == ["x:feed", "all"]
+        assert await client.hget("x:row:A", "last") == "1"
+
+
 def test_tool_reports_bad_lines_of_standard_input_on_standard_error(redis_server: RedisServer):
     lines = '{"code":"A","last":1}\n{"last":[31m}\n{"code":"A"}'
 
@@ -309,7 +339,8 @@ def test_tool_without_redis_says_so_in_one_line_without_the_password(redis_serve
         ("--now", "--stdin"),
         ("--stdin", "--csv", str(RECORDING)),
         ("--csv", "absent.csv"),
-        ("--channel", "{what}"),
+        ("--channel", "{what}", "--plain"),
+        ("--channel", "quote.{code}"),
         ("--redis", "nowhere"),
         ("--what",),
     ],

@@ -174,8 +174,9 @@ def test_the_options_of_a_subscription_are_refused_elsewhere(action: str, option
     assert next(iter(option)) in found.message
 
 
-def test_tokens_are_refused_and_never_repeated() -> None:
-    found = fault({"action": "auth", "id": 1, "token": "secret-token"})
+@pytest.mark.parametrize("token", [None, 7, ["secret-token"], {"token": "secret-token"}])
+def test_a_token_is_a_text_and_never_repeated(token: Any) -> None:
+    found = fault({"action": "auth", "id": 1, "token": token})
     assert (found.error, found.action) == ("bad_request", "auth")
     assert "secret-token" not in found.message
 

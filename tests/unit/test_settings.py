@@ -361,3 +361,77 @@ def test_flags_know_the_kind_of_each_setting() -> None:
     kinds = {f.name: settings_module.flag_type(f.name) for f in dataclasses.fields(Settings)}
     assert set(kinds.values()) <= {str, int, float, bool, list, dict}
     assert (kinds["port"], kinds["drop_older"], kinds["feed_channels"]) == (int, bool, list)
+
+
+# Tokens
+
+KEY = "key-of-tokens-" * 3
+
+
+def test_without_a_key_there_are_no_tokens() -> None:
+    found = load(env={})
+    assert (found.token_key, found.token_key_file, found.token_leeway_s, found.auth_timeout_s) == ("", "", 5.0, 10.0)
+
+
+def test_the_key_of_tokens_may_come_from_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "token.key"
+    path.write_text(f"\n {KEY} \n", encoding="utf-8")
+    for found in (
+        load(env={"QUOTEPUSH_TOKEN_KEY": KEY}),
+        load(env={"QUOTEPUSH_TOKEN_KEY_FILE": str(path)}),
+        load(env={}, flags={"token_key": KEY}),
+        load(write(tmp_path, f'token_key_file = "{path}"'), {}),
+    ):
+        assert found.token_key == KEY
+
+
+def test_no_repr_shows_a_secret() -> None:
+    env = {"QUOTEPUSH_TOKEN_KEY": KEY, "QUOTEPUSH_FEED_REDIS_PASSWORD": SECRET}
+    shown = repr(load(env=env, flags={"registry_redis": f"redis://:{SECRET}@h/0"}))
+    assert KEY not in shown and SECRET not in shown
+    assert "token_key='***'" in shown
+    assert "token_key=''" in repr(load(env={}))
+    assert "port=8008" in shown
+
+
+@pytest.mark.parametrize("key", ["short-key", "x" * 31, "é" * 15])
+def test_a_key_that_can_be_guessed_is_a_fault(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "token.key"
+    path.write_text(key, encoding="utf-8")
+    for source in ({"token_key": key}, {"token_key_file": str(path)}):
+        (fault,) = faults(**source)
+        assert "32 bytes" in fault and key not in fault
+
+
+def test_a_public_key_is_no_secret(tmp_path: Path) -> None:
+    path = tmp_path / "public.pem"
+    path.write_text("-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE\n-----END PUBLIC KEY-----\n")
+    (fault,) = faults(token_key_file=str(path))
+    assert "secret" in fault and "MFkw" not in fault
+
+
+def test_the_key_and_its_file_are_not_both_set(tmp_path: Path) -> None:
+    path = tmp_path / "token.key"
+    path.write_text(KEY)
+    (fault,) = faults(token_key=KEY[::-1], token_key_file=str(path))
+    assert "token_key_file" in fault and KEY not in fault and KEY[::-1] not in fault
+
+
+@pytest.mark.parametrize("text", [None, "", " \n"])
+def test_a_file_without_a_key_never_opens_the_door(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "token.key"
+    if text is not None:
+        path.write_text(text)
+    (fault,) = faults(token_key_file=str(path))
+    assert fault.startswith("token_key_file")
+
+
+def test_a_key_that_is_no_text_is_not_repeated(tmp_path: Path) -> None:
+    (fault,) = faults(write(tmp_path, "token_key = 31415926535897932384"))
+    assert "token_key" in fault and "31415" not in fault
+
+
+@pytest.mark.parametrize(("name", "value"), [("token_leeway_s", 61), ("token_leeway_s", -1), ("auth_timeout_s", 0)])
+def test_the_times_of_tokens_have_bounds(name: str, value: int) -> None:
+    (fault,) = faults(**{name: value})
+    assert name in fault

@@ -9,8 +9,12 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
+from quotepush.auth import Identity, Verifier
+from quotepush.push.session import Desk, Limits
 from quotepush.push.site import STATIC, make_app
+from quotepush.push.subscriptions import Subscriptions
 from quotepush.settings import load
+from tests.support.tokens import KEY, token
 
 HANDSHAKE = {
     "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13",
@@ -21,21 +25,31 @@ HANDSHAKE = {
 class FakeWorker:
     """Takes every request that is let through, and answers it in its own way."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: str) -> None:
         self.is_draining = False
         self.accepted: list[str | None] = []
+        self.identities: list[Identity | None] = []
         self.fault: Exception | None = None
+        self.desk = Desk(
+            subscriptions=Subscriptions(), limits=Limits(1, 1, 1, 1), server="0", epoch="e", heartbeat_ms=1,
+            watch=self._never, look=self._never, unwatch=self._never, subscribed=self._never,
+            clock_ms=lambda: 1_800_000_000_000, verifier=Verifier(key) if key else None,
+        )  # fmt: skip
 
-    def accept(self, request: web.Request, subprotocol: str | None) -> web.StreamResponse:
+    def _never(self, *_: Any) -> None:
+        raise AssertionError("the door asks nobody for codes")
+
+    def accept(self, request: web.Request, subprotocol: str | None, identity: Identity | None) -> web.StreamResponse:
         if self.fault is not None:
             raise self.fault
         self.accepted.append(subprotocol)
+        self.identities.append(identity)
         return web.Response(status=299, text="accepted")
 
 
 class Site:
-    def __init__(self) -> None:
-        self.worker = FakeWorker()
+    def __init__(self, key: str) -> None:
+        self.worker = FakeWorker(key)
         self.has_room = True
         self.asked: list[bool] = []
         self.places = 0
@@ -57,7 +71,8 @@ class Site:
     async def get(self, path: str = "/ws", method: str = "GET", **headers: str) -> tuple[int, Any, Any]:
         """Return status, headers and body; underscores in the names of headers stand for hyphens."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        url = self.base.with_path(path, encoded=True)
+        path, _, query = path.partition("?")
+        url = self.base.with_path(path, encoded=True).with_query(query)
         async with self.http.request(method, url, headers=named, allow_redirects=False) as response:
             is_json = response.content_type == "application/json" and method != "HEAD"
             return response.status, response.headers, await (response.json() if is_json else response.text())
@@ -69,8 +84,8 @@ class Site:
 
 
 @asynccontextmanager
-async def site(**flags: Any) -> AsyncIterator[Site]:
-    found = Site()
+async def site(*, key: str = "", **flags: Any) -> AsyncIterator[Site]:
+    found = Site(key)
     app = make_app(load(env={}, flags=flags), found.worker, found.admit, found.leave)  # type: ignore[arg-type]
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
@@ -229,6 +244,79 @@ async def test_listed_origins_may_connect_and_others_may_not() -> None:
 async def test_a_star_lets_every_origin_in(origin: str) -> None:
     async with site(allowed_origins=["*"]) as s:
         assert (await s.upgrade(Origin=origin.format(host=s.host)))[0] == 299
+
+
+# Tokens
+
+GOOD = token(sub="ann", exp=1_800_000_060)
+BAD = [
+    "a-secret", "", token("another key of thirty-two bytes and more", sub="ann"), token(sub="ann", exp=1_799_999_995),
+    token(sub="ann", header={"alg": "none"}), token(sub=7), "x" * 7000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "brought",
+    [
+        {"Authorization": f"Bearer {GOOD}"}, {"Authorization": f"bearer {GOOD}"}, {"Authorization": f"BEARER  {GOOD} "},
+        {"path": f"/ws?token={GOOD}"}, {"path": f"/ws?x=1&token={GOOD}&y=2"},
+        {"path": f"/ws?token={GOOD}", "Authorization": "Basic YW5uOnNlY3JldA=="},
+    ],
+)  # fmt: skip
+async def test_a_good_token_may_come_with_the_handshake(brought: dict[str, str]) -> None:
+    async with site(key=KEY) as s:
+        assert (await s.upgrade(**brought))[0] == 299
+        assert s.worker.identities == [Identity("ann", 1_800_000_060_000)]
+        assert (await s.get(**brought))[0] == 426
+
+
+@pytest.mark.parametrize("brought", [{}, {"path": "/ws?x=1"}, {"Authorization": "Basic YW5uOnNlY3JldA=="}])
+async def test_without_a_token_the_door_is_open_all_the_same(brought: dict[str, str]) -> None:
+    async with site(key=KEY) as s:
+        assert (await s.upgrade(**brought))[0] == 299
+        assert s.worker.identities == [None]
+        assert (await s.get(**brought))[0] == 426
+
+
+@pytest.mark.parametrize("wants_upgrade", [True, False])
+@pytest.mark.parametrize("in_header", [True, False])
+@pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
+async def test_a_bad_token_is_refused_before_the_upgrade(bad: str, in_header: bool, wants_upgrade: bool) -> None:
+    brought = {"Authorization": f"Bearer {bad}"} if in_header else {"path": f"/ws?token={bad}"}
+    async with site(key=KEY) as s:
+        status, headers, body = await (s.upgrade if wants_upgrade else s.get)(Origin=f"http://{s.host}", **brought)
+        assert (status, body["error"]) == (401, "auth_failed")
+        assert headers["WWW-Authenticate"].partition(" ")[0] == "Bearer"
+        assert headers["Access-Control-Allow-Origin"] == f"http://{s.host}"
+        assert "Retry-After" not in headers
+        assert len(bad) < 5 or bad not in f"{headers}{body}"
+        assert (s.asked, s.places, s.worker.accepted) == ([], 0, [])
+
+
+@pytest.mark.parametrize(
+    "brought",
+    [
+        {"path": f"/ws?token={GOOD}&token={GOOD}"}, {"path": f"/ws?token={GOOD}", "Authorization": f"Bearer {GOOD}"},
+        {"path": "/ws?token=", "Authorization": f"Bearer {GOOD}"}, {"path": f"/ws?token={GOOD}&token=x"},
+    ],
+)  # fmt: skip
+async def test_of_several_tokens_none_is_taken(brought: dict[str, str]) -> None:
+    async with site(key=KEY) as s:
+        status, _, body = await s.upgrade(**brought)
+        assert (status, body["error"]) == (401, "auth_failed")
+
+
+async def test_a_page_of_another_host_is_refused_before_its_token_is_looked_at() -> None:
+    async with site(key=KEY) as s:
+        assert (await s.upgrade(f"/ws?token={GOOD}", Origin="http://evil.example"))[0] == 403
+
+
+@pytest.mark.parametrize("bad", [*BAD, GOOD], ids=range(len(BAD) + 1))
+async def test_without_a_key_nobody_looks_at_tokens(bad: str) -> None:
+    async with site() as s:
+        assert (await s.upgrade(f"/ws?token={bad}"))[0] == 299
+        assert (await s.upgrade(Authorization=f"Bearer {bad}"))[0] == 299
+        assert s.worker.identities == [None, None]
 
 
 # The page

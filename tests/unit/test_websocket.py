@@ -126,9 +126,9 @@ async def served(*, tls: ssl.SSLContext | None = None, **flags: Any) -> AsyncIte
     bench = Served(load(env={}, flags=options))
     accept = bench.worker.accept
 
-    def remember(request: web.Request, subprotocol: str | None) -> Any:
+    def remember(request: web.Request, subprotocol: str | None, identity: Any) -> Any:
         bench.requests.append(weakref.ref(request))
-        return accept(request, subprotocol)
+        return accept(request, subprotocol, identity)
 
     bench.worker.accept = remember  # type: ignore[method-assign]
     runner = bench.runner = web.AppRunner(

@@ -1,0 +1,284 @@
+"""Whatever is killed, paused or cut: every client can prove from its own stream what it has missed, which is nothing
+as long as Redis keeps its log.
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from redis.exceptions import RedisError
+
+import quotepush
+from tests.support.processes import worker_pid
+from tests.support.proving_client import Place, ProvingClient
+from tests.support.redis_server import RedisServer
+from tests.support.server import QuotepushServer
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.fault
+
+StartServer = Callable[..., Awaitable[QuotepushServer]]
+
+CODES = [f"C{n:02}" for n in range(30)]
+QUICK = {"heartbeat_ms": 200, "probe_interval_s": 0.1, "probe_timeout_s": 0.5}
+VIEW = ["last", "volume"]
+
+
+class Market:
+    """Publishes batches of many codes at a steady pace, and knows what every row has to be.
+
+    Attributes:
+        rows: per code the merge of all its ticks.
+        prices: of every tick by its code and place, as far as Redis has answered for it.
+        counts: how many ticks of each code were published.
+        published: in all.
+    """
+
+    def __init__(self, url: str, log_batches: int = 10_000) -> None:
+        self._publisher = quotepush.Publisher(url, log_batches=log_batches)
+        self._random = random.Random(4)
+        self._is_stopped = False
+        self.rows: dict[str, dict[str, Any]] = {code: {} for code in CODES}
+        self.prices: dict[str, dict[Place, float]] = {code: {} for code in CODES}
+        self.newest: dict[str, Place] = {}
+        self.counts: Counter[str] = Counter()
+        self.published = 0
+
+    @property
+    def epoch(self) -> str:
+        return self._publisher.epoch
+
+    async def run(self) -> None:
+        await self._publish([{"code": code, "name": f"Name {code}", "prev_close": 1.0} for code in CODES])
+        while not self._is_stopped:
+            await self._publish([self._tick(self._random.choice(CODES)) for _ in range(15)])
+            await asyncio.sleep(0.02)
+        # Redis may have come back empty: the last number of each code is only known from a last answer.
+        await self._publish([self._tick(code) for code in CODES])
+        await self._publisher.aclose()
+
+    def stop(self) -> None:
+        self._is_stopped = True
+
+    def _tick(self, code: str) -> dict[str, Any]:
+        self.published += 1
+        tick: dict[str, Any] = {"code": code, "last": self.published / 100}
+        for name in ("volume", "open", "high"):
+            if self._random.random() < 0.3:
+                tick[name] = self.published
+        return tick
+
+    async def _publish(self, ticks: list[dict[str, Any]]) -> None:
+        seqs = await self._publisher.publish(ticks)
+        for n, tick in enumerate(ticks):
+            code = tick["code"]
+            self.counts[code] += 1
+            self.rows[code] |= tick
+            if seqs:
+                self.newest[code] = self.epoch, seqs[n]
+                if "last" in tick:
+                    self.prices[code][self.newest[code]] = tick["last"]
+
+
+class Scene:
+    """A market, a server, and clients of several kinds."""
+
+    def __init__(self, server: QuotepushServer, redis: RedisServer, market: Market) -> None:
+        url = server.ws_url
+        self.server = server
+        self.redis = redis
+        self.market = market
+        self.clients = [
+            ProvingClient(url, CODES),
+            ProvingClient(url, CODES[:7]),
+            ProvingClient(url, CODES, fields=VIEW, format="rows"),
+            ProvingClient(url, CODES, is_msgpack=True),
+            ProvingClient(url, CODES, is_msgpack=True, format="rows"),
+            ProvingClient(url, CODES, leaves_after=150),
+            ProvingClient(url, CODES, fields=VIEW, format="rows", leaves_after=150),
+        ]
+
+    async def rows_flow(self) -> None:
+        """Wait until everybody has rows that were not there yet."""
+        before = [client.received for client in self.clients]
+
+        def do_they() -> bool:
+            for client in self.clients:
+                client.check()
+            return all(c.received > n + 100 for c, n in zip(self.clients, before, strict=True))
+
+        await wait_until(do_they, 30)
+
+    async def everybody_has_everything(self) -> None:
+        """The market stands still: what each client sees is what was published, and every row was what it had to be."""
+        market = self.market
+        for client in self.clients:
+            await wait_until(lambda c=client: c.is_subscribed and self._difference(c) == [], 20, "the newest rows")
+            for code, seen in client.seen.items():
+                for place, row in seen:
+                    assert row["last"] == market.prices[code].get(place, row["last"]), (code, place, row)
+        for line in self.server.log().splitlines():
+            assert "Traceback" not in line and "ERROR" not in line, line
+
+    def _difference(self, client: ProvingClient) -> list[str]:
+        found = []
+        for code in client.seen:
+            expected = self.market.rows[code]
+            if "fields" in client._options:
+                expected = {k: v for k, v in expected.items() if k in ("code", *VIEW)}
+            row = client.rows.get(code, {})
+            shown = {name: row.get(name) for name in expected}
+            if shown != expected or client.places[code] != self.market.newest[code]:
+                found.append(f"{code}: {client.places.get(code)} {row}, not {self.market.newest[code]} {expected}")
+        return found
+
+    async def nothing_was_lost(self) -> None:
+        """No client was told of a loss, and none began anew: each chain leads from its first row to its last."""
+        assert len({epoch for places in self.market.prices.values() for epoch, _ in places}) == 1
+        assert await self.server.metric("log_gap_rows") == 0
+        for client in self.clients:
+            assert client.gaps == {} and client.restarts == {} and client.resumed["snapshot"] == 0
+        if not await self.server.metric("rows_merged_main"):
+            assert [client.merged for client in self.clients] == [0] * len(self.clients)
+
+
+@contextlib.asynccontextmanager
+async def a_market(server: QuotepushServer, redis: RedisServer, log_batches: int = 10_000) -> AsyncIterator[Scene]:
+    scene = Scene(server, redis, market := Market(redis.url, log_batches))
+    publishing = asyncio.create_task(market.run())
+    try:
+        await wait_until(lambda: market.newest)
+        async with contextlib.AsyncExitStack() as stack:
+            for client in scene.clients:
+                await stack.enter_async_context(client)
+            await scene.rows_flow()
+            yield scene
+            market.stop()
+            await asyncio.wait_for(publishing, 30)
+            await scene.everybody_has_everything()
+    finally:
+        publishing.cancel()
+        await asyncio.wait([publishing])
+
+
+@pytest.fixture
+async def scene(start_server: StartServer, redis_server: RedisServer) -> AsyncIterator[Scene]:
+    """On a Redis that keeps everything it has taken."""
+    redis_server.stop()
+    redis_server.aof = True
+    redis_server.start()
+    async with a_market(await start_server(**QUICK), redis_server) as scene:
+        yield scene
+    await scene.nothing_was_lost()
+
+
+async def test_links_to_redis_are_cut_again_and_again(scene: Scene) -> None:
+    async with scene.redis.client() as redis:
+        for kind in ("pubsub", "normal", "pubsub", "normal", "pubsub"):
+            await redis.client_kill_filter(_type=kind, skipme=True)
+            await scene.rows_flow()
+    assert await scene.server.metric("log_catch_ups") > 0
+
+
+async def test_redis_sleeps_for_some_seconds(scene: Scene) -> None:
+    scene.redis.pause()
+    await asyncio.sleep(3)
+    scene.redis.resume()
+    await scene.rows_flow()
+
+
+async def test_redis_is_killed_and_has_kept_everything(scene: Scene) -> None:
+    for _ in range(3):
+        scene.redis.kill()
+        await asyncio.to_thread(scene.redis.start)
+        await scene.rows_flow()
+
+
+async def test_workers_are_killed(scene: Scene) -> None:
+    for worker in ("0", "1", "0"):
+        os.kill(worker_pid(scene.server, worker), signal.SIGKILL)
+        await wait_until(lambda: len(scene.server.worker_pids()) == 2)
+        await scene.rows_flow()
+    assert any(client.resumed["replay"] for client in scene.clients[:5])
+
+
+async def test_main_is_killed_and_started_again(scene: Scene) -> None:
+    await scene.server.kill()
+    await scene.server.start()
+    await scene.rows_flow()
+    assert all(client.resumed["replay"] for client in scene.clients)
+
+
+async def test_the_server_is_restarted(scene: Scene) -> None:
+    for _ in range(2):
+        assert await scene.server.stop() == 0
+        await scene.server.start()
+        await scene.rows_flow()
+    assert all(client.resumed["replay"] for client in scene.clients)
+
+
+async def test_the_server_is_restarted_while_redis_is_killed(scene: Scene) -> None:
+    scene.redis.kill()
+    await scene.server.stop()
+    await asyncio.to_thread(scene.redis.start)
+    await scene.server.start()
+    await scene.rows_flow()
+
+
+async def test_everything_at_once_and_again(scene: Scene) -> None:
+    async with scene.redis.client() as redis:
+        os.kill(worker_pid(scene.server, "1"), signal.SIGKILL)
+        await redis.client_kill_filter(_type="pubsub")
+    scene.redis.pause()
+    await asyncio.sleep(1)
+    scene.redis.kill()
+    await asyncio.to_thread(scene.redis.start)
+    os.kill(scene.server.pid, signal.SIGSTOP)
+    before = scene.market.published
+    await wait_until(lambda: scene.market.published > before + 500)
+    os.kill(scene.server.pid, signal.SIGCONT)
+    await scene.rows_flow()
+
+
+# What Redis itself has lost
+
+
+async def test_redis_comes_back_empty(start_server: StartServer, redis_server: RedisServer) -> None:
+    async with a_market(await start_server(**QUICK), redis_server) as scene:
+        for _ in range(2):
+            epoch = scene.market.epoch
+            await asyncio.to_thread(redis_server.restart)
+            await wait_until(lambda e=epoch: scene.market.epoch != e)
+            await wait_until(lambda: all(_epochs(c) == {scene.market.epoch} for c in scene.clients))
+            await scene.rows_flow()
+    for client in scene.clients:
+        assert all(client.restarts[code] >= 2 for code in client.seen)
+
+
+def _epochs(client: ProvingClient) -> set[str]:
+    client.check()
+    return {epoch for epoch, _ in client.places.values()}
+
+
+async def test_a_log_that_is_too_short_is_announced_to_everybody(
+    start_server: StartServer, redis_server: RedisServer
+) -> None:
+    async with a_market(await start_server(**QUICK), redis_server) as scene, redis_server.client() as redis:
+        while await scene.server.metric("log_gap_rows") < 20:
+            await redis.client_kill_filter(_type="pubsub")
+            before = scene.market.published
+            while scene.market.published < before + 100:
+                with contextlib.suppress(RedisError):
+                    await redis.xtrim("qp:log", maxlen=0, approximate=False)
+                await asyncio.sleep(0.001)
+        await scene.rows_flow()
+    for client in scene.clients:
+        assert client.gaps.total() or client.resumed["snapshot"]
+    # Whoever never was away was told of every loss by the server itself.
+    assert all(client.gaps.total() for client in scene.clients[:5])
