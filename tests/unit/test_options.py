@@ -1,7 +1,7 @@
 """What the options of a subscription do: views, rates and formats, in one worker with a clock of the test's own."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -102,7 +102,9 @@ class Worker:
         )  # fmt: skip
         self.desk.deliver = self.hub.deliver
 
-    def watch(self, codes: Sequence[str], books: bool, then: Callable[[Answer], None]) -> None:
+    def watch(
+        self, codes: Sequence[str], books: bool, since: Mapping[str, tuple[str, int]], then: Callable[[Answer], None]
+    ) -> None:
         self.asked.append((list(codes), books))
         if books:
             self.with_books |= set(codes)
@@ -110,7 +112,10 @@ class Worker:
 
     def answer(self, codes: Iterable[str], books: bool) -> Answer:
         return Answer(
-            {code: (*self.encoded(code), orjson.dumps(self.book.get(code, {})) if books else None) for code in codes},
+            {
+                code: (*self.encoded(code), orjson.dumps(self.book.get(code, {})) if books else None, "e")
+                for code in codes
+            },
             {},
         )
 
