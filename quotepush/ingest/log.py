@@ -155,9 +155,12 @@ class LogFollower:
         self._is_lost = True
         self._losses += 1
         self.is_in_step = False
-        self._waiting.clear()
-        self._waiting_bytes = 0
+        self._drop_waiting()
         self._wake.set()
+
+    def _drop_waiting(self) -> list[bytes]:
+        waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
+        return waiting
 
     def note_cut(self) -> None:
         """The link is cut: what is published from now on is missed until it is back."""
@@ -202,6 +205,7 @@ class LogFollower:
         """Read what is missing; afterwards take what has waited."""
         while self._is_lost:
             losses = self._losses
+            self._drop_waiting()  # what has come until now is in the log, or of a life that is over
             async with asyncio.timeout(self._timeout_s):
                 epoch = await self._current_epoch()
             if epoch != self.epoch or not self._has_begun:
@@ -212,12 +216,9 @@ class LogFollower:
                 continue  # what came meanwhile is not all here
             # No await between here and the end: whatever comes now is taken in order.
             self._is_lost = False
-            waiting, self._waiting, self._waiting_bytes = self._waiting, [], 0
-            for number, message in enumerate(waiting):
+            for message in self._drop_waiting():
                 self.take(message, has_waited=True)
                 if self._is_lost:
-                    self._waiting += waiting[number + 1 :]
-                    self._waiting_bytes = sum(map(len, self._waiting))
                     break
         self.is_in_step = True
         self._on_batch()

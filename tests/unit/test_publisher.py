@@ -635,6 +635,25 @@ async def test_tick_of_a_batch_that_redis_took_and_lost_again_before_it_answered
         assert await prices(server) == [0, 1]
 
 
+@pytest.mark.fault
+async def test_going_back_behind_a_batch_that_was_answered_only_the_second_time_is_noticed(tmp_path: Path) -> None:
+    directory, kept = tmp_path / "redis", tmp_path / "kept"
+    with running(RedisServer(directory, aof=True)) as server:
+        async with door_to(server) as door, Publisher(door.url) as publisher:
+            await publisher.publish([{"code": "A", "last": 0}])
+            epoch = publisher.epoch
+            shutil.copytree(directory, kept)
+            door.swallows = 1
+            assert await publisher.publish([{"code": "A", "last": 1}]) == [2]
+            server.kill()
+            shutil.rmtree(directory / "appendonlydir")
+            shutil.copytree(kept / "appendonlydir", directory / "appendonlydir")
+            await asyncio.to_thread(server.start)
+
+            assert await publisher.publish([{"code": "A", "last": 2}]) == [2]
+            assert publisher.epoch != epoch
+
+
 async def make_read_only(client: Redis) -> None:
     await client.replicaof("127.0.0.1", "1")
 
