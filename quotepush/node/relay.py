@@ -220,7 +220,8 @@ class Relay:
             else:
                 book = quote.encoded_book() if question.books else None
                 rows.append((code, quote.seq, quote.encoded(), book, quote.epoch))
-                if code in question.since and not feed.is_holding:
+                # The ring has not got a row yet that waits because main is late.
+                if code in question.since and code not in self._late and not feed.is_holding:
                     found = self._ring.since(quote, *question.since[code])
                     if found is not None:
                         missed[code] = found

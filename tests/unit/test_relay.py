@@ -342,6 +342,18 @@ def test_a_worker_for_which_rows_are_held_is_not_told_what_was_missed() -> None:
     assert answer.missed == {}  # the rows that are held come behind the answer
 
 
+def test_what_was_missed_is_not_told_while_the_newest_row_still_waits_in_a_lagging_main() -> None:
+    bench = Bench()
+    feed, bus = bench.worker("A")
+    bench.tick("A")
+    bus.take()
+    bench.relay.is_lagging = True
+    bench.tick("A", flush=False)
+    bench.relay.ask(feed, Ask(9, ["A"], True, False, {"A": ("e", 1)}))
+    (answer,) = bus.take()
+    assert (answer.missed, answer.rows[0][1]) == ({}, 2)  # or the worker would take row 2 for one that it has sent
+
+
 CODES = ("A", "B", "C")
 
 
