@@ -218,6 +218,7 @@ class Board:
         self.copies = 0
         self.epoch = epoch
         self._returns = 0  # how often a code came back from the log to plain ticks
+        self._left: dict[str, tuple[str, int]] = {}  # such codes: where they were in the log
         self._watched = watched
         self._books_watched = books_watched
         self._days = days
@@ -225,7 +226,7 @@ class Board:
         self._max_row_bytes = max_row_bytes
         self._max_tick_bytes = max_tick_bytes
         self._drop_older = drop_older
-        self._retired_seq = 0  # highest seq of a row that left: a code that returns goes on above it
+        self._retired_seq = 0  # highest seq of a row or epoch that was left: a code that returns goes on above it
 
     def seq(self, code: str) -> int:
         """Return the seq of a code's newest row, 0 when there is none."""
@@ -277,6 +278,7 @@ class Board:
             return None
         if self.log_epoch and quote.epoch == self.log_epoch:
             self._returns += 1
+            self._left[code] = quote.epoch, quote.seq
             quote.epoch = f"{self.epoch}.{self._returns}"
             quote.restated = max(quote.restated, NEW_EPOCH)
         if is_fresh:
@@ -310,13 +312,14 @@ class Board:
             As :meth:`apply`; also None for a tick that is known already.
         """
         quote = self.quotes.get(code)
-        if quote is not None and quote.epoch == self.log_epoch and seq <= quote.seq:
+        if quote is not None and self._is_known(quote, self.log_epoch, seq):
             return None
         try:
             if quote is None:
                 quote = self._admit(code)
             quote._settle()
             if quote.epoch != self.log_epoch:
+                self._retired_seq = max(self._retired_seq, quote.seq)
                 quote.restated = max(quote.restated, NEW_EPOCH)
                 quote.epoch = self.log_epoch
             elif seq > quote.seq + 1:
@@ -326,6 +329,8 @@ class Board:
             shape = SHAPES.get(tuple(tick)) or shape_of(tick)
             check_tick(tick, shape)
             size = written_size(tick)
+            if size > self._max_tick_bytes:
+                raise BadTick("too_large", f"a tick has at most {self._max_tick_bytes} bytes")
             ts = tick["ts"] if shape.ts else None
             if ts is None:
                 ts = arrived_ms if logged_ms is None else logged_ms
@@ -337,7 +342,12 @@ class Board:
         except BadTick as e:
             self.refused[e.reason] += 1
             self.last_fault = f"{code}: {e}"
-            return quote if quote is not None and quote.restated else None
+            if quote is None or not quote.arrived_ms:  # there is nothing to show of it yet
+                self.quotes.pop(code, None)
+                return None
+            quote._row["seq"] = seq
+            quote._encoded = None
+            return quote if quote.restated else None
         if is_fresh:
             self._begin_day(quote, ts)
         self.accepted += 1
@@ -358,11 +368,14 @@ class Board:
             reason: :data:`NEW_EPOCH` or :data:`GAP`.
         """
         quote = self.quotes.get(code)
-        if quote is not None and quote.epoch == epoch and seq <= quote.seq:
+        if quote is not None and self._is_known(quote, epoch, seq):
             return None
         shape = shape_of(fields)
         try:
             check_tick(fields, shape)
+            size = written_size(fields)
+            if size > self._max_row_bytes:
+                raise BadTick("row_too_large", f"the row of {code} would pass {self._max_row_bytes} bytes")
             if quote is None:
                 quote = self._admit(code)
         except BadTick as e:
@@ -370,6 +383,8 @@ class Board:
             self.last_fault = f"{code}: {e}"
             return None
         quote._waiting = None
+        if quote.epoch != epoch:
+            self._retired_seq = max(self._retired_seq, quote.seq)
         quote.restated = max(quote.restated, reason)
         quote.epoch, quote.seq = epoch, seq
         quote.ts = fields.get("ts") or arrived_ms
@@ -377,8 +392,15 @@ class Board:
         self.newest_ms = max(self.newest_ms, arrived_ms)
         quote._encoded = None
         self._begin_day(quote, quote.ts)
-        quote._merge(fields, shape, len(orjson.dumps(fields)))
+        quote._merge(fields, shape, size)
         return quote
+
+    def _is_known(self, quote: Quote, epoch: str, seq: int) -> bool:
+        """Say whether ``seq`` is not above what the code has had in this epoch."""
+        if quote.epoch == epoch:
+            return seq <= quote.seq
+        left, last = self._left.get(quote.code, ("", 0))
+        return left == epoch and seq <= last
 
     def _begin_day(self, quote: Quote, ts: int) -> None:
         """Forget the row: what comes replaces it."""
@@ -430,4 +452,5 @@ class Board:
         for quote in old:
             self._retired_seq = max(self._retired_seq, quote.seq)
             del self.quotes[quote.code]
+            self._left.pop(quote.code, None)
         return len(old)

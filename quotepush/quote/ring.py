@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from quotepush.quote.board import Quote, RecentRow
-from quotepush.quote.tick import BadTick, check_tick, clear_nulls, merge_fields, shape_of
+from quotepush.quote.tick import BadTick, check_tick, clear_nulls, derive_change, merge_fields, shape_of
 
 __all__ = ["Ring"]
 
@@ -49,11 +49,7 @@ class Ring:
         oldest_ms = quote.arrived_ms - self.max_age_ms
         while recent and (quote.recent_bytes > self._max_code_bytes or recent[0][2] < oldest_ms):
             self._drop_oldest(quote, recent)
-        if self.bytes > self.max_bytes:
-            for other in self._quotes:
-                kept = other.recent or ()
-                for _ in range((len(kept) + 1) // 2):
-                    self._drop_oldest(other, other.recent)
+        self._shrink()
 
     def since(self, quote: Quote, epoch: str, seq: int) -> list[tuple[int, bytes]] | None:
         """Return the rows behind ``seq``, oldest first; None when they are not all here."""
@@ -78,6 +74,7 @@ class Ring:
         told = {name for _, tick, _ in ticks for name in tick}
         row = {"code": quote.code, "seq": 0, "ts": 0}
         row |= {name: value for name, value in quote.row.items() if name not in told and name not in _DERIVED}
+        _derive(row)
         recent = self._begin(quote)
         quote.recent_base = ticks[0][0] - 1
         for seq, tick, arrived_ms in ticks:
@@ -92,12 +89,13 @@ class Ring:
             merge_fields(row, {}, tick, shape)
             clear_nulls(row)
             row["seq"], row["ts"] = seq, ts
-            text = orjson.dumps(row)
+            text = quote.encoded() if seq == quote.seq else orjson.dumps(row)
             recent.append((seq, text, arrived_ms))
             quote.recent_bytes += len(text)
             self.bytes += len(text)
         while recent and quote.recent_bytes > self._max_code_bytes:
             self._drop_oldest(quote, recent)
+        self._shrink()
         return True
 
     def forget(self, quotes: Iterable[Quote]) -> None:
@@ -115,9 +113,21 @@ class Ring:
         quote.recent_base = quote.seq if quote.restated else quote.seq - 1
         return quote.recent
 
+    def _shrink(self) -> None:
+        while self.bytes > self.max_bytes:
+            for quote in self._quotes:
+                for _ in range((len(quote.recent or ()) + 1) // 2):
+                    self._drop_oldest(quote, quote.recent)
+
     def _drop_oldest(self, quote: Quote, recent: deque[RecentRow] | None) -> None:
         assert recent is not None
         seq, text, _ = recent.popleft()
         quote.recent_base = seq
         quote.recent_bytes -= len(text)
         self.bytes -= len(text)
+
+
+def _derive(row: dict[str, Any]) -> None:
+    change = derive_change(row.get("last"), row.get("prev_close"))
+    if change is not None:
+        row["change"], row["change_pct"] = change
