@@ -65,8 +65,10 @@ class WorkerFeed:
             before = self._held.get(entry[0])
             if before is not None:
                 self.merged += 1
-                if len(before) == 6 and len(entry) < 6:  # it still has to be restated
-                    entry = (*entry[:3], entry[3] if len(entry) > 3 else None, *before[4:])
+                if len(before) == 6:  # it still has to be restated, and that rows were lost stays true
+                    book = entry[3] if len(entry) > 3 else None
+                    epoch, reason = (entry[4], max(before[5], entry[5])) if len(entry) == 6 else before[4:]
+                    entry = (*entry[:3], book, epoch, reason)
             self._held[entry[0]] = entry
 
     def drained(self) -> None:
@@ -96,6 +98,8 @@ class WorkerFeed:
     def unwatch(self, code: str) -> None:
         """The worker no longer wants this code."""
         self.codes.discard(code)
+        if self._held is not None:  # should it ask again, the answer overtakes what is held
+            self._held.pop(code, None)
         self.stale.discard(code)
         self._changed.pop(code, None)
 

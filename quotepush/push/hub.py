@@ -111,6 +111,7 @@ class Hub:
 
     def _restate(self, channel: Channel, seq: int, bare: bytes, book: bytes | None, epoch: str, restated: int) -> None:
         """Queue a row that what was sent before does not lead to: everybody starts anew from it."""
+        is_same_life = channel.epoch == epoch
         channel.epoch = epoch
         channel.renew(seq, bare, book)
         self.rows_in += 1
@@ -118,14 +119,18 @@ class Hub:
             lane.note_shown()
             text = lane.format.with_epoch(channel.text(lane.view, lane.format), epoch)
             row = Row(lane, seq, None, text, restated)
-            lane.audience.update(lane.newcomers)
-            lane.newcomers.clear()
+            # Another server has sent them newer ones.
+            ahead: dict[Outbox, int | None] = {
+                outbox: base for outbox, base in lane.newcomers.items() if is_same_life and base and base >= seq
+            }
+            lane.audience.update(outbox for outbox in lane.newcomers if outbox not in ahead)
             for outbox in lane.audience:
                 outbox.session.note_restated(channel.code, lane.seq, seq)
                 if not outbox.rows:
                     self._dirty.append(outbox)
                 outbox.rows.append(row)
                 outbox.has_restated = True
+            lane.newcomers = ahead
             lane.seq = seq
 
     def _hand_out(self, lane: Lane, seq: int, bare: bytes) -> None:  # hot
@@ -176,10 +181,13 @@ class Hub:
         lane.note_shown()
         self._hand_out(lane, lane.channel.seq, lane.channel.text(lane.view, lane.format))
 
-    def deliver(self, lane: Lane, outbox: Outbox) -> None:
+    def deliver(self, lane: Lane, outbox: Outbox, restated: int = 0) -> None:
         """Queue the newest row for somebody who has come from another lane and has not been sent it there.
 
         He gets it at once, as he would a snapshot; with a rate, the next one comes a period later.
+
+        Args:
+            restated: why what he was sent before does not lead to it; 0: it does.
         """
         channel = lane.channel
         rate = lane.shape.max_rate
@@ -187,7 +195,12 @@ class Hub:
             lane.next_s = now_s + 1 / rate
         base = lane.newcomers.pop(outbox, lane.seq)
         lane.audience.discard(outbox)
-        row = Row(lane, channel.seq, base, channel.text(lane.view, lane.format))
+        text = channel.text(lane.view, lane.format)
+        if restated:
+            row = Row(lane, channel.seq, None, lane.format.with_epoch(text, channel.epoch), restated)
+            outbox.has_restated = True
+        else:
+            row = Row(lane, channel.seq, base, text)
         if not outbox.rows:
             self._dirty.append(outbox)
         outbox.rows.append(row)

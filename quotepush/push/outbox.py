@@ -217,6 +217,12 @@ class Outbox:
             for lane in gone:
                 self.held.pop(lane, None)
 
+    def restating(self, lane: Lane) -> int:
+        """Return why a row of ``lane`` that waits is restated; 0: none is."""
+        slot = self.held.get(lane) if self.held else None
+        waiting = [row.restated for row in self.rows if row.lane is lane]
+        return max(0 if slot is None else slot.restated, *waiting, 0)
+
     def last_sent(self, lane: Lane) -> tuple[int | None, int]:
         """Return the seq of the last row that was sent of ``lane`` (None: none), and how many of its rows wait."""
         replayed = [row for row in self.replay or () if row.lane is lane]

@@ -137,7 +137,7 @@ class Desk:
     subscribed: Callable[[str], None]
     clock_ms: Callable[[], int]
     extra_fields: frozenset[str] = frozenset()
-    deliver: Callable[[Lane, Outbox], None] = _nobody
+    deliver: Callable[[Lane, Outbox, int], None] = _nobody
     replay: Callable[[Outbox], None] = _nobody
     verifier: Verifier | None = None
     auth_timeout_ms: int = 10_000
@@ -351,24 +351,25 @@ class Session:
             self._refuse(codes, answer.refused)
         now_ms = self._desk.clock_ms()
         channels: list[Channel] = []
-        missed: list[Lane] = []
+        missed: list[tuple[Lane, int]] = []
         for code in codes:
             is_stale = answer is not None and code in answer.stale
             channel = subscriptions.open(code, *_found(answer, code), is_stale=is_stale)
             resume = "snapshot"
+            is_sent = request.snapshot or code in request.since
             if code in self.subscriptions:
-                if request.snapshot or self.subscriptions[code].lane.shape != shape:
-                    self._change(channel, shape, request.snapshot, missed)
+                if is_sent or self.subscriptions[code].lane.shape != shape:
+                    self._change(channel, shape, is_sent, missed)
             elif answer is not None and code in answer.missed:
                 resume = self._resume(channel, shape, request.since[code][1], answer.missed[code])
             else:
-                base = channel.seq if request.snapshot or code in request.since else None
+                base = channel.seq if is_sent else None
                 lane = subscriptions.add(channel, self.outbox, shape, base=base)
                 self.subscriptions[code] = Subscription(lane, base)
             if code in request.since:
                 for result in codes[code]:
                     result["resume"] = resume
-            if resume == "snapshot" and (request.snapshot or code in request.since):
+            if resume == "snapshot" and is_sent:
                 channels.append(channel)
             if channel.epoch not in ("", self._epoch):
                 for result in codes[code]:
@@ -389,8 +390,8 @@ class Session:
         if channels:
             self._say_snapshot(now_ms, [(channel, shape.view) for channel in channels], shape.format)
         self._say_stale(codes)
-        for lane in missed:
-            self._desk.deliver(lane, self.outbox)
+        for lane, restated in missed:
+            self._desk.deliver(lane, self.outbox, restated)
         if self.outbox.replay is not None:
             self._desk.replay(self.outbox)
         if codes:
@@ -428,29 +429,32 @@ class Session:
         cols = shown[0][1].cols if spelled.is_array else None
         self._link.write(self.codec.rows_frame("snapshot", now_ms, rows, cols, **facts))
 
-    def _change(self, channel: Channel, shape: Shape, is_sent: bool, missed: list[Lane]) -> None:
+    def _change(self, channel: Channel, shape: Shape, is_sent: bool, missed: list[tuple[Lane, int]]) -> None:
         """Give a subscription other options without a hole; what waits in its old shape goes.
 
         Args:
             is_sent: the client is being sent the newest row as a snapshot.
-            missed: gets the lane when the newest row has to be delivered there instead.
+            missed: gets the lane when the newest row has to be delivered there instead, and why it is restated.
         """
         before = self.subscriptions[channel.code]
         seq, waiting = self.outbox.last_sent(before.lane)
+        restated = 0 if is_sent else self.outbox.restating(before.lane)
         self.outbox.drop([before.lane])
-        base = channel.seq if is_sent else seq
+        base = channel.seq if is_sent or restated else seq
         if shape != before.lane.shape:  # else the lane stays, even if nobody else is in it, and with it its rate
             self._desk.subscriptions.leave(before.lane, self.outbox)
         lane = self._desk.subscriptions.add(channel, self.outbox, shape, base=base)
         after = self.subscriptions[channel.code] = before.go_on(lane, base, seq, waiting)
         if is_sent:
             return
-        if base is None:
+        if restated:
+            missed.append((lane, restated))
+        elif base is None:
             if waiting:
-                missed.append(lane)
+                missed.append((lane, 0))
         elif base < channel.seq:
             after.add_own()
-            missed.append(lane)
+            missed.append((lane, 0))
 
     def _refuse(self, codes: dict[str, list[dict[str, Any]]], refused: Mapping[str, str]) -> None:
         for code, word in refused.items():

@@ -254,6 +254,8 @@ class Subscription:
         if self._seq_before < 0:
             return 0
         handed_out = self.lane.rows - self._rows_before - rows_waiting
+        if handed_out < 0:  # the row that it was restated by waits, and those before it are counted
+            return self.merged
         return max(0, seq - self._seq_before - handed_out) + self.merged
 
     def skip(self) -> None:

@@ -130,7 +130,7 @@ class Scene:
         found = []
         for code in client.seen:
             expected = self.market.rows[code]
-            if "fields" in client._options:
+            if "fields" in client.options:
                 expected = {k: v for k, v in expected.items() if k in ("code", *VIEW)}
             row = client.rows.get(code, {})
             shown = {name: row.get(name) for name in expected}

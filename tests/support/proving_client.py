@@ -63,7 +63,7 @@ class ProvingClient:
         self._subprotocol = Subprotocol("quotes.v1.msgpack" if is_msgpack else "quotes.v1.json")
         self._encode: Callable[[Any], Any] = msgspec.msgpack.encode if is_msgpack else _json_text
         self._decode: Callable[[Any], Any] = msgspec.msgpack.decode if is_msgpack else orjson.loads
-        self._options = options
+        self.options = options
         self._socket: ClientConnection | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_leaving = False
@@ -76,13 +76,15 @@ class ProvingClient:
         self.restarts: Counter[str] = Counter()
         self.resumed: Counter[str] = Counter()
         self.lives = 0
-        self._begin()
+        self.begin()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """There is another connection, which has said nothing yet."""
         self._hello: dict[str, Any] = {}
         self._columns: dict[int, list[str]] = {}
         self._answered: dict[str, str] = {}  # subscribed code to what its ack said of ``resume``
         self._awaited: set[str] = set()  # codes whose snapshot has to come before their first tick
+        self._asked_since: set[str] = set()
         self._has_live = False
         self._received_here = 0
 
@@ -119,38 +121,50 @@ class ProvingClient:
             await asyncio.sleep(random.uniform(0.02, 0.1))
 
     async def _run_connection(self) -> None:
-        self._begin()
+        self.begin()
         async with connect(
             self._url, subprotocols=[self._subprotocol], compression=None, max_size=None, ping_interval=None,
             open_timeout=10, close_timeout=1, proxy=None,
         ) as ws:  # fmt: skip
             self._socket = ws
-            self._take(self._decode(await ws.recv()))
-            since = {code: {"epoch": epoch, "seq": seq} for code, (epoch, seq) in self.places.items()}
-            request = {"action": "subscribe", "id": 1, "codes": self._codes, **self._options}
-            await ws.send(self._encode({**request, "since": since} if since else request))
+            self.take(self._decode(await ws.recv()))
+            await ws.send(self._encode(self.request()))
             async for message in ws:
-                self._take(self._decode(message))
+                self.take(self._decode(message))
                 if self._leaves_after is not None and self._received_here >= self._leaves_after:
                     ws.transport.abort()
                     return
 
+    def request(self, codes: Iterable[str] | None = None, *, resumes: bool = True, **options: Any) -> dict[str, Any]:
+        """Return what subscribes to these codes (None: all), behind the rows that are known, with other options."""
+        self.options |= options
+        wanted = self._codes if codes is None else list(codes)
+        since = {code: {"epoch": epoch, "seq": seq} for code, (epoch, seq) in self.places.items() if code in wanted}
+        self._asked_since = set(since) if resumes else set()
+        request = {"action": "subscribe", "id": 1, "codes": wanted, **self.options}
+        return {**request, "since": since} if self._asked_since else request
+
     # What the server says
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def take(self, message: dict[str, Any]) -> None:
+        """Take a message; raise what is wrong with it."""
         kind = message["type"]
         self._expect(bool(self._hello) != (kind == "hello"), f"{kind}, and hello is first")
         if kind == "hello":
             self._hello = message
             self.lives += 1
-        elif kind == "ack":
+        elif kind == "ack" and message["action"] == "subscribe":
             self._take_ack(message)
+        elif kind == "ack" and message["action"] == "unsubscribe":
+            for code in message["removed"]:
+                del self._answered[code], self.places[code]
+                self._awaited.discard(code)
         elif kind == "snapshot":
             self._take_snapshot(message)
         elif kind == "tick":
             self._take_ticks(message)
         else:
-            self._expect(kind in ("heartbeat", "status"), f"{message}")
+            self._expect(kind in ("ack", "heartbeat", "status"), f"{message}")
 
     def _take_ack(self, message: Mapping[str, Any]) -> None:
         if "columns" in message:
@@ -158,12 +172,12 @@ class ProvingClient:
         self._expect(not message["rejected"], f"{message}")
         for entry in message["accepted"]:
             code, resume = entry["code"], entry.get("resume")
-            self._expect((resume is not None) == (code in self.places), f"an answer to no question: {entry}")
+            self._expect((resume is not None) == (code in self._asked_since), f"an answer to no question: {entry}")
             if resume is not None:
                 self.resumed[resume] += 1
             if resume in ("current", "replay"):
                 self._expect(entry.get("epoch", self._hello["epoch"]) == self.places[code][0], f"resumed: {entry}")
-            else:
+            elif resume or self.options.get("snapshot", True):
                 self._awaited.add(code)
             self._answered[code] = resume or "snapshot"
 
