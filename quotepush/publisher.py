@@ -28,6 +28,7 @@ import random
 import re
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from math import isfinite
 from operator import add
@@ -67,6 +68,8 @@ _TIMEOUT_S = 5.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 2.0
 # Redis forgets a publisher that has been silent for so long; it comes back under the same name all the same.
 _REMEMBERED_S = 86_400
+# A row without a tick for so long goes: ten days, as on the server's board (last_max_age_s).
+_ROW_MAX_AGE_S = 864_000
 
 _MOST_TICKS = 1_000
 _MOST_FIELDS = 1_000  # Lua can hand about 8,000 values to a command, two for each field
@@ -93,7 +96,8 @@ local batch, proposed, known_epoch, known_n, left = tonumber(ARGV[1]), ARGV[2], 
 local channel, row_prefix, copies = ARGV[6], ARGV[7], ARGV[10]
 if known_epoch == '' and redis.acl_check_cmd then
     for _, wanted in ipairs({{'XADD', log_key, '*', 'a', ''}, {'UNLINK', log_key}, {'HSET', row_prefix, 'a', ''},
-            {'HDEL', row_prefix, 'a'}, {'PUBLISH', channel, ''}, {'PUBLISH', copies, ''}}) do
+            {'HDEL', row_prefix, 'a'}, {'EXPIRE', row_prefix, '1'}, {'PUBLISH', channel, ''},
+            {'PUBLISH', copies, ''}}) do
         if wanted[2] ~= '' and not redis.acl_check_cmd(unpack(wanted)) then
             return redis.error_reply('NOPERM the user may not ' .. wanted[1] .. ' ' .. wanted[2])
         end
@@ -138,6 +142,7 @@ for i = 1, #ticks do
     if #cleared > 0 then redis.call('HDEL', row, unpack(cleared)) end
     fields[#fields + 1] = number .. stamp
     redis.call('HSET', row, unpack(fields))
+    redis.call('EXPIRE', row, ARGV[12])
     if copies ~= '' then
         local copy = '{"epoch":"' .. epoch .. '","seq":' .. number
         if #text > 2 then copy = copy .. ',' .. string.sub(text, 2) else copy = copy .. '}' end
@@ -232,7 +237,7 @@ class _Batches:
         return [
             4, keys.epoch, keys.seq, keys.log, keys.publisher(self._name), number, secrets.token_hex(8), self.epoch,
             self._n, " ".join(self._left), keys.channel, keys.row, self._log_batches, packed, self._copies,
-            _REMEMBERED_S,
+            _REMEMBERED_S, _ROW_MAX_AGE_S,
         ]  # fmt: skip
 
     def taken(self, answer: list[Any]) -> list[int]:
@@ -323,7 +328,7 @@ def _is_passing(error: Exception) -> bool:
     )
 
 
-class _Publisher:
+class _Publisher(ABC):
     """What both publishers have in common: everything but the waiting."""
 
     def __init__(
@@ -359,8 +364,8 @@ class _Publisher:
         """Name of the life of the log, as of the last batch; empty before the first."""
         return self._batches.epoch
 
-    def _client(self, url: str) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def _client(self, url: str) -> Any: ...
 
     def _deadline(self) -> float | None:
         return None if self._give_up_s is None else time.monotonic() + self._give_up_s

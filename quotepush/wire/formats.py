@@ -8,6 +8,7 @@ A *codec* is the language of a connection (its subprotocol), a *format* is how r
 a *view* is which fields they have.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
 from typing import Any, ClassVar
@@ -106,7 +107,7 @@ class Format:
         return bare if self.is_array else self.codec.object_with_epoch(bare, epoch)
 
 
-class Codec:
+class Codec(ABC):
     """The language of one connection.
 
     Attributes:
@@ -137,6 +138,7 @@ class Codec:
     encode: Callable[[Any], bytes]
     decode: Callable[[bytes | str], Any]
 
+    @abstractmethod
     def rows_frame(
         self, kind: str, time_ms: int, rows: Sequence[bytes], cols: int | None = None, **facts: Any
     ) -> bytes:
@@ -147,22 +149,21 @@ class Codec:
             cols: of rows that are arrays.
             facts: what else it says: ``replay``, ``gap``, ``epochs`` (code to epoch, for rows that are arrays).
         """
-        raise NotImplementedError
 
-    def object_with_epoch(self, bare: bytes, epoch: str) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def object_with_epoch(self, bare: bytes, epoch: str) -> bytes: ...
 
-    def object_with_prev(self, bare: bytes, prev: int) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def object_with_prev(self, bare: bytes, prev: int) -> bytes: ...
 
-    def object_without_prev(self, text: bytes) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def object_without_prev(self, text: bytes) -> bytes: ...
 
-    def array_with_prev(self, bare: bytes, prev: int) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def array_with_prev(self, bare: bytes, prev: int) -> bytes: ...
 
-    def array_without_prev(self, text: bytes) -> bytes:
-        raise NotImplementedError
+    @abstractmethod
+    def array_without_prev(self, text: bytes) -> bytes: ...
 
 
 class _Json(Codec):

@@ -311,6 +311,14 @@ async def test_log_is_bounded_and_publishers_are_forgotten(store: RedisServer) -
         assert 0 < await client.ttl(name) <= 86_400
 
 
+async def test_rows_without_a_tick_go_in_the_end(store: RedisServer) -> None:
+    async with Publisher(store.url) as publisher, store.client() as client:
+        await publisher.publish([{"code": "A", "last": 1}])
+        await client.persist("qp:row:A")
+        await publisher.publish([{"code": "A", "last": 2}])
+        assert 0 < await client.ttl("qp:row:A") <= 864_000
+
+
 async def test_nothing_at_all_may_be_published(redis_server: RedisServer) -> None:
     async with Publisher(redis_server.url) as publisher:
         assert await publisher.publish([]) == []
