@@ -95,16 +95,38 @@ class Door:
 
     Attributes:
         swallows: how many more answers are lost.
+        passing: the connections that are open.
     """
 
     def __init__(self, server: RedisServer) -> None:
         self._server = server
         self.swallows = 0
         self.url = ""
+        self.passing: set[asyncio.Task[Any]] = set()
 
     async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        to_reader, to_writer = await asyncio.open_connection("127.0.0.1", self._server.port)
+        passing = asyncio.current_task()
+        assert passing is not None
+        self.passing.add(passing)
+        try:
+            to_reader, to_writer = await asyncio.open_connection("127.0.0.1", self._server.port)
+            try:
+                await self._pass_on_until_cut(reader, writer, to_reader, to_writer)
+            finally:
+                to_writer.transport.abort()
+        except OSError:  # Redis is away
+            pass
+        finally:
+            writer.transport.abort()
+            self.passing.discard(passing)
 
+    async def _pass_on_until_cut(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        to_reader: asyncio.StreamReader,
+        to_writer: asyncio.StreamWriter,
+    ) -> None:
         async def requests() -> None:
             while data := await reader.read(65_536):
                 to_writer.write(data)
@@ -119,12 +141,12 @@ class Door:
                 await writer.drain()
 
         ways = [asyncio.create_task(requests()), asyncio.create_task(answers())]
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        for way in ways:
-            way.cancel()
-        await asyncio.gather(*ways, return_exceptions=True)
-        for closing in (writer, to_writer):
-            closing.transport.abort()
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
 
 
 @asynccontextmanager
@@ -136,6 +158,10 @@ async def door_to(server: RedisServer) -> AsyncIterator[Door]:
         yield door
     finally:
         listening.close()
+        for passing in door.passing:
+            passing.cancel()
+        await wait_until(lambda: not door.passing)
+        await asyncio.sleep(0)  # the transports close
 
 
 # --- what is in Redis afterwards --------------------------------------------------------------------------------------
