@@ -118,7 +118,7 @@ class Hub:
         for lane in channel.all_lanes():
             lane.note_shown()
             text = lane.format.with_epoch(channel.text(lane.view, lane.format), epoch)
-            row = Row(lane, seq, None, text, restated)
+            row = Row(lane, seq, None, text, restated, epoch)
             # Another server has sent them newer ones.
             ahead: dict[Outbox, int | None] = {
                 outbox: base for outbox, base in lane.newcomers.items() if is_same_life and base and base >= seq
@@ -197,7 +197,7 @@ class Hub:
         lane.audience.discard(outbox)
         text = channel.text(lane.view, lane.format)
         if restated:
-            row = Row(lane, channel.seq, None, lane.format.with_epoch(text, channel.epoch), restated)
+            row = Row(lane, channel.seq, None, lane.format.with_epoch(text, channel.epoch), restated, channel.epoch)
             outbox.has_restated = True
         else:
             row = Row(lane, channel.seq, base, text)

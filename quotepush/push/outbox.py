@@ -138,7 +138,7 @@ class Outbox:
                 lane.frame = self.codec.rows_frame("tick", now_ms, (row.text,), cols)
             return lane.frame
         if self.has_arrays or self.has_restated:
-            frames = self._frames(now_ms, [(row.lane, row.restated, row.text) for row in rows])
+            frames = self._frames(now_ms, [(row.lane, row.restated, row.epoch, row.text) for row in rows])
             self.has_restated = False
         else:
             frames = self.codec.rows_frame("tick", now_ms, [row.text for row in rows])
@@ -150,30 +150,30 @@ class Outbox:
     def take_replay(self, now_ms: int) -> bytes:
         """Return some of the rows that were missed, as frames, and forget them."""
         assert self.replay
-        rows: list[tuple[Lane, int, bytes]] = []
+        rows: list[tuple[Lane, int, str, bytes]] = []
         size = 0
         while self.replay and size < _CATCH_UP_BYTES:
             row = self.replay.popleft()
-            rows.append((row.lane, 0, row.text))
+            rows.append((row.lane, 0, "", row.text))
             size += len(row.text)
         if not self.replay:
             self.replay = None
         self.sent += len(rows)
         return self._frames(now_ms, rows, replay=True)
 
-    def _frames(self, now_ms: int, rows: Iterable[tuple[Lane, int, bytes]], **also: Any) -> bytes:
+    def _frames(self, now_ms: int, rows: Iterable[tuple[Lane, int, str, bytes]], **also: Any) -> bytes:
         """Return a message per list of columns, and others for rows that are restated; a code's rows stay in order."""
         frames = []
-        for restated, run in groupby(rows, key=itemgetter(1)):
+        for (restated, epoch), run in groupby(rows, key=itemgetter(1, 2)):
             groups: dict[int | None, list[tuple[Lane, bytes]]] = {}
-            for lane, _, text in run:
+            for lane, _, _, text in run:
                 groups.setdefault(lane.view.cols if lane.format.is_array else None, []).append((lane, text))
             for cols, group in groups.items():
                 facts = dict(also)
                 if restated == GAP:
                     facts["gap"] = True
                 if restated and cols is not None:
-                    facts["epochs"] = {lane.channel.code: lane.channel.epoch for lane, _ in group}
+                    facts["epochs"] = {lane.channel.code: epoch for lane, _ in group}
                 kind = "snapshot" if restated else "tick"
                 frames.append(self.codec.rows_frame(kind, now_ms, [text for _, text in group], cols, **facts))
         return b"".join(frames)
@@ -183,12 +183,12 @@ class Outbox:
             self.merge()
         held = self.held
         assert held
-        texts: list[tuple[Lane, int, bytes]] = []
+        texts: list[tuple[Lane, int, str, bytes]] = []
         size = 0
         for lane in list(held):
             slot = held.pop(lane)
             text = slot.text()
-            texts.append((lane, slot.restated, text))
+            texts.append((lane, slot.restated, lane.channel.epoch if slot.restated else "", text))
             size += len(text)
             if slot.merged:
                 self.session.note_merged(lane.channel.code, slot.merged)

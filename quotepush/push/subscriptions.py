@@ -59,16 +59,20 @@ class Row:
         text: encoded with ``prev``; the same bytes for all, and the only copy while it waits.
         restated: not 0 for a row that goes out in a snapshot message, because what was sent before does not lead
             to it: the reason, of :mod:`quotepush.quote.board`.
+        epoch: in which the number of such a row counts.
     """
 
-    __slots__ = ("lane", "prev", "restated", "seq", "text")
+    __slots__ = ("epoch", "lane", "prev", "restated", "seq", "text")
 
-    def __init__(self, lane: "Lane", seq: int, prev: int | None, bare: bytes, restated: int = 0) -> None:
+    def __init__(
+        self, lane: "Lane", seq: int, prev: int | None, bare: bytes, restated: int = 0, epoch: str = ""
+    ) -> None:
         self.lane = lane
         self.seq = seq
         self.prev = prev
         self.text = bare if prev is None else lane.format.with_prev(bare, prev)
         self.restated = restated
+        self.epoch = epoch
 
     def text_after(self, prev: int | None) -> bytes:
         """Return the row for somebody who was last sent the row ``prev`` (None: no row)."""
