@@ -15,10 +15,10 @@ demo: ## a private Redis, a simulated feed and the ticker page on port 8008; Ctr
 	@$(BOOTSTRAP) demo
 	@.venv/bin/quotepush demo $(ARGS)
 
-test: system lint types ## lint, types and the whole test suite
+test: system lint types ## lint, types and the test suite, but for what takes long
 	$(RUN) pytest $(ARGS)
 
-faults: system ## only the tests that kill, pause or cut something
+faults: system ## the tests that kill, pause or cut something, the long ones too
 	$(RUN) pytest -m fault $(ARGS)
 
 bench: dev ## measure speed and memory on this machine, e.g. ARGS="--load market --pin"; docs/performance.md

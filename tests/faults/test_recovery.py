@@ -186,6 +186,7 @@ async def test_links_to_redis_are_cut_again_and_again(scene: Scene) -> None:
     assert await scene.server.metric("log_catch_ups") > 0
 
 
+@pytest.mark.long
 async def test_redis_sleeps_for_some_seconds(scene: Scene) -> None:
     scene.redis.pause()
     await asyncio.sleep(3)
@@ -223,6 +224,7 @@ async def test_the_server_is_restarted(scene: Scene) -> None:
     assert all(client.resumed["replay"] for client in scene.clients)
 
 
+@pytest.mark.long
 async def test_the_server_is_restarted_while_redis_is_killed(scene: Scene) -> None:
     scene.redis.kill()
     await scene.server.stop()
@@ -231,6 +233,7 @@ async def test_the_server_is_restarted_while_redis_is_killed(scene: Scene) -> No
     await scene.rows_flow()
 
 
+@pytest.mark.long
 async def test_everything_at_once_and_again(scene: Scene) -> None:
     async with scene.redis.client() as redis:
         os.kill(worker_pid(scene.server, "1"), signal.SIGKILL)

@@ -19,7 +19,7 @@ from tests.support.steady_feed import SteadyFeed, steady_feed
 from tests.support.waiting import wait_until
 from tests.support.ws_client import RecordingClient, connected_clients
 
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.fault, pytest.mark.long, pytest.mark.timeout(300)]
 
 StartServer = Callable[..., Awaitable[QuotepushServer]]
 
