@@ -29,7 +29,7 @@ from quotepush.quote.tick import (
     written_size,
 )
 
-__all__ = ["GAP", "NEW_EPOCH", "Board", "Quote", "RecentRow", "TradingDays"]
+__all__ = ["GAP", "NEW_EPOCH", "Board", "Quote", "RecentRow", "TradingDays", "exact"]
 
 # Why a row is restated: it is numbered anew, or rows before it were lost. The second says more.
 NEW_EPOCH, GAP = 1, 2
@@ -41,6 +41,11 @@ _NEVER_MS = 1 << 62
 _DEEP_LEVELS = 200
 _DEEP_BYTES = 2 * _DEEP_LEVELS
 _DERIVED_BYTES = 192  # code, seq, ts, change and change_pct with their names
+
+
+def exact(text: bytes) -> bytes:
+    """Return a copy that takes no more memory than it has bytes: what orjson 3.13 returns holds 4 KiB at least."""
+    return bytes(memoryview(text))
 
 
 class Quote:
@@ -100,7 +105,7 @@ class Quote:
         """Return the row as JSON text, made once per tick."""
         text = self._encoded
         if text is None:
-            text = self._encoded = orjson.dumps(self.row)
+            text = self._encoded = exact(orjson.dumps(self.row))
         return text
 
     def encoded_book(self) -> bytes:
@@ -108,7 +113,7 @@ class Quote:
         self._settle()
         text = self._encoded_book
         if text is None:
-            text = self._encoded_book = orjson.dumps(self._book)
+            text = self._encoded_book = exact(orjson.dumps(self._book))
         return text
 
     def _settle(self) -> None:

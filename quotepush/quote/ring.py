@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from quotepush.quote.board import Quote, RecentRow
+from quotepush.quote.board import Quote, RecentRow, exact
 from quotepush.quote.tick import BadTick, check_tick, clear_nulls, derive_change, merge_fields, shape_of
 
 __all__ = ["Ring"]
@@ -89,7 +89,7 @@ class Ring:
             merge_fields(row, {}, tick, shape)
             clear_nulls(row)
             row["seq"], row["ts"] = seq, ts
-            text = quote.encoded() if seq == quote.seq else orjson.dumps(row)
+            text = quote.encoded() if seq == quote.seq else exact(orjson.dumps(row))
             recent.append((seq, text, arrived_ms))
             quote.recent_bytes += len(text)
             self.bytes += len(text)
