@@ -640,6 +640,24 @@ async def test_list_counts_what_was_merged_and_not_what_was_lost(kind: str) -> N
     assert client.merged() == offered - sent
 
 
+async def test_list_counts_nothing_twice_while_a_restated_row_waits(stack: Stack) -> None:
+    for _ in range(50):
+        stack.tick()
+    client = stack.client()
+    client.block()
+    stack.tick()
+    stack.new_life("F")
+    for _ in range(3):
+        stack.tick()
+        await stack.settle()
+        (entry,) = client.ask("list")["subscriptions"]
+        assert (entry["seq"], entry["merged"]) == (50, 0)
+    client.unblock()
+    await stack.settle()
+    (entry,) = client.ask("list")["subscriptions"]
+    assert (entry["seq"], entry["merged"]) == (3, 0)
+
+
 # Resume
 
 
