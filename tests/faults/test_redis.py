@@ -126,6 +126,10 @@ async def _counts(server: QuotepushServer, connections: int) -> bool:
     return bool((await server.admin("/readyz"))[1]["connections"] == connections)
 
 
+async def _has_made_links(server: QuotepushServer, links: float) -> bool:
+    return await server.metric("feed_links") >= links
+
+
 async def test_redis_sleeps_for_some_seconds(scene: Scene) -> None:
     scene.redis.pause()
     await scene.everybody_hears_that_the_feed_is("down")
@@ -248,6 +252,7 @@ async def test_redis_remembers_a_worker_that_died_while_it_was_away(
 
 async def test_redis_cuts_off_a_subscriber_that_was_too_slow(scene: Scene) -> None:
     """Main stands still for a while, as on a machine that swaps: Redis loses patience, but nobody else does."""
+    links = await scene.server.metric("feed_links")
     async with scene.redis.client() as redis:
         await redis.config_set("client-output-buffer-limit", "pubsub 100kb 100kb 1")
         workers = set(scene.server.worker_pids())
@@ -260,6 +265,8 @@ async def test_redis_cuts_off_a_subscriber_that_was_too_slow(scene: Scene) -> No
                 await bulk.execute()
         finally:
             os.kill(scene.server.pid, signal.SIGCONT)
+        # Heartbeats said "ok" all the time, and the first ticks are those that waited in the cut link.
+        await wait_until(lambda: _has_made_links(scene.server, links + 1))
         await scene.everybody_hears_that_the_feed_is("ok")
         await scene.ticks_flow()
         assert set(scene.server.worker_pids()) == workers

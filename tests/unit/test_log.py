@@ -56,7 +56,8 @@ class Follower:
     """
 
     def __init__(self, server: RedisServer, *, url: str = "", **options: Any) -> None:
-        client = Redis.from_url(url) if url else server.client(decode_responses=False)
+        # As main's: with a socket_timeout redis-py writes under asyncio.wait_for, which in Python 3.11 loses a cancel.
+        client = Redis.from_url(url or server.url, socket_timeout=None)
         self.redis = SlowRedis(client)
         self.board = Board(epoch="main", days=TradingDays({}), **options)
         self.ring = Ring(max_bytes=1_000_000, max_code_bytes=100_000, max_age_ms=60_000)
