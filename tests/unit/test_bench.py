@@ -426,3 +426,18 @@ def test_numbers_at_an_axis_are_short(value: float, text: str):
 def test_loads_that_flood_and_that_subscribe_ask_main_how_it_keeps_up():
     assert {name for name, load in LOADS.items() if load.watches_main} == {"subscribe", "flood", "surge"}
     assert LOADS["surge"].rate == LOADS["flood"].rate == 200_000
+
+
+def test_each_format_is_counted_on_the_wire(tmp_path: Path):
+    process = subprocess.run(
+        [sys.executable, str(BENCH.parent / "bench" / "wire.py"), "0.5"],
+        capture_output=True, text=True, timeout=60, env=os.environ | {"TMPDIR": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    _, _, *lines = (line.strip("| ").split(" | ") for line in process.stdout.splitlines())
+    snapshots = {line[0]: int(line[1]) for line in lines}
+    assert len(snapshots) == 7
+    assert snapshots["objects, all fields"] > snapshots["rows, all fields"] > snapshots["rows, three fields"] > 0
+    assert snapshots["objects, all fields"] > snapshots["msgpack, objects, all fields"]
+    assert all(float(line[5]) > 0 for line in lines)
+    assert list(tmp_path.iterdir()) == []
