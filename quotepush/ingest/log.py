@@ -25,7 +25,7 @@ import msgspec
 import orjson
 from redis.exceptions import DataError, NoPermissionError, RedisError, ResponseError
 
-from quotepush.ingest.keys import FeedKeys
+from quotepush.ingest.keys import FeedKeys, reason_of
 from quotepush.quote.board import GAP, NEW_EPOCH, Board, Quote
 from quotepush.quote.ring import Ring
 
@@ -39,6 +39,7 @@ _MOST_WAITING_BYTES = 32 << 20  # of batches that wait for older ones; more are 
 _RETRY_S = 0.5
 # Only an operator changes what we may read.
 _FORBIDDEN_RETRY_S = 30.0
+_FORBIDDEN = ("user executing the script", "ACL failure in script")  # of a command within one: Redis 6 and 7, Redis 8
 
 # Compare and set: the log whose last batch is below what we have seen is another life of it.
 _NEW_LIFE = """
@@ -173,7 +174,7 @@ class LogFollower:
         try:
             await self._fill_ring()
         except (RedisError, OSError, TimeoutError) as e:
-            log.warning("recent rows cannot be read from the log: %s", str(e) or type(e).__name__)
+            log.warning("recent rows cannot be read from the log: %s", reason_of(e))
 
     async def run(self) -> None:
         """Catch up whenever step is lost, until cancelled."""
@@ -193,10 +194,9 @@ class LogFollower:
             await self._catch_up()
         except (RedisError, OSError, TimeoutError) as e:
             if not self._is_failing:
-                log.warning("the publishers' log cannot be read (%s); trying again", str(e) or type(e).__name__)
+                log.warning("the publishers' log cannot be read (%s); trying again", reason_of(e))
             self._is_failing = True
-            # The second is what Redis 6 says of a command within a script.
-            self.is_forbidden = isinstance(e, NoPermissionError) or "user executing the script" in str(e)
+            self.is_forbidden = isinstance(e, NoPermissionError) or any(words in str(e) for words in _FORBIDDEN)
             return False
         self._is_failing = self.is_forbidden = False
         return True

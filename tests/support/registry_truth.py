@@ -60,14 +60,19 @@ async def registry_faults(
 
 
 async def registry_equals(
-    redis: Redis, connections: Mapping[str, Set[str]], *, node: str = "test", timeout_s: float = 15.0
+    redis: Redis,
+    connections: Mapping[str, Set[str]],
+    *,
+    node: str = "test",
+    prefix: str = "qp:",
+    timeout_s: float = 15.0,
 ) -> None:
     """Wait until the registry equals ``connections``; say how it differs when it does not."""
     faults: list[str] = []
 
     async def is_equal() -> bool:
         try:
-            faults[:] = await registry_faults(redis, connections, node=node)
+            faults[:] = await registry_faults(redis, connections, node=node, prefix=prefix)
         except RedisError as e:  # it has just come back
             faults[:] = [f"Redis: {e}"]
         return not faults
