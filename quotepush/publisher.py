@@ -60,7 +60,7 @@ from redis.retry import Retry
 from quotepush.errors import RedisUnavailable, SettingsError
 from quotepush.ingest.keys import FeedKeys
 from quotepush.quote.code import BadCode, parse_code
-from quotepush.quote.tick import BadTick, Shape, check_tick, shape_of
+from quotepush.quote.tick import SERVERS_OWN, BadTick, Shape, check_tick, shape_of
 
 __all__ = ["BlockingPublisher", "Publisher", "shown_address"]
 
@@ -84,8 +84,6 @@ _PASSING = re.compile(r"(?:^|[ :]-)(?:LOADING|BUSY|READONLY|MASTERDOWN|OOM|CLUST
 _PASSING_KINDS = (OutOfMemoryError, ReadOnlyError, ClusterDownError, TryAgainError)
 _REFUSED_KINDS = (AuthenticationError, AuthorizationError)  # they are ConnectionErrors, but no link will mend them
 
-# The server decides or derives these: whoever publishes them is ignored.
-_NOT_PUBLISHED = frozenset(("code", "seq", "prev", "epoch", "change", "change_pct"))
 _ABOUT = "@"  # in the hash of a row: what is no field of it begins so
 
 # Everything that can be refused comes before the first write: a script that fails later leaves what it wrote. Out of
@@ -178,8 +176,8 @@ class _Form:
         if len(fields) > _MOST_FIELDS:
             raise BadTick("too_large", f"a tick has at most {_MOST_FIELDS:,} fields")
         self.shape = shape
-        self.dropped = tuple(name for name in fields if name in _NOT_PUBLISHED)
-        self.names = tuple(name for name in fields if name not in _NOT_PUBLISHED)
+        self.dropped = tuple(name for name in fields if name in SERVERS_OWN)
+        self.names = tuple(name for name in fields if name not in SERVERS_OWN)
         try:
             self.heads = tuple(orjson.dumps(name).decode() + ":" for name in self.names)
         except orjson.JSONEncodeError as e:
