@@ -62,7 +62,7 @@ from quotepush.ingest.keys import FeedKeys
 from quotepush.quote.code import BadCode, parse_code
 from quotepush.quote.tick import SERVERS_OWN, BadTick, Shape, check_tick, shape_of
 
-__all__ = ["BlockingPublisher", "Publisher", "shown_address"]
+__all__ = ["BlockingPublisher", "Publisher", "open_client", "reason_of", "shown_address"]
 
 _TIMEOUT_S = 5.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 2.0
@@ -349,13 +349,7 @@ class _Publisher(ABC):
         self._on_link = on_link
         self._is_away = False
         self._batches = _Batches(FeedKeys(prefix), log_batches, copies)
-        try:
-            self._redis: Any = self._client(url)  # redis-py's annotations are neither here nor there
-            self._redis.connection_pool.make_connection()  # connects nowhere, but looks at the options
-        except ValueError:  # its text can hold the password
-            raise SettingsError(["not a Redis address; write redis://[:password@]host:port/0"]) from None
-        except TypeError:
-            raise SettingsError(["the address has an option that is unknown; leave out what follows its ?"]) from None
+        self._redis = self._client(url)
 
     @property
     def epoch(self) -> str:
@@ -387,16 +381,11 @@ class _Publisher(ABC):
         if not self._is_away:
             self._is_away = True
             if self._on_link is not None:
-                self._on_link(self._reason_of(error))
+                self._on_link(reason_of(error, self._timeout_s))
         return min(left_s, random.uniform(0.5, 1.0) * min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** min(attempt, 10)))
 
     def _unavailable(self, error: Exception) -> RedisUnavailable:
-        return RedisUnavailable("feed_redis", self._where, self._reason_of(error))
-
-    def _reason_of(self, error: Exception) -> str:
-        if isinstance(error, TimeoutError) and not str(error):
-            return f"no answer within {self._timeout_s:g} s"
-        return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        return RedisUnavailable("feed_redis", self._where, reason_of(error, self._timeout_s))
 
 
 class Publisher(_Publisher):
@@ -426,9 +415,10 @@ class Publisher(_Publisher):
         self._turn = asyncio.Lock()
         # One attempt per call: what happens between attempts is decided here, not inside the client. One timeout per
         # attempt, too; redis-py's is one per answer.
-        return redis.asyncio.Redis.from_url(
-            url, retry=AsyncRetry(NoBackoff(), 0), socket_timeout=None, socket_connect_timeout=self._timeout_s
-        )
+        return open_client(
+            redis.asyncio.Redis, url,
+            retry=AsyncRetry(NoBackoff(), 0), socket_timeout=None, socket_connect_timeout=self._timeout_s,
+        )  # fmt: skip
 
     async def __aenter__(self) -> Self:
         return self
@@ -505,9 +495,10 @@ class BlockingPublisher(_Publisher):
     """
 
     def _client(self, url: str) -> Any:
-        return redis.Redis.from_url(
-            url, retry=Retry(NoBackoff(), 0), socket_timeout=self._timeout_s, socket_connect_timeout=self._timeout_s
-        )
+        return open_client(
+            redis.Redis, url,
+            retry=Retry(NoBackoff(), 0), socket_timeout=self._timeout_s, socket_connect_timeout=self._timeout_s,
+        )  # fmt: skip
 
     def __enter__(self) -> Self:
         return self
@@ -552,6 +543,29 @@ class BlockingPublisher(_Publisher):
         except NoScriptError:
             answer = self._redis.eval(_SCRIPT, *arguments)
         return answer
+
+
+def open_client(kind: Any, url: str, **options: Any) -> Any:
+    """Return a Redis client of a kind (``redis.Redis``, ``redis.asyncio.Redis``); it connects when it is first used.
+
+    Raises:
+        SettingsError: the URL is none, or has options that Redis connections do not have.
+    """
+    try:
+        client = kind.from_url(url, **options)
+        client.connection_pool.make_connection()  # connects nowhere, but looks at the options
+    except ValueError:  # its text can hold the password
+        raise SettingsError(["not a Redis address; write redis://[:password@]host:port/0"]) from None
+    except TypeError:
+        raise SettingsError(["the address has an option that is unknown; leave out what follows its ?"]) from None
+    return client
+
+
+def reason_of(error: Exception, timeout_s: float) -> str:
+    """Return in one line why Redis did not answer, or not within ``timeout_s``."""
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"no answer within {timeout_s:g} s"
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def shown_address(url: str) -> str:
