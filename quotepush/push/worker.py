@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from quotepush.auth import Identity
+from quotepush.push.desk import Desk
 from quotepush.push.freshness import Freshness
 from quotepush.push.hub import Hub
 from quotepush.push.outbox import Outbox
-from quotepush.push.session import Desk, Session
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.push.websocket import Detached, WebSocketLink, upgrade
 from quotepush.settings import Settings

@@ -17,8 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from quotepush.push import hub as hub_module
 from quotepush.push import outbox as outbox_module
+from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.hub import Hub
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Lane, Subscriptions
 from quotepush.quote.tick import BOOK_FIELDS
 from quotepush.wire.formats import DEFAULT_FIELDS, JSON, MSGPACK, Codec

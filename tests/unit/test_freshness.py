@@ -12,8 +12,9 @@ from quotepush.node import bus
 from quotepush.node import relay as relay_module
 from quotepush.node.relay import Relay, WorkerFeed
 from quotepush.push import freshness as freshness_module
+from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.freshness import Freshness
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.push.worker import FeedState
 from quotepush.quote.board import Board, TradingDays

@@ -17,9 +17,10 @@ from quotepush.node import relay as relay_module
 from quotepush.node.bus import Answered, Ask, Rows
 from quotepush.node.relay import Relay, WorkerFeed
 from quotepush.push import outbox as outbox_module
+from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.hub import Hub
 from quotepush.push.outbox import Outbox
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.quote.board import GAP, NEW_EPOCH, Board, Quote, TradingDays
 from quotepush.quote.ring import Ring

@@ -1,7 +1,7 @@
 """One client's rules, and what happens while main's answer is under way."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -10,124 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.desk import Answer, Desk, Limits
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Row, Subscriptions
-
-
-def message_of(frame: bytes) -> dict[str, Any]:
-    length = frame[1]
-    at = 2 if length < 126 else 4 if length == 126 else 10
-    message: dict[str, Any] = orjson.loads(frame[at:])
-    return message
-
-
-class RecordingLink:
-    """Remembers what the session says and does."""
-
-    def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
-        self.closes: list[tuple[int, str]] = []
-        self.holds: list[bool] = []
-
-    def write(self, data: bytes) -> None:
-        assert not self.closes, "written after the close"
-        self.messages.append(message_of(data))
-
-    def close(self, code: int, reason: str) -> None:
-        self.closes.append((code, reason))
-
-    def hold_requests(self, hold: bool) -> None:
-        self.holds.append(hold)
-
-    def take(self) -> list[dict[str, Any]]:
-        found, self.messages = self.messages, []
-        return found
-
-
-class Question:
-    """What main has been asked and has not answered yet."""
-
-    def __init__(
-        self,
-        codes: Sequence[str],
-        books: bool,
-        then: Callable[[Answer], None],
-        since: Mapping[str, tuple[str, int]] | None = None,
-    ) -> None:
-        self.codes = list(codes)
-        self.books = books
-        self.then = then
-        self.since = dict(since or {})
-
-
-class Counter:
-    """A desk whose main answers when the test says so, and a clock that moves when the test says so."""
-
-    def __init__(self, **limits: Any) -> None:
-        self.now_ms = 1_000_000
-        self.watches: deque[Question] = deque()
-        self.looks: deque[Question] = deque()
-        self.unwatched: list[str] = []
-        self.touched: list[str] = []
-        self.rows: dict[str, tuple[int, bytes | None]] = {}
-        self.books: dict[str, bytes] = {}
-        self.unknown: set[str] = set()
-        self.epochs: dict[str, str] = {}  # of codes with an epoch of their own
-        self.missed: dict[str, list[tuple[int, bytes]]] = {}
-        self.stale: set[str] = set()
-        self.desk = Desk(
-            subscriptions=Subscriptions(),
-            limits=Limits(
-                **{"codes": 5, "codes_per_request": 10, "requests_per_s": 10.0, "message_bytes": 10_000, **limits}
-            ),
-            server="0.0.1",
-            epoch="epoch-1",
-            heartbeat_ms=5000,
-            watch=lambda codes, books, since, then: self.watches.append(Question(codes, books, then, since)),
-            look=lambda codes, then: self.looks.append(Question(codes, False, then)),
-            unwatch=self.unwatched.extend,
-            subscribed=self.touched.append,
-            clock_ms=lambda: self.now_ms,
-        )
-
-    def set_row(self, code: str, seq: int) -> None:
-        self.rows[code] = (seq, orjson.dumps({"code": code, "seq": seq, "ts": 1, "last": float(seq)}))
-
-    def answer(self, question: Question) -> None:
-        refused = {code: "unknown_code" for code in question.codes if code in self.unknown}
-        known = [code for code in question.codes if code not in refused]
-        books = {code: self.books.get(code, b"{}") if question.books else None for code in known}
-        rows = {
-            code: (*self.rows.get(code, (0, None)), books[code], self.epochs.get(code, "epoch-1")) for code in known
-        }
-        missed = {code: self.missed[code] for code in question.since if code in self.missed}
-        question.then(Answer(rows, refused, missed, self.stale))
-
-    def answer_all(self) -> None:
-        while self.watches or self.looks:
-            self.answer(self.watches.popleft() if self.watches else self.looks.popleft())
-
-    def open(self, fd: str = "n.0.1") -> tuple[Session, RecordingLink]:
-        link = RecordingLink()
-        return Session(fd, link, self.desk), link
-
-
-def say(session: Session, **request: Any) -> None:
-    session.receive(orjson.dumps(request).decode())
-
-
-def only(link: RecordingLink) -> dict[str, Any]:
-    (message,) = link.take()
-    return message
-
-
-def subscribed(counter: Counter, *codes: str) -> tuple[Session, RecordingLink]:
-    session, link = counter.open()
-    say(session, action="subscribe", codes=list(codes))
-    counter.answer_all()
-    link.take()
-    return session, link
-
+from tests.support.desk import Counter, message_of, only, say, subscribed
 
 # hello
 
@@ -157,11 +43,6 @@ def test_every_connection_has_a_key_of_its_own() -> None:
         session.greet()
         keys.add(only(link)["conn_key"])
     assert len(keys) == 20
-
-
-def test_a_rate_that_is_no_whole_number_is_said_as_it_is() -> None:
-    assert Limits(1, 1, 0.5, 1).as_said()["requests_per_s"] == 0.5
-    assert isinstance(Limits(1, 1, 10.0, 1).as_said()["requests_per_s"], int)
 
 
 # subscribe

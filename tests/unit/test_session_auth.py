@@ -7,7 +7,8 @@ import orjson
 import pytest
 
 from quotepush.auth import Verifier
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.desk import Answer, Desk, Limits
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.wire.formats import CODECS, JSON, Codec
 from quotepush.wire.messages import CLOSE_CODES
