@@ -51,8 +51,8 @@ FLOORS: dict[str, set[str]] = {
 # No loop, no socket, no clock of their own.
 SANS_IO = (
     "quotepush.errors", "quotepush.auth", "quotepush.quote.", "quotepush.wire.", "quotepush.ingest.probe",
-    "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.desk", "quotepush.push.session",
-    "quotepush.batches", "quotepush.client_state",
+    "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.desk", "quotepush.push.results",
+    "quotepush.push.watchlist", "quotepush.push.session", "quotepush.batches", "quotepush.client_state",
 )  # fmt: skip
 NOT_SANS_IO = {"asyncio", "aiohttp", "redis", "uvloop", "socket", "threading", "time", "os"}
 

@@ -137,7 +137,7 @@ class PushWorker:
         self.links[session.fd] = link
         self._wheel[hash(session.fd) % len(self._wheel)].add(link)
         self.opened_total += 1
-        self._outside.opened(session.fd, session.subscriptions.keys())
+        self._outside.opened(session.fd, session.watchlist.subscriptions.keys())
         session.greet()
         log.debug("%s: open from %s", session.fd, link.peer)
 

@@ -561,7 +561,7 @@ class Told:
         self.bench.sweep()
         self.listen()
         for client, known in zip(self.clients, self.known, strict=True):
-            for code in client.session.subscriptions:
+            for code in client.session.watchlist.subscriptions:
                 quote = self.bench.board.quotes.get(code)
                 is_stale = quote is not None and self.bench.clock.now_ms - quote.arrived_ms >= STALE_MS
                 assert known[code] == ("stale" if is_stale else "fresh")

@@ -36,6 +36,7 @@ class Socket:
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
         self.writes = 0
+        self.watchlist = self
         self.outbox = Outbox(self, self.write)
         self.blocks_next = False
 
