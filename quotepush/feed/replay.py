@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import orjson
 
 from quotepush.errors import SettingsError
+from quotepush.quote.tick import SERVERS_OWN
 
 __all__ = [
     "MAX_LINE_BYTES",
@@ -50,8 +51,6 @@ _KINDS = {
     **dict.fromkeys(("bids", "asks"), _LEVELS),
     "ts": _TS,
 }
-# The server sets these itself and ignores a publisher's.
-_IGNORED = frozenset(("seq", "prev", "epoch", "change", "change_pct"))
 
 
 class LineFault(ValueError):
@@ -140,7 +139,7 @@ class CsvLines:
         self._width = len(names)
         self._code_at = names.index("code")
         self._columns = [(at, name, _KINDS[name]) for at, name in enumerate(names) if name in _KINDS]
-        unknown = [name for name in names if name not in _KINDS and name != "code" and name not in _IGNORED]
+        unknown = [name for name in names if name not in _KINDS and name not in SERVERS_OWN]
         if unknown:
             self._warn(f"columns that are no tick fields are ignored: {', '.join(unknown)}")
 

@@ -1,4 +1,4 @@
-"""What publishers write in Redis, by name; who writes it is :mod:`quotepush.publisher`, who reads it :mod:`.log`."""
+"""What publishers write in Redis, by name; who writes it is :mod:`quotepush.batches`, who reads it :mod:`.log`."""
 
 from dataclasses import dataclass
 

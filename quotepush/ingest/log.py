@@ -10,7 +10,7 @@ Laws:
 4. What is read from the log has arrived when Redis got it, told by our own clock: a late catch-up makes nothing fresh.
 5. A batch, tick or row that is none harms nothing else: it is counted as refused, and what it hides is a gap.
 
-What publishers write: :mod:`quotepush.publisher`.
+What publishers write: :mod:`quotepush.batches`.
 """
 
 import asyncio

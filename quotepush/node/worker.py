@@ -30,7 +30,7 @@ from quotepush.node.accept import Acceptor
 from quotepush.node.collector import quiet_collector
 from quotepush.node.logs import set_up_logging
 from quotepush.node.places import Places
-from quotepush.push.session import Answer, Desk, Limits
+from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.site import make_app
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.push.worker import FeedState, Outside, PushWorker, clock_ms

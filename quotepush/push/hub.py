@@ -125,7 +125,7 @@ class Hub:
             }
             lane.audience.update(outbox for outbox in lane.newcomers if outbox not in ahead)
             for outbox in lane.audience:
-                outbox.session.note_restated(channel.code, lane.seq, seq)
+                outbox.session.watchlist.note_restated(channel.code, lane.seq, seq)
                 if not outbox.rows:
                     self._dirty.append(outbox)
                 outbox.rows.append(row)
@@ -152,7 +152,7 @@ class Hub:
         ahead: dict[Outbox, int | None] = {}
         for outbox, base in lane.newcomers.items():
             if base is not None and base >= seq:
-                outbox.session.note_skipped_row(code)  # it was in the snapshot, or another server has sent it
+                outbox.session.watchlist.note_skipped_row(code)  # it was in the snapshot, or another server has sent it
                 if base > seq:
                     ahead[outbox] = base
                 continue
@@ -160,7 +160,7 @@ class Hub:
                 self._dirty.append(outbox)
             outbox.rows.append(Row(lane, seq, base, bare))
             if base is None:
-                outbox.session.note_first_row(code, seq)
+                outbox.session.watchlist.note_first_row(code, seq)
         lane.audience.update(outbox for outbox in lane.newcomers if outbox not in ahead)
         lane.newcomers = ahead
 

@@ -191,7 +191,7 @@ class Outbox:
             texts.append((lane, slot.restated, lane.channel.epoch if slot.restated else "", text))
             size += len(text)
             if slot.merged:
-                self.session.note_merged(lane.channel.code, slot.merged)
+                self.session.watchlist.note_merged(lane.channel.code, slot.merged)
             if size >= _CATCH_UP_BYTES:
                 break
         self.sent += len(texts)

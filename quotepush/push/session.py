@@ -1,4 +1,4 @@
-"""One client connection: its rules, its subscriptions, what it is answered.
+"""One client connection: its rules, its requests, what it is answered.
 
 Laws:
 
@@ -7,27 +7,28 @@ Laws:
 2. Requests of one session are carried out in the order in which they came.
 3. Answers go to the socket at once, never behind rows that wait.
 
-A session knows no socket and no loop: it is handed a :class:`Link` to speak through and a
-:class:`Desk` of what the worker offers. Time is an argument.
+What it knows of its surroundings is :mod:`quotepush.push.desk`; how the rows of a code go on through all this is its
+:class:`~quotepush.push.watchlist.Watchlist`'s affair.
 """
 
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
-from quotepush.auth import Identity, Verifier
+from quotepush.auth import Identity
 from quotepush.errors import PeerError
+from quotepush.push.desk import Answer, Desk, Gone, Link
 from quotepush.push.outbox import Outbox
-from quotepush.push.subscriptions import Channel, Lane, Row, Shape, Subscription, Subscriptions
-from quotepush.quote.code import BadCode, parse_code
+from quotepush.push.results import Results, understand
+from quotepush.push.subscriptions import Channel, Lane, Shape
+from quotepush.push.watchlist import Watchlist
 from quotepush.wire import messages
 from quotepush.wire.formats import DEFAULT_FIELDS, DEFAULT_VIEW, JSON, Codec, Format, View
 from quotepush.wire.messages import CLOSE_CODES, Message, Request, RequestError, parse_request
 
-__all__ = ["Answer", "Desk", "Limits", "Link", "Session"]
+__all__ = ["Session"]
 
 log = logging.getLogger("quotepush.session")
 
@@ -36,119 +37,8 @@ _RATE_PATIENCE_MS = 10_000
 # Codes in one status message.
 _CODES_PER_STATUS = 500
 
-
-class Link(Protocol):
-    """The socket as a session sees it."""
-
-    def write(self, data: bytes) -> None:
-        """Hand bytes to the socket at once."""
-
-    def close(self, code: int, reason: str) -> None:
-        """Say goodbye and close; nothing is written afterwards."""
-
-    def hold_requests(self, hold: bool) -> None:
-        """Stop, or go on, reading from the client."""
-
-
-class _Gone:
-    """The link of a session that is over."""
-
-    def write(self, data: bytes) -> None: ...
-
-    def close(self, code: int, reason: str) -> None: ...
-
-    def hold_requests(self, hold: bool) -> None: ...
-
-
-_GONE = _Gone()
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one connection may do."""
-
-    codes: int
-    codes_per_request: int
-    requests_per_s: float
-    message_bytes: int
-
-    def as_said(self) -> Mapping[str, Any]:
-        """Return them as ``hello`` says them."""
-        rate = self.requests_per_s
-        return {
-            "codes": self.codes,
-            "codes_per_request": self.codes_per_request,
-            "requests_per_s": int(rate) if rate == int(rate) else rate,
-            "message_bytes": self.message_bytes,
-            "max_rate": None,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What main says to a question about codes.
-
-    Attributes:
-        rows: per code its seq, its newest row as JSON text (None: no tick yet), its book, if that was asked for, and
-            the epoch in which it counts.
-        refused: per code the error word, e.g. ``unknown_code``.
-        missed: of codes that were asked since when: the rows behind that (seq and JSON text, oldest first), as far as
-            main still has them all.
-        stale: those of the codes that are stale.
-    """
-
-    rows: Mapping[str, tuple[int, bytes | None, bytes | None, str]]
-    refused: Mapping[str, str]
-    missed: Mapping[str, Sequence[tuple[int, bytes]]] = field(default_factory=dict)
-    stale: Collection[str] = ()
-
-
-def _nobody(*_: object) -> None:
-    raise AssertionError("no hub yet")
-
-
-@dataclass(slots=True)
-class Desk:
-    """What a worker offers its sessions: the index, main behind it, the registry, the clock.
-
-    Attributes:
-        watch: ask main for these codes (with their books?), what was missed of them since when, and their later ticks;
-            answers through the callback, in the stream of ticks, so that nothing falls between the answer and the next
-            tick.
-        look: the same without their later ticks.
-        deliver: queue a lane's newest row for one of its newcomers; set by the worker that has the hub.
-        replay: begin to send an outbox what it replays; set by the worker too.
-        extra_fields: what views may name besides the fields of the protocol.
-        verifier: checks tokens; None: this server takes none, and everybody may do everything.
-        auth_timeout_ms: how long a session may be without a token, where it needs one.
-        unwatch: nobody here watches these codes any more.
-        subscribed: a session's codes have changed (for the registry).
-        clock_ms: epoch milliseconds.
-    """
-
-    subscriptions: Subscriptions
-    limits: Limits
-    server: str
-    epoch: str
-    heartbeat_ms: int
-    watch: Callable[[Sequence[str], bool, Mapping[str, tuple[str, int]], Callable[[Answer], None]], None]
-    look: Callable[[Sequence[str], Callable[[Answer], None]], None]
-    unwatch: Callable[[Iterable[str]], None]
-    subscribed: Callable[[str], None]
-    clock_ms: Callable[[], int]
-    extra_fields: frozenset[str] = frozenset()
-    deliver: Callable[[Lane, Outbox, int], None] = _nobody
-    replay: Callable[[Outbox], None] = _nobody
-    verifier: Verifier | None = None
-    auth_timeout_ms: int = 10_000
-
-    def identify(self, token: str) -> Identity | None:
-        """Return whom ``token`` names; None: this server takes no tokens.
-
-        Raises:
-            PeerError: ``auth_failed``, with the close code.
-        """
-        return None if self.verifier is None else self.verifier.verify(token, self.clock_ms())
+_GONE = Gone()
+_NOT_ASKED = Answer({}, {})
 
 
 class Session:
@@ -158,12 +48,12 @@ class Session:
         fd: its name in the cluster, ``<node>.<worker>.<n>``.
         codec: the language it speaks.
         identity: who it has proved to be; None: nobody yet, or this server takes no tokens.
-        subscriptions: canonical code to subscription, in the order of subscribing.
+        watchlist: what it is subscribed to.
     """
 
     __slots__ = (
-        "_allowance", "_allowance_at_ms", "_desk", "_epoch", "_inbox", "_is_waiting", "_limited_since_ms", "_link",
-        "codec", "fd", "identity", "is_closed", "opened_ms", "outbox", "subscriptions",
+        "_allowance", "_allowance_at_ms", "_claimed", "_desk", "_epoch", "_inbox", "_is_waiting", "_limited_since_ms",
+        "_link", "codec", "fd", "identity", "is_closed", "opened_ms", "outbox", "watchlist",
     )  # fmt: skip
 
     def __init__(self, fd: str, link: Link, desk: Desk, codec: Codec = JSON, identity: Identity | None = None) -> None:
@@ -173,7 +63,7 @@ class Session:
         self._link = link
         self._desk = desk
         self.outbox = Outbox(self, link.write, codec)
-        self.subscriptions: dict[str, Subscription] = {}
+        self.watchlist = Watchlist(desk.subscriptions, self.outbox)
         self.is_closed = False
         self.opened_ms = desk.clock_ms()
         self._epoch = desk.epoch  # as hello says it; other epochs are named with their codes
@@ -181,6 +71,7 @@ class Session:
         self._allowance_at_ms = self.opened_ms
         self._limited_since_ms = 0
         self._is_waiting = False  # for main's answer to a request
+        self._claimed: Sequence[str] = ()  # the codes of that request
         self._inbox: deque[str | bytes] | None = None
 
     def greet(self) -> None:
@@ -242,7 +133,7 @@ class Session:
             raise PeerError("already_authenticated", "this connection is another user's; open a new one for this token")
         self.identity = identity
         expires = {} if identity.expires_ms is None else {"expires": identity.expires_ms}
-        self._say(messages.ack(request.action, request.id, now_ms, **expires))
+        self._say_ack(request, now_ms, **expires)
 
     def check_identity(self, now_ms: int) -> None:
         """Close the session when its token has expired, or when it has sent none in time."""
@@ -281,7 +172,8 @@ class Session:
         )
 
     def _subscribe(self, request: Request, now_ms: int) -> None:
-        results, codes = self._understand(request.codes, self._desk.limits.codes - len(self.subscriptions))
+        watched = self.watchlist.subscriptions
+        results = understand(request.codes, watched, self._desk.limits.codes)
         spelled = self.codec.format(request.format)
         # An array has the columns that its ack names, and no field that nobody knows.
         fields = DEFAULT_FIELDS if spelled.is_array and request.fields is None else request.fields
@@ -290,130 +182,172 @@ class Session:
         # Kept rows have no books; with a rate nobody wants every row; who is subscribed has missed nothing.
         since: dict[str, tuple[str, int]] = {}
         if not shape.view.has_book and shape.max_rate is None:
-            since = {c: place for c, place in request.since.items() if c in codes and c not in self.subscriptions}
+            since = {c: place for c, place in request.since.items() if c in results.codes and c not in watched}
         missing = [
             code
-            for code in codes
+            for code in results.codes
             if (channel := channels.get(code)) is None
             or (shape.view.has_book and channel.book is None)
             or code in since
         ]
-        if missing:
-            self._ask(
-                lambda then: self._desk.watch(missing, shape.view.has_book, since, then), codes,
-                lambda answer: self._finish_subscribe(request, shape, results, codes, answer),
-            )  # fmt: skip
-        else:
-            self._finish_subscribe(request, shape, results, codes, None)
+        self._answer(
+            results, missing,
+            lambda then: self._desk.watch(missing, shape.view.has_book, since, then),
+            lambda answer: self._finish_subscribe(request, shape, results, answer),
+        )  # fmt: skip
 
-    def _understand(
-        self, spellings: Iterable[str], room: int | None
-    ) -> tuple[list[dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-        """Return one result per spelling, in order, and the codes that were understood with their results.
-
-        Args:
-            room: how many new codes the session may still subscribe to; None: does not matter.
-        """
-        results: list[dict[str, Any]] = []
-        codes: dict[str, list[dict[str, Any]]] = {}
-        limit = self._desk.limits.codes
-        for spelling in spellings:
-            result: dict[str, Any] = {"as": spelling}
-            results.append(result)
-            try:
-                code = parse_code(spelling)
-            except BadCode as e:
-                result |= {"error": "bad_code", "message": str(e)}
-                continue
-            if room is not None and code not in codes and code not in self.subscriptions:
-                if room <= 0:
-                    result |= {"error": "code_limit", "message": f"at most {limit} codes on one connection"}
-                    continue
-                room -= 1
-            result["code"] = code
-            codes.setdefault(code, []).append(result)
-        return results, codes
-
-    def _finish_subscribe(
-        self,
-        request: Request,
-        shape: Shape,
-        results: list[dict[str, Any]],
-        codes: dict[str, list[dict[str, Any]]],
-        answer: Answer | None,
-    ) -> None:
-        subscriptions = self._desk.subscriptions
-        asked = list(codes) if answer is not None else []
-        if self.is_closed:
-            self._release(asked)
-            return
-        if answer is not None:
-            self._refuse(codes, answer.refused)
+    def _finish_subscribe(self, request: Request, shape: Shape, results: Results, answer: Answer) -> None:
         now_ms = self._desk.clock_ms()
-        channels: list[Channel] = []
-        missed: list[tuple[Lane, int]] = []
-        for code in codes:
-            is_stale = answer is not None and code in answer.stale
-            channel = subscriptions.open(code, *_found(answer, code), is_stale=is_stale)
+        shown: list[tuple[Channel, View]] = []
+        undelivered: list[tuple[Lane, int]] = []
+        for code in results.codes:
+            is_stale = code in answer.stale
+            channel = self._desk.subscriptions.open(code, *_found(answer, code), is_stale=is_stale)
             resume = "snapshot"
             is_sent = request.snapshot or code in request.since
-            if code in self.subscriptions:
-                if is_sent or self.subscriptions[code].lane.shape != shape:
-                    self._change(channel, shape, is_sent, missed)
-            elif answer is not None and code in answer.missed:
-                resume = self._resume(channel, shape, request.since[code][1], answer.missed[code])
+            before = self.watchlist.subscriptions.get(code)
+            if before is not None:
+                if is_sent or before.lane.shape != shape:
+                    newest = self.watchlist.change(channel, shape, is_sent=is_sent)
+                    if newest is not None:
+                        undelivered.append(newest)
+            elif code in answer.missed:
+                resume = self.watchlist.resume(channel, shape, request.since[code][1], answer.missed[code])
             else:
-                base = channel.seq if is_sent else None
-                lane = subscriptions.add(channel, self.outbox, shape, base=base)
-                self.subscriptions[code] = Subscription(lane, base)
+                self.watchlist.begin(channel, shape, channel.seq if is_sent else None)
             if code in request.since:
-                for result in codes[code]:
-                    result["resume"] = resume
+                results.note(code, resume=resume)
             if resume == "snapshot" and is_sent:
-                channels.append(channel)
+                shown.append((channel, shape.view))
             if channel.epoch not in ("", self._epoch):
-                for result in codes[code]:
-                    result["epoch"] = channel.epoch
-        self._release(asked)
+                results.note(code, epoch=channel.epoch)
         columns: dict[str, Any] = {}
         if shape.format.is_array:
             self.outbox.has_arrays = True
             columns = {"cols": shape.view.cols, "columns": shape.view.columns}
-        self._say(
-            messages.ack(
-                request.action, request.id, now_ms,
-                accepted=[r for r in results if "error" not in r],
-                rejected=[r for r in results if "error" in r],
-                total=len(self.subscriptions), limit=self._desk.limits.codes, **columns,
-            )
-        )  # fmt: skip
-        if channels:
-            self._say_snapshot(now_ms, [(channel, shape.view) for channel in channels], shape.format)
-        self._say_stale(codes)
-        for lane, restated in missed:
+        self._say_results(request, now_ms, results, **self._room(), **columns)
+        if shown:
+            self._say_snapshot(now_ms, shown, shape.format)
+        self._say_codes("stale", self.watchlist.stale(results.codes))
+        for lane, restated in undelivered:
             self._desk.deliver(lane, self.outbox, restated)
         if self.outbox.replay is not None:
             self._desk.replay(self.outbox)
+        if results.codes:
+            self._desk.subscribed(self.fd)
+
+    def _unsubscribe(self, request: Request, now_ms: int) -> None:
+        watched = self.watchlist.subscriptions
+        if "*" in request.codes:
+            codes = list(watched)
+        else:
+            codes = [code for code in understand(request.codes).codes if code in watched]
+        self._drop(codes)
+        self._say_ack(request, now_ms, removed=codes, **self._room())
         if codes:
             self._desk.subscribed(self.fd)
-        self._go_on()
 
-    def _resume(self, channel: Channel, shape: Shape, since: int, missed: Sequence[tuple[int, bytes]]) -> str:
-        """Subscribe behind ``since`` with the rows that were missed; return what the ack calls that."""
-        base = missed[-1][0] if missed else since
-        lane = self._desk.subscriptions.add(channel, self.outbox, shape, base=base)
-        subscription = self.subscriptions[channel.code] = Subscription(lane, since)
-        if not missed:
-            return "current"
-        if self.outbox.replay is None:
-            self.outbox.replay = deque()
-        prev = since
-        for seq, bare in missed:
-            text = Channel(channel.code, seq, bare).text(shape.view, shape.format)
-            self.outbox.replay.append(Row(lane, seq, prev, text))
-            subscription.add_own()
-            prev = seq
-        return "replay"
+    def _list(self, request: Request, now_ms: int) -> None:
+        self._say_ack(request, now_ms, subscriptions=self.watchlist.listed(), **self._room())
+
+    def _snapshot(self, request: Request, now_ms: int) -> None:
+        results = understand(request.codes)
+        channels = self._desk.subscriptions.channels
+        missing = [code for code in results.codes if code not in channels]
+        self._answer(
+            results, missing,
+            lambda then: self._desk.look(missing, then),
+            lambda answer: self._finish_snapshot(request, results, answer),
+        )  # fmt: skip
+
+    def _finish_snapshot(self, request: Request, results: Results, answer: Answer) -> None:
+        now_ms = self._desk.clock_ms()
+        shown: list[tuple[Channel, View]] = []
+        for code in results.codes:
+            channel = self._desk.subscriptions.channels.get(code) or Channel(code, *_found(answer, code))
+            before = self.watchlist.subscriptions.get(code)
+            view = DEFAULT_VIEW
+            if before is not None:
+                # It stands for the rows that wait, so it shows what they would have shown.
+                if before.lane.view.has_book:
+                    view = View.of((*DEFAULT_FIELDS, *(before.lane.view.fields or ())))
+                self.watchlist.change(channel, before.lane.shape, is_sent=True)
+            shown.append((channel, view))
+        self._say_results(request, now_ms, results)
+        self._say_snapshot(now_ms, shown, self.codec.objects)
+
+    def _ping(self, request: Request, now_ms: int) -> None:
+        self._say(messages.pong(request.id, now_ms))
+
+    def _answer(
+        self,
+        results: Results,
+        missing: Sequence[str],
+        ask: Callable[[Callable[[Answer], None]], None],
+        finish: Callable[[Answer], None],
+    ) -> None:
+        """Finish a request: at once, or behind main's answer about what is missing, and the client's next one waits."""
+        if not missing:
+            finish(_NOT_ASKED)
+            return
+
+        def answered(answer: Answer) -> None:
+            try:
+                if self.is_closed:
+                    self._release()
+                    return
+                results.refuse(answer.refused)
+                finish(answer)
+                self._go_on()
+            except Exception:
+                # A bug in one session is that session's end and nobody else's.
+                log.exception("%s: a request could not be finished", self.fd)
+                self._link.close(CLOSE_CODES["internal"], "internal")
+
+        self._claimed = tuple(results.codes)
+        self._desk.subscriptions.claim(self._claimed)
+        self._is_waiting = True
+        self._link.hold_requests(True)
+        ask(answered)
+
+    def _go_on(self) -> None:
+        """Carry out what has come in while main was asked."""
+        self._is_waiting = False
+        inbox = self._inbox
+        while inbox and not self._is_waiting and not self.is_closed:
+            self.receive(inbox.popleft())
+        if not inbox:
+            self._inbox = None
+        if not self._is_waiting and not self.is_closed:
+            self._link.hold_requests(False)
+
+    def _release(self) -> None:
+        claimed, self._claimed = self._claimed, ()
+        self._unwatch(self._desk.subscriptions.release(claimed))
+
+    def _drop(self, codes: Iterable[str]) -> None:
+        self._unwatch(self.watchlist.drop(codes))
+
+    def _unwatch(self, left: Sequence[str]) -> None:
+        if left:
+            self._desk.unwatch(left)
+
+    # What the server says
+
+    def _say(self, message: Message) -> None:
+        self._link.write(self.codec.frame(message))
+
+    def _say_ack(self, request: Request, now_ms: int, **results: Any) -> None:
+        self._say(messages.ack(request.action, request.id, now_ms, **results))
+
+    def _say_results(self, request: Request, now_ms: int, results: Results, **facts: Any) -> None:
+        """Say what has become of the codes; those that nobody wants after all are given up first."""
+        self._release()
+        self._say_ack(request, now_ms, **results.as_said(), **facts)
+
+    def _room(self) -> Mapping[str, int]:
+        """Return how many codes this connection has, and may have, as an ack says it."""
+        return {"total": len(self.watchlist.subscriptions), "limit": self._desk.limits.codes}
 
     def _say_snapshot(self, now_ms: int, shown: Sequence[tuple[Channel, View]], spelled: Format) -> None:
         """Send the newest rows of these channels; arrays are all of one view."""
@@ -429,178 +363,10 @@ class Session:
         cols = shown[0][1].cols if spelled.is_array else None
         self._link.write(self.codec.rows_frame("snapshot", now_ms, rows, cols, **facts))
 
-    def _change(self, channel: Channel, shape: Shape, is_sent: bool, missed: list[tuple[Lane, int]]) -> None:
-        """Give a subscription other options without a hole; what waits in its old shape goes.
-
-        Args:
-            is_sent: the client is being sent the newest row as a snapshot.
-            missed: gets the lane when the newest row has to be delivered there instead, and why it is restated.
-        """
-        before = self.subscriptions[channel.code]
-        seq, waiting = self.outbox.last_sent(before.lane)
-        restated = 0 if is_sent else self.outbox.restating(before.lane)
-        self.outbox.drop([before.lane])
-        base = channel.seq if is_sent or restated else seq
-        if shape != before.lane.shape:  # else the lane stays, even if nobody else is in it, and with it its rate
-            self._desk.subscriptions.leave(before.lane, self.outbox)
-        lane = self._desk.subscriptions.add(channel, self.outbox, shape, base=base)
-        after = self.subscriptions[channel.code] = before.go_on(lane, base, seq, waiting)
-        if is_sent:
-            return
-        if restated:
-            missed.append((lane, restated))
-        elif base is None:
-            if waiting:
-                missed.append((lane, 0))
-        elif base < channel.seq:
-            after.add_own()
-            missed.append((lane, 0))
-
-    def _refuse(self, codes: dict[str, list[dict[str, Any]]], refused: Mapping[str, str]) -> None:
-        for code, word in refused.items():
-            for result in codes.pop(code, ()):
-                del result["code"]
-                result |= {"error": word, "message": f"{code} is not a code this server knows"}
-
-    def _unsubscribe(self, request: Request, now_ms: int) -> None:
-        if "*" in request.codes:
-            codes = list(self.subscriptions)
-        else:
-            _, understood = self._understand(request.codes, None)
-            codes = [code for code in understood if code in self.subscriptions]
-        self._drop(codes)
-        self._say(
-            messages.ack(
-                request.action, request.id, now_ms, removed=codes, total=len(self.subscriptions),
-                limit=self._desk.limits.codes,
-            )
-        )  # fmt: skip
-        if codes:
-            self._desk.subscribed(self.fd)
-
-    def _drop(self, codes: Iterable[str]) -> None:
-        lanes = [self.subscriptions.pop(code).lane for code in codes]
-        self.outbox.drop(lanes)
-        left = self._desk.subscriptions.discard(lanes, self.outbox)
-        if left:
-            self._desk.unwatch(left)
-
-    def _list(self, request: Request, now_ms: int) -> None:
-        listed = []
-        for code, subscription in self.subscriptions.items():
-            lane = subscription.lane
-            seq, waiting = self.outbox.last_sent(lane)
-            listed.append(
-                {
-                    "code": code,
-                    "fields": lane.view.fields,
-                    "max_rate": lane.shape.max_rate,
-                    "format": "rows" if lane.format.is_array else "objects",
-                    "seq": seq or 0,
-                    "merged": subscription.merged_until(seq or 0, waiting),
-                }
-            )
-        self._say(
-            messages.ack(
-                request.action, request.id, now_ms, subscriptions=listed, total=len(listed),
-                limit=self._desk.limits.codes,
-            )
-        )  # fmt: skip
-
-    def _snapshot(self, request: Request, now_ms: int) -> None:
-        results, codes = self._understand(request.codes, None)
-        channels = self._desk.subscriptions.channels
-        missing = [code for code in codes if code not in channels]
-        if missing:
-            self._ask(
-                lambda then: self._desk.look(missing, then), codes,
-                lambda answer: self._finish_snapshot(request, results, codes, answer),
-            )  # fmt: skip
-        else:
-            self._finish_snapshot(request, results, codes, None)
-
-    def _finish_snapshot(
-        self,
-        request: Request,
-        results: list[dict[str, Any]],
-        codes: dict[str, list[dict[str, Any]]],
-        answer: Answer | None,
-    ) -> None:
-        asked = list(codes) if answer is not None else []
-        if self.is_closed:
-            self._release(asked)
-            return
-        if answer is not None:
-            self._refuse(codes, answer.refused)
-        now_ms = self._desk.clock_ms()
-        shown: list[tuple[Channel, View]] = []
-        for code in codes:
-            channel = self._desk.subscriptions.channels.get(code) or Channel(code, *_found(answer, code))
-            before = self.subscriptions.get(code)
-            view = DEFAULT_VIEW
-            if before is not None:
-                # It stands for the rows that wait, so it shows what they would have shown.
-                if before.lane.view.has_book:
-                    view = View.of((*DEFAULT_FIELDS, *(before.lane.view.fields or ())))
-                self._change(channel, before.lane.shape, True, [])
-            shown.append((channel, view))
-        self._release(asked)
-        self._say(
-            messages.ack(
-                request.action, request.id, now_ms,
-                accepted=[r for r in results if "error" not in r],
-                rejected=[r for r in results if "error" in r],
-            )
-        )  # fmt: skip
-        self._say_snapshot(now_ms, shown, self.codec.objects)
-        self._go_on()
-
-    def _ping(self, request: Request, now_ms: int) -> None:
-        self._say(messages.pong(request.id, now_ms))
-
-    def _ask(
-        self,
-        ask: Callable[[Callable[[Answer], None]], None],
-        codes: Iterable[str],
-        finish: Callable[[Answer], None],
-    ) -> None:
-        """Ask main for the codes that are not here; the client's next request waits for the answer."""
-
-        def answered(answer: Answer) -> None:
-            try:
-                finish(answer)
-            except Exception:
-                # A bug in one session is that session's end and nobody else's.
-                log.exception("%s: a request could not be finished", self.fd)
-                self._link.close(CLOSE_CODES["internal"], "internal")
-
-        self._desk.subscriptions.claim(codes)
-        self._is_waiting = True
-        self._link.hold_requests(True)
-        ask(answered)
-
-    def _release(self, asked: Iterable[str]) -> None:
-        left = self._desk.subscriptions.release(asked)
-        if left:
-            self._desk.unwatch(left)
-
-    def _go_on(self) -> None:
-        """Carry out what has come in while main was asked."""
-        if not self._is_waiting:
-            return
-        self._is_waiting = False
-        inbox = self._inbox
-        while inbox and not self._is_waiting and not self.is_closed:
-            self.receive(inbox.popleft())
-        if not inbox:
-            self._inbox = None
-        if not self._is_waiting and not self.is_closed:
-            self._link.hold_requests(False)
-
-    # What the server says
-
-    def _say(self, message: Message) -> None:
-        self._link.write(self.codec.frame(message))
+    def _say_codes(self, state: str, codes: Sequence[str]) -> None:
+        for start in range(0, len(codes), _CODES_PER_STATUS):
+            some = codes[start : start + _CODES_PER_STATUS]
+            self._say(messages.status(self._desk.clock_ms(), "codes", state, codes=some))
 
     def say_merging(self) -> None:
         """Tell the client that it is too slow for every row."""
@@ -614,55 +380,11 @@ class Session:
         """Tell the client that the server leaves, and when to come back."""
         self._say(messages.status(self._desk.clock_ms(), "connection", "closing", retry_after_ms=retry_after_ms))
 
-    def _say_stale(self, codes: Iterable[str]) -> None:
-        """Tell the client which of the codes that it has just subscribed to are stale, also when it knows."""
-        stale = [code for code in codes if self.subscriptions[code].lane.channel.is_stale]
-        for code in stale:
-            self.subscriptions[code].is_stale = True
-        self._say_codes("stale", stale)
-
     def say_freshness(self, codes: Iterable[str]) -> None:
         """Tell the client which of these codes are stale and which are fresh, as far as it does not know."""
-        stale: list[str] = []
-        fresh: list[str] = []
-        for code in sorted(codes):
-            subscription = self.subscriptions.get(code)
-            if subscription is not None:
-                is_stale = subscription.lane.channel.is_stale
-                if subscription.is_stale is not is_stale:
-                    subscription.is_stale = is_stale
-                    (stale if is_stale else fresh).append(code)
+        stale, fresh = self.watchlist.news_of_freshness(codes)
         self._say_codes("stale", stale)
         self._say_codes("fresh", fresh)
-
-    def _say_codes(self, state: str, codes: Sequence[str]) -> None:
-        for start in range(0, len(codes), _CODES_PER_STATUS):
-            some = codes[start : start + _CODES_PER_STATUS]
-            self._say(messages.status(self._desk.clock_ms(), "codes", state, codes=some))
-
-    def note_merged(self, code: str, rows: int) -> None:
-        """Count rows that this session got merged."""
-        subscription = self.subscriptions.get(code)
-        if subscription is not None:
-            subscription.merged += rows
-
-    def note_first_row(self, code: str, seq: int) -> None:
-        """Begin to count at the first row of a subscription without a snapshot."""
-        subscription = self.subscriptions.get(code)
-        if subscription is not None:
-            subscription.start(seq)
-
-    def note_skipped_row(self, code: str) -> None:
-        """A row was handed out that this session had been sent in a snapshot."""
-        subscription = self.subscriptions.get(code)
-        if subscription is not None:
-            subscription.skip()
-
-    def note_restated(self, code: str, seq: int, new_seq: int) -> None:
-        """What was sent of ``code`` up to ``seq`` does not lead to the row ``new_seq`` that comes."""
-        subscription = self.subscriptions.get(code)
-        if subscription is not None:
-            subscription.restate(seq, new_seq)
 
     def close(self) -> None:
         """The connection is over: leave every audience."""
@@ -670,15 +392,15 @@ class Session:
             return
         self.is_closed = True
         self._inbox = None
-        self._drop(list(self.subscriptions))
+        self._drop(list(self.watchlist.subscriptions))
         self.outbox.clear()
         # Break the circle of link, session and outbox: they go at once, not with the garbage collector.
         self._link = _GONE
         self.outbox.write = _GONE.write
 
 
-def _found(answer: Answer | None, code: str) -> tuple[int, bytes | None, bytes | None, str]:
-    return (0, None, None, "") if answer is None else answer.rows.get(code, (0, None, None, ""))
+def _found(answer: Answer, code: str) -> tuple[int, bytes | None, bytes | None, str]:
+    return answer.rows.get(code, (0, None, None, ""))
 
 
 _HANDLERS: dict[str, Callable[[Session, Request, int], None]] = {

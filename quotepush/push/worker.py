@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from quotepush.auth import Identity
+from quotepush.push.desk import Desk
 from quotepush.push.freshness import Freshness
 from quotepush.push.hub import Hub
 from quotepush.push.outbox import Outbox
-from quotepush.push.session import Desk, Session
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.push.websocket import Detached, WebSocketLink, upgrade
 from quotepush.settings import Settings
@@ -136,7 +137,7 @@ class PushWorker:
         self.links[session.fd] = link
         self._wheel[hash(session.fd) % len(self._wheel)].add(link)
         self.opened_total += 1
-        self._outside.opened(session.fd, session.subscriptions.keys())
+        self._outside.opened(session.fd, session.watchlist.subscriptions.keys())
         session.greet()
         log.debug("%s: open from %s", session.fd, link.peer)
 

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 __all__ = [
-    "BOOK_FIELDS", "KNOWN_FIELDS", "SHAPES", "BadTick", "Shape", "check_tick", "clear_nulls",
+    "BOOK_FIELDS", "KNOWN_FIELDS", "SERVERS_OWN", "SHAPES", "BadTick", "Shape", "check_tick", "clear_nulls",
     "decode_tick", "derive_change", "has_book_news", "has_news", "merge_fields", "shape_of", "written_size",
 ]  # fmt: skip
 
@@ -35,8 +35,11 @@ _KINDS = {
     **dict.fromkeys(BOOK_FIELDS, _LEVELS),
     "ts": _TS,
 }
-# Numbered, derived or decided by the server: a plain tick cannot set them.
-_OURS = frozenset(("code", "seq", "prev", "epoch", "change", "change_pct", "reset"))
+SERVERS_OWN = frozenset(("code", "seq", "prev", "epoch", "change", "change_pct"))
+"""Fields that the server numbers, derives or decides: what a tick says of them is ignored."""
+
+# No plain field of a row.
+_OURS = SERVERS_OWN | {"reset"}
 
 # In the order in which docs and the hello message list them.
 KNOWN_FIELDS = (

@@ -17,9 +17,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from quotepush.push import hub as hub_module
 from quotepush.push import outbox as outbox_module
+from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.hub import Hub
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Lane, Subscriptions
+from quotepush.push.watchlist import Watchlist
 from quotepush.quote.tick import BOOK_FIELDS
 from quotepush.wire.formats import DEFAULT_FIELDS, JSON, MSGPACK, Codec
 
@@ -85,12 +87,15 @@ class Wish:
         return 0 if self.last is None or self.counts_from is None else self.last - self.counts_from - self.sent
 
 
-class RecordingSession(Session):
-    """Tells its client of the row at which the server begins to count, which no message says."""
+class RecordingWatchlist(Watchlist):
+    """Tells the client of the row at which the server begins to count, which no message says."""
+
+    def __init__(self, client: "Client", desk: Desk) -> None:
+        super().__init__(desk.subscriptions, client.session.outbox)
+        self.client = client
 
     def note_first_row(self, code: str, seq: int) -> None:
-        client: Client = self._link  # type: ignore[assignment]
-        client.wishes[code].counts_from = seq - 1
+        self.client.wishes[code].counts_from = seq - 1
         super().note_first_row(code, seq)
 
 
@@ -108,7 +113,8 @@ class Client:
         self.asked: tuple[str, dict[str, Any]] = "", {}
         self.seen: dict[str, int] = {}  # highest seq per code on this wire
         self.columns: dict[int, list[str]] = {}
-        self.session = RecordingSession(name, self, machine.desk, codec)
+        self.session = Session(name, self, machine.desk, codec)
+        self.session.watchlist = RecordingWatchlist(self, machine.desk)
 
     # The link that the session speaks through
 

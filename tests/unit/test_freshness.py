@@ -12,8 +12,9 @@ from quotepush.node import bus
 from quotepush.node import relay as relay_module
 from quotepush.node.relay import Relay, WorkerFeed
 from quotepush.push import freshness as freshness_module
+from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.freshness import Freshness
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.push.worker import FeedState
 from quotepush.quote.board import Board, TradingDays
@@ -560,7 +561,7 @@ class Told:
         self.bench.sweep()
         self.listen()
         for client, known in zip(self.clients, self.known, strict=True):
-            for code in client.session.subscriptions:
+            for code in client.session.watchlist.subscriptions:
                 quote = self.bench.board.quotes.get(code)
                 is_stale = quote is not None and self.bench.clock.now_ms - quote.arrived_ms >= STALE_MS
                 assert known[code] == ("stale" if is_stale else "fresh")

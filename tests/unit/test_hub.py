@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from quotepush.push import outbox as outbox_module
+from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.hub import Hub
 from quotepush.push.outbox import Outbox
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import PLAIN, Lane, Shape, Subscriptions
 
 
@@ -35,6 +36,7 @@ class Socket:
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
         self.writes = 0
+        self.watchlist = self
         self.outbox = Outbox(self, self.write)
         self.blocks_next = False
 

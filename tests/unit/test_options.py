@@ -8,8 +8,9 @@ import msgspec
 import orjson
 import pytest
 
+from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.hub import Hub
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.wire.formats import DEFAULT_FIELDS, JSON, MSGPACK, Codec, Format, View
 

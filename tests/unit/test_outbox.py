@@ -15,6 +15,7 @@ class RecordingSession:
     """Remembers what it is told about merged rows."""
 
     def __init__(self) -> None:
+        self.watchlist = self
         self.merged: dict[str, int] = {}
 
     def note_merged(self, code: str, rows: int) -> None:

@@ -17,9 +17,10 @@ from quotepush.node import relay as relay_module
 from quotepush.node.bus import Answered, Ask, Rows
 from quotepush.node.relay import Relay, WorkerFeed
 from quotepush.push import outbox as outbox_module
+from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.hub import Hub
 from quotepush.push.outbox import Outbox
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.quote.board import GAP, NEW_EPOCH, Board, Quote, TradingDays
 from quotepush.quote.ring import Ring
@@ -849,7 +850,7 @@ async def test_a_since_that_says_nothing_is_an_error_and_nothing_is_subscribed(
     client._fault = None  # the client behind it has asked for nothing of the kind
     (error,) = client.heard
     assert (error["type"], error["error"], error["id"]) == ("error", "bad_request", 3)
-    assert list(client.session.subscriptions) == ["B"]
+    assert list(client.session.watchlist.subscriptions) == ["B"]
 
 
 async def test_whoever_is_subscribed_already_gets_a_snapshot_whatever_he_asks(stack: Stack) -> None:
@@ -1132,7 +1133,7 @@ class RestatedMachine(RuleBasedStateMachine):
         client = self.client_of(n)
         if not client.is_open:
             return
-        codes &= set(client.session.subscriptions)  # a subscription without a first row is tested elsewhere
+        codes &= set(client.session.watchlist.subscriptions)  # a subscription without a first row is tested elsewhere
         if codes:
             options = {"snapshot": snapshot, "fields": fields, "format": spelled}
             self.run(lambda: client.subscribe(*sorted(codes), resumes=resumes, **options))
@@ -1141,7 +1142,7 @@ class RestatedMachine(RuleBasedStateMachine):
     @rule(n=clients, code=st.sampled_from(CODES))
     def unsubscribe(self, n: int, code: str) -> None:
         client = self.client_of(n)
-        if client.is_open and code in client.session.subscriptions:
+        if client.is_open and code in client.session.watchlist.subscriptions:
             self.run(lambda: client.ask("unsubscribe", codes=[code]))
 
     @rule(n=clients)
@@ -1176,7 +1177,7 @@ class RestatedMachine(RuleBasedStateMachine):
                 self.run(client.connect)
             self.run(client.unblock)
         for client in stack.clients:
-            for code in client.session.subscriptions:
+            for code in client.session.watchlist.subscriptions:
                 self.is_right(client, code)
 
     def is_right(self, client: Client, code: str) -> None:

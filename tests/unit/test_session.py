@@ -1,7 +1,7 @@
 """One client's rules, and what happens while main's answer is under way."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -10,124 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.desk import Answer, Desk, Limits
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Row, Subscriptions
-
-
-def message_of(frame: bytes) -> dict[str, Any]:
-    length = frame[1]
-    at = 2 if length < 126 else 4 if length == 126 else 10
-    message: dict[str, Any] = orjson.loads(frame[at:])
-    return message
-
-
-class RecordingLink:
-    """Remembers what the session says and does."""
-
-    def __init__(self) -> None:
-        self.messages: list[dict[str, Any]] = []
-        self.closes: list[tuple[int, str]] = []
-        self.holds: list[bool] = []
-
-    def write(self, data: bytes) -> None:
-        assert not self.closes, "written after the close"
-        self.messages.append(message_of(data))
-
-    def close(self, code: int, reason: str) -> None:
-        self.closes.append((code, reason))
-
-    def hold_requests(self, hold: bool) -> None:
-        self.holds.append(hold)
-
-    def take(self) -> list[dict[str, Any]]:
-        found, self.messages = self.messages, []
-        return found
-
-
-class Question:
-    """What main has been asked and has not answered yet."""
-
-    def __init__(
-        self,
-        codes: Sequence[str],
-        books: bool,
-        then: Callable[[Answer], None],
-        since: Mapping[str, tuple[str, int]] | None = None,
-    ) -> None:
-        self.codes = list(codes)
-        self.books = books
-        self.then = then
-        self.since = dict(since or {})
-
-
-class Counter:
-    """A desk whose main answers when the test says so, and a clock that moves when the test says so."""
-
-    def __init__(self, **limits: Any) -> None:
-        self.now_ms = 1_000_000
-        self.watches: deque[Question] = deque()
-        self.looks: deque[Question] = deque()
-        self.unwatched: list[str] = []
-        self.touched: list[str] = []
-        self.rows: dict[str, tuple[int, bytes | None]] = {}
-        self.books: dict[str, bytes] = {}
-        self.unknown: set[str] = set()
-        self.epochs: dict[str, str] = {}  # of codes with an epoch of their own
-        self.missed: dict[str, list[tuple[int, bytes]]] = {}
-        self.stale: set[str] = set()
-        self.desk = Desk(
-            subscriptions=Subscriptions(),
-            limits=Limits(
-                **{"codes": 5, "codes_per_request": 10, "requests_per_s": 10.0, "message_bytes": 10_000, **limits}
-            ),
-            server="0.0.1",
-            epoch="epoch-1",
-            heartbeat_ms=5000,
-            watch=lambda codes, books, since, then: self.watches.append(Question(codes, books, then, since)),
-            look=lambda codes, then: self.looks.append(Question(codes, False, then)),
-            unwatch=self.unwatched.extend,
-            subscribed=self.touched.append,
-            clock_ms=lambda: self.now_ms,
-        )
-
-    def set_row(self, code: str, seq: int) -> None:
-        self.rows[code] = (seq, orjson.dumps({"code": code, "seq": seq, "ts": 1, "last": float(seq)}))
-
-    def answer(self, question: Question) -> None:
-        refused = {code: "unknown_code" for code in question.codes if code in self.unknown}
-        known = [code for code in question.codes if code not in refused]
-        books = {code: self.books.get(code, b"{}") if question.books else None for code in known}
-        rows = {
-            code: (*self.rows.get(code, (0, None)), books[code], self.epochs.get(code, "epoch-1")) for code in known
-        }
-        missed = {code: self.missed[code] for code in question.since if code in self.missed}
-        question.then(Answer(rows, refused, missed, self.stale))
-
-    def answer_all(self) -> None:
-        while self.watches or self.looks:
-            self.answer(self.watches.popleft() if self.watches else self.looks.popleft())
-
-    def open(self, fd: str = "n.0.1") -> tuple[Session, RecordingLink]:
-        link = RecordingLink()
-        return Session(fd, link, self.desk), link
-
-
-def say(session: Session, **request: Any) -> None:
-    session.receive(orjson.dumps(request).decode())
-
-
-def only(link: RecordingLink) -> dict[str, Any]:
-    (message,) = link.take()
-    return message
-
-
-def subscribed(counter: Counter, *codes: str) -> tuple[Session, RecordingLink]:
-    session, link = counter.open()
-    say(session, action="subscribe", codes=list(codes))
-    counter.answer_all()
-    link.take()
-    return session, link
-
+from tests.support.desk import Counter, message_of, only, say, subscribed
 
 # hello
 
@@ -157,11 +43,6 @@ def test_every_connection_has_a_key_of_its_own() -> None:
         session.greet()
         keys.add(only(link)["conn_key"])
     assert len(keys) == 20
-
-
-def test_a_rate_that_is_no_whole_number_is_said_as_it_is() -> None:
-    assert Limits(1, 1, 0.5, 1).as_said()["requests_per_s"] == 0.5
-    assert isinstance(Limits(1, 1, 10.0, 1).as_said()["requests_per_s"], int)
 
 
 # subscribe
@@ -220,87 +101,8 @@ def test_a_subscription_without_a_snapshot_gets_none() -> None:
     say(session, action="subscribe", codes=["AAPL"], snapshot=False)
     counter.answer_all()
     assert only(link)["type"] == "ack"
-    lane = session.subscriptions["AAPL"].lane
+    lane = session.watchlist.subscriptions["AAPL"].lane
     assert lane.newcomers == {session.outbox: None}
-
-
-# Resume
-
-
-def test_who_has_missed_nothing_is_current_and_gets_no_row() -> None:
-    counter = Counter()
-    counter.set_row("A", 7)
-    counter.missed["A"] = []
-    session, link = counter.open()
-    say(session, action="subscribe", codes=["a"], epoch="epoch-1", since={"A": 7})
-    (question,) = counter.watches
-    assert (question.codes, question.since) == (["A"], {"A": ("epoch-1", 7)})
-    counter.answer_all()
-    assert only(link)["accepted"] == [{"code": "A", "as": "a", "resume": "current"}]
-    assert session.outbox.replay is None
-    lane = session.subscriptions["A"].lane
-    assert lane.audience == {session.outbox}
-
-
-def test_what_was_missed_waits_behind_the_ack_and_chains_from_where_the_client_was() -> None:
-    counter = Counter()
-    counter.set_row("A", 9)
-    counter.missed["A"] = [(seq, orjson.dumps({"code": "A", "seq": seq})) for seq in (8, 9)]
-    replayed: list[Any] = []
-    counter.desk.replay = replayed.append
-    session, link = counter.open()
-    say(session, action="subscribe", codes=["A"], since={"A": {"epoch": "epoch-1", "seq": 5}})
-    counter.answer_all()
-    assert only(link)["accepted"] == [{"code": "A", "as": "A", "resume": "replay"}]
-    assert replayed == [session.outbox]
-    message = message_of(session.outbox.take_replay(5))
-    assert message == {
-        "type": "tick", "time": 5, "replay": True,
-        "data": [{"prev": 5, "code": "A", "seq": 8}, {"prev": 8, "code": "A", "seq": 9}],
-    }  # fmt: skip
-    say(session, action="list")
-    assert [(entry["seq"], entry["merged"]) for entry in only(link)["subscriptions"]] == [(9, 2)]
-
-
-def test_what_main_no_longer_has_comes_as_a_snapshot_also_without_one() -> None:
-    counter = Counter()
-    counter.set_row("A", 9)
-    session, link = counter.open()
-    say(session, action="subscribe", codes=["A", "B"], snapshot=False, epoch="epoch-0", since={"A": 5})
-    counter.answer_all()
-    ack, snapshot = link.take()
-    assert [entry.get("resume") for entry in ack["accepted"]] == ["snapshot", None]
-    assert [(row["code"], row["seq"]) for row in snapshot["data"]] == [("A", 9)]
-
-
-@pytest.mark.parametrize("option", [{"max_rate": 2}, {"fields": ["bids"]}])
-def test_rows_with_a_rate_or_a_book_are_not_replayed(option: dict[str, Any]) -> None:
-    counter = Counter()
-    counter.set_row("A", 9)
-    counter.missed["A"] = []
-    session, link = counter.open()
-    say(session, action="subscribe", codes=["A"], epoch="epoch-1", since={"A": 9}, **option)
-    assert counter.watches[0].since == {}
-    counter.answer_all()
-    ack, snapshot = link.take()
-    assert ack["accepted"][0]["resume"] == "snapshot"
-    assert [row["seq"] for row in snapshot["data"]] == [9]
-
-
-def test_main_is_asked_for_what_was_missed_of_a_code_that_is_here_and_not_by_who_is_subscribed() -> None:
-    counter = Counter()
-    counter.set_row("A", 9)
-    subscribed(counter, "A")
-    session, link = counter.open("n.0.2")
-    counter.missed["A"] = []
-    say(session, action="subscribe", codes=["A"], epoch="epoch-1", since={"A": 9})
-    assert counter.watches[0].since == {"A": ("epoch-1", 9)}
-    counter.answer_all()
-    assert only(link)["accepted"][0]["resume"] == "current"
-    say(session, action="subscribe", codes=["A"], epoch="epoch-1", since={"A": 9})
-    assert not counter.watches
-    ack, _ = link.take()
-    assert ack["accepted"][0]["resume"] == "snapshot"
 
 
 def test_an_epoch_of_its_own_is_said_in_the_ack_and_with_the_row() -> None:
@@ -422,7 +224,7 @@ def test_a_snapshot_makes_no_subscription() -> None:
     assert [entry["code"] for entry in ack["accepted"]] == ["A", "B"]
     assert [entry["error"] for entry in ack["rejected"]] == ["bad_code"]
     assert [row["seq"] for row in snapshot["data"]] == [3, 0]
-    assert session.subscriptions == {}
+    assert session.watchlist.subscriptions == {}
     assert counter.desk.subscriptions.channels == {}
 
 
@@ -731,26 +533,6 @@ def test_a_fault_of_ours_in_an_answer_closes_only_this_session(caplog: pytest.Lo
     assert "could not be finished" in caplog.text
 
 
-def test_a_snapshot_request_stands_for_the_rows_that_wait() -> None:
-    counter = Counter()
-    counter.set_row("A", 1)
-    session, link = subscribed(counter, "A")
-    lane = session.subscriptions["A"].lane
-    session.outbox.is_blocked = True
-    for seq in (2, 3):
-        bare = orjson.dumps({"code": "A", "seq": seq})
-        lane.channel.renew(seq, bare, None)
-        session.outbox.rows.append(Row(lane, seq, lane.seq, bare))
-        lane.seq, lane.rows = seq, lane.rows + 1
-    say(session, action="snapshot", codes=["A"])
-    _, snapshot = link.take()
-    assert snapshot["data"] == [{"code": "A", "seq": 3}]
-    assert session.outbox.pending == 0
-    say(session, action="list")
-    (listed,) = only(link)["subscriptions"]
-    assert (listed["code"], listed["seq"], listed["merged"]) == ("A", 3, 1)
-
-
 # The claims, as a model: main is far away, sessions come and go
 
 CODES = ("A", "B", "C")
@@ -931,7 +713,9 @@ class MainMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_subscribed_has_a_channel(self) -> None:
         for chain in self.chains:
-            assert set(chain.subscribed) == set(chain.session.subscriptions) <= set(self.subscriptions.channels)
+            assert (
+                set(chain.subscribed) == set(chain.session.watchlist.subscriptions) <= set(self.subscriptions.channels)
+            )
 
     def teardown(self) -> None:
         if self.chains:

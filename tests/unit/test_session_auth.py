@@ -7,7 +7,8 @@ import orjson
 import pytest
 
 from quotepush.auth import Verifier
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.desk import Answer, Desk, Limits
+from quotepush.push.session import Session
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.wire.formats import CODECS, JSON, Codec
 from quotepush.wire.messages import CLOSE_CODES
@@ -150,7 +151,7 @@ def test_nothing_is_done_without_a_token(ask: dict[str, Any]) -> None:
     answer = link.take()
     assert (answer["type"], answer["error"], answer["id"]) == ("error", "not_authenticated", 3)
     assert (answer["action"], answer["retryable"]) == (ask["action"], False)
-    assert not (link.closes or room.questions or session.subscriptions or room.desk.subscriptions.channels)
+    assert not (link.closes or room.questions or session.watchlist.subscriptions or room.desk.subscriptions.channels)
 
 
 def test_a_ping_needs_no_token() -> None:
@@ -259,7 +260,7 @@ def test_a_newer_token_of_the_same_user_moves_the_expiry_and_keeps_the_rest() ->
     room.now_ms += 50_000
     say(session, action="auth", id=2, token=token(sub="ann", exp=NOW_S + 120))
     assert link.take()["expires"] == (NOW_S + 120) * 1000
-    assert list(session.subscriptions) == ["A"]
+    assert list(session.watchlist.subscriptions) == ["A"]
     room.now_ms = (NOW_S + 119) * 1000
     session.check_identity(room.now_ms)
     assert not link.closes

@@ -10,7 +10,7 @@ from aiohttp import web
 from yarl import URL
 
 from quotepush.auth import Identity, Verifier
-from quotepush.push.session import Desk, Limits
+from quotepush.push.desk import Desk, Limits
 from quotepush.push.site import STATIC, make_app
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.settings import load

@@ -22,7 +22,8 @@ import uvloop
 from aiohttp import ClientSession, web
 from websockets.asyncio.client import connect
 
-from quotepush.push.session import Answer, Desk, Limits, Session
+from quotepush.push.desk import Answer, Desk, Limits
+from quotepush.push.session import Session
 from quotepush.push.site import make_app
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.push.websocket import WebSocketLink

@@ -1,0 +1,126 @@
+"""What a session knows of its surroundings: the link it speaks through, and the desk where it asks.
+
+Invariant: nothing else of the process is within a session's reach, no socket, no loop and no clock; and an answer of
+main comes in the stream of ticks, so that between the rows in it and the next tick nothing is missing.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from quotepush.auth import Identity, Verifier
+from quotepush.push.outbox import Outbox
+from quotepush.push.subscriptions import Lane, Subscriptions
+
+__all__ = ["Answer", "Desk", "Gone", "Limits", "Link"]
+
+
+class Link(Protocol):
+    """The socket as a session sees it."""
+
+    def write(self, data: bytes) -> None:
+        """Hand bytes to the socket at once."""
+
+    def close(self, code: int, reason: str) -> None:
+        """Say goodbye and close; nothing is written afterwards."""
+
+    def hold_requests(self, hold: bool) -> None:
+        """Stop, or go on, reading from the client."""
+
+
+class Gone:
+    """The link of a session that is over."""
+
+    def write(self, data: bytes) -> None: ...
+
+    def close(self, code: int, reason: str) -> None: ...
+
+    def hold_requests(self, hold: bool) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one connection may do."""
+
+    codes: int
+    codes_per_request: int
+    requests_per_s: float
+    message_bytes: int
+
+    def as_said(self) -> Mapping[str, Any]:
+        """Return them as ``hello`` says them."""
+        rate = self.requests_per_s
+        return {
+            "codes": self.codes,
+            "codes_per_request": self.codes_per_request,
+            "requests_per_s": int(rate) if rate == int(rate) else rate,
+            "message_bytes": self.message_bytes,
+            "max_rate": None,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What main says to a question about codes.
+
+    Attributes:
+        rows: per code its seq, its newest row as JSON text (None: no tick yet), its book, if that was asked for, and
+            the epoch in which it counts.
+        refused: per code the error word, e.g. ``unknown_code``.
+        missed: of codes that were asked since when: the rows behind that (seq and JSON text, oldest first), as far as
+            main still has them all.
+        stale: those of the codes that are stale.
+    """
+
+    rows: Mapping[str, tuple[int, bytes | None, bytes | None, str]]
+    refused: Mapping[str, str]
+    missed: Mapping[str, Sequence[tuple[int, bytes]]] = field(default_factory=dict)
+    stale: Collection[str] = ()
+
+
+def _nobody(*_: object) -> None:
+    raise AssertionError("no hub yet")
+
+
+@dataclass(slots=True)
+class Desk:
+    """What a worker offers its sessions: the index, main behind it, the registry, the clock.
+
+    Attributes:
+        watch: ask main for these codes (with their books?), what was missed of them since when, and their later ticks;
+            answers through the callback, in the stream of ticks, so that nothing falls between the answer and the next
+            tick.
+        look: the same without their later ticks.
+        deliver: queue a lane's newest row for one of its newcomers; set by the worker that has the hub.
+        replay: begin to send an outbox what it replays; set by the worker too.
+        extra_fields: what views may name besides the fields of the protocol.
+        verifier: checks tokens; None: this server takes none, and everybody may do everything.
+        auth_timeout_ms: how long a session may be without a token, where it needs one.
+        unwatch: nobody here watches these codes any more.
+        subscribed: a session's codes have changed (for the registry).
+        clock_ms: epoch milliseconds.
+    """
+
+    subscriptions: Subscriptions
+    limits: Limits
+    server: str
+    epoch: str
+    heartbeat_ms: int
+    watch: Callable[[Sequence[str], bool, Mapping[str, tuple[str, int]], Callable[[Answer], None]], None]
+    look: Callable[[Sequence[str], Callable[[Answer], None]], None]
+    unwatch: Callable[[Iterable[str]], None]
+    subscribed: Callable[[str], None]
+    clock_ms: Callable[[], int]
+    extra_fields: frozenset[str] = frozenset()
+    deliver: Callable[[Lane, Outbox, int], None] = _nobody
+    replay: Callable[[Outbox], None] = _nobody
+    verifier: Verifier | None = None
+    auth_timeout_ms: int = 10_000
+
+    def identify(self, token: str) -> Identity | None:
+        """Return whom ``token`` names; None: this server takes no tokens.
+
+        Raises:
+            PeerError: ``auth_failed``, with the close code.
+        """
+        return None if self.verifier is None else self.verifier.verify(token, self.clock_ms())

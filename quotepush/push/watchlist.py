@@ -1,0 +1,156 @@
+"""What one client watches, and how far it has been told each code.
+
+Invariant: whatever a client does, resume, change its options, ask for a snapshot, the next row of a code continues
+from the row that it was sent last, or from the snapshot that it is being sent; and what was merged for it in between
+is counted.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from quotepush.push.outbox import Outbox
+from quotepush.push.subscriptions import Channel, Lane, Row, Shape, Subscription, Subscriptions
+
+__all__ = ["Watchlist"]
+
+
+class Watchlist:
+    """One session's subscriptions.
+
+    Attributes:
+        subscriptions: canonical code to subscription, in the order of subscribing.
+    """
+
+    __slots__ = ("_index", "_outbox", "subscriptions")
+
+    def __init__(self, index: Subscriptions, outbox: Outbox) -> None:
+        self._index = index
+        self._outbox = outbox
+        self.subscriptions: dict[str, Subscription] = {}
+
+    def begin(self, channel: Channel, shape: Shape, base: int | None) -> None:
+        """Subscribe to a code.
+
+        Args:
+            base: seq of the row that the client is being sent as a snapshot; None: it is sent none.
+        """
+        lane = self._index.add(channel, self._outbox, shape, base=base)
+        self.subscriptions[channel.code] = Subscription(lane, base)
+
+    def resume(self, channel: Channel, shape: Shape, since: int, missed: Sequence[tuple[int, bytes]]) -> str:
+        """Subscribe behind ``since`` with the rows that were missed; return what the ack calls that."""
+        base = missed[-1][0] if missed else since
+        lane = self._index.add(channel, self._outbox, shape, base=base)
+        subscription = self.subscriptions[channel.code] = Subscription(lane, since)
+        if not missed:
+            return "current"
+        if self._outbox.replay is None:
+            self._outbox.replay = deque()
+        prev = since
+        for seq, bare in missed:
+            text = Channel(channel.code, seq, bare).text(shape.view, shape.format)
+            self._outbox.replay.append(Row(lane, seq, prev, text))
+            subscription.add_own()
+            prev = seq
+        return "replay"
+
+    def change(self, channel: Channel, shape: Shape, *, is_sent: bool) -> tuple[Lane, int] | None:
+        """Give a subscription other options without a hole; what waits in its old shape goes.
+
+        Args:
+            is_sent: the client is being sent the newest row as a snapshot.
+
+        Returns:
+            The lane where the newest row has to be delivered instead, and why it is restated (0: it is not); None:
+            nothing has to be.
+        """
+        before = self.subscriptions[channel.code]
+        seq, waiting = self._outbox.last_sent(before.lane)
+        restated = 0 if is_sent else self._outbox.restating(before.lane)
+        self._outbox.drop([before.lane])
+        base = channel.seq if is_sent or restated else seq
+        if shape != before.lane.shape:  # else the lane stays, even if nobody else is in it, and with it its rate
+            self._index.leave(before.lane, self._outbox)
+        lane = self._index.add(channel, self._outbox, shape, base=base)
+        after = self.subscriptions[channel.code] = before.go_on(lane, base, seq, waiting)
+        if is_sent:
+            return None
+        if restated:
+            return lane, restated
+        if base is None:
+            return (lane, 0) if waiting else None
+        if base < channel.seq:
+            after.add_own()
+            return lane, 0
+        return None
+
+    def drop(self, codes: Iterable[str]) -> list[str]:
+        """Give up these codes and what waits of them; return those that nobody here wants any more."""
+        lanes = [self.subscriptions.pop(code).lane for code in codes]
+        self._outbox.drop(lanes)
+        return self._index.discard(lanes, self._outbox)
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return each subscription as ``list`` says it."""
+        listed = []
+        for code, subscription in self.subscriptions.items():
+            lane = subscription.lane
+            seq, waiting = self._outbox.last_sent(lane)
+            listed.append(
+                {
+                    "code": code,
+                    "fields": lane.view.fields,
+                    "max_rate": lane.shape.max_rate,
+                    "format": "rows" if lane.format.is_array else "objects",
+                    "seq": seq or 0,
+                    "merged": subscription.merged_until(seq or 0, waiting),
+                }
+            )
+        return listed
+
+    def stale(self, codes: Iterable[str]) -> list[str]:
+        """Return which of these codes are stale, also where the client knows; it is told now."""
+        stale = [code for code in codes if self.subscriptions[code].lane.channel.is_stale]
+        for code in stale:
+            self.subscriptions[code].is_stale = True
+        return stale
+
+    def news_of_freshness(self, codes: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Return which of these codes are stale and which are fresh, where the client does not know; it is told now."""
+        stale: list[str] = []
+        fresh: list[str] = []
+        for code in sorted(codes):
+            subscription = self.subscriptions.get(code)
+            if subscription is not None:
+                is_stale = subscription.lane.channel.is_stale
+                if subscription.is_stale is not is_stale:
+                    subscription.is_stale = is_stale
+                    (stale if is_stale else fresh).append(code)
+        return stale, fresh
+
+    # What the hub and the outbox do with the rows of a code
+
+    def note_merged(self, code: str, rows: int) -> None:
+        """Count rows that this session got merged."""
+        subscription = self.subscriptions.get(code)
+        if subscription is not None:
+            subscription.merged += rows
+
+    def note_first_row(self, code: str, seq: int) -> None:
+        """Begin to count at the first row of a subscription without a snapshot."""
+        subscription = self.subscriptions.get(code)
+        if subscription is not None:
+            subscription.start(seq)
+
+    def note_skipped_row(self, code: str) -> None:
+        """A row was handed out that this session had been sent in a snapshot."""
+        subscription = self.subscriptions.get(code)
+        if subscription is not None:
+            subscription.skip()
+
+    def note_restated(self, code: str, seq: int, new_seq: int) -> None:
+        """What was sent of ``code`` up to ``seq`` does not lead to the row ``new_seq`` that comes."""
+        subscription = self.subscriptions.get(code)
+        if subscription is not None:
+            subscription.restate(seq, new_seq)
