@@ -378,6 +378,8 @@ class LogFollower:
                     end = ""  # nobody knows what is missing there
                     break
                 if batch.epoch != self.epoch or batch.at < oldest_ms or size > self._ring.max_bytes:
+                    if batch.epoch != self.epoch and ticks:  # ours came after it
+                        self._left.append(batch.epoch)
                     end = ""
                     break
                 for seq, code, tick in reversed(batch.ticks):

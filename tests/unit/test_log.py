@@ -578,6 +578,25 @@ async def test_a_server_that_starts_behind_a_store_that_has_gone_back_has_every_
     assert second.take_news() == [("QUIET", 2, 0)]
 
 
+async def test_a_server_that_has_only_read_of_an_epoch_does_not_return_to_it(bench: Bench) -> None:
+    await bench.said(("A", 1))
+    kept = await bench.keep()
+    await bench.said(("A", 2))
+    await bench.go_back(kept)
+    await bench.said(("A", 3))
+    follower = await bench.follower()
+    before = bench.publisher.epoch
+    follower.take_news()
+    await bench.go_back(kept)
+    await bench.catch_up(follower)
+    assert follower.take_news() == []
+    assert follower.log.epoch != before
+    follower.log.take(await bench.said(("A", 4)))
+    await follower.in_step()
+    assert follower.take_news() == [("A", 2, NEW_EPOCH)]
+    assert follower.log.epoch == bench.publisher.epoch
+
+
 async def test_messages_of_another_life_that_come_late_do_no_harm(bench: Bench) -> None:
     await bench.said(("A", 1))
     follower = await bench.follower()
