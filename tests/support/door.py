@@ -23,6 +23,7 @@ class Door:
     def __init__(self, server: RedisServer) -> None:
         self._server = server
         self._is_shut = False
+        self._writers: set[asyncio.StreamWriter] = set()
         self.swallows = 0
         self.url = ""
         self.passing: set[asyncio.Task[Any]] = set()
@@ -30,8 +31,8 @@ class Door:
     def shut(self) -> None:
         """Cut every connection, and each new one, until :meth:`open`."""
         self._is_shut = True
-        for passing in self.passing:
-            passing.cancel()
+        for writer in self._writers:
+            writer.transport.abort()
 
     def open(self) -> None:
         self._is_shut = False
@@ -40,6 +41,7 @@ class Door:
         passing = asyncio.current_task()
         assert passing is not None
         self.passing.add(passing)
+        self._writers.add(writer)
         try:
             if self._is_shut:
                 return
@@ -52,6 +54,7 @@ class Door:
             pass
         finally:
             writer.transport.abort()
+            self._writers.discard(writer)
             self.passing.discard(passing)
 
     async def _pass_on_until_cut(
@@ -92,7 +95,6 @@ async def door_to(server: RedisServer) -> AsyncIterator[Door]:
         yield door
     finally:
         listening.close()
-        for passing in door.passing:
-            passing.cancel()
+        door.shut()
         await wait_until(lambda: not door.passing)
         await asyncio.sleep(0)  # the transports close
