@@ -49,9 +49,9 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-def fleet(server: QuotepushServer, clients: int) -> contextlib.AbstractAsyncContextManager[Fleet]:
+def fleet(server: QuotepushServer) -> contextlib.AbstractAsyncContextManager[Fleet]:
     dice = random.Random(7)
-    sailors = [Sailor(dice.sample(CODES, CODES_EACH), KINDS[n % len(KINDS)]) for n in range(clients)]
+    sailors = [Sailor(dice.sample(CODES, CODES_EACH), KINDS[n % len(KINDS)]) for n in range(CLIENTS)]
     return fleet_of(server.ws_url, sailors)
 
 
@@ -125,8 +125,13 @@ class Scene:
         await self.rows_flow()
 
     async def kill_a_worker(self, worker: str = "0") -> None:
-        os.kill(worker_pid(self.server, worker), signal.SIGKILL)
-        await wait_until(lambda: len(self.server.worker_pids()) == 2, PATIENCE_S)
+        pid = worker_pid(self.server, worker)
+        os.kill(pid, signal.SIGKILL)
+
+        async def is_replaced() -> bool:
+            return pid not in self.server.worker_pids() and await self.server.metric("workers_ready") == 2
+
+        await wait_until(is_replaced, PATIENCE_S)
 
     async def kill_main(self) -> None:
         self.merged_by_main += await self.server.metric("rows_merged_main")
@@ -155,7 +160,7 @@ class Scene:
 
 @contextlib.asynccontextmanager
 async def scene_of(
-    start_server: StartServer, redis: RedisServer, market: Market, clients: int = CLIENTS
+    start_server: StartServer, redis: RedisServer, market: Market
 ) -> AsyncIterator[tuple[Scene, list[Sight]]]:
     """Everybody is served; behind it the list has what the clients have seen in the end."""
     seen: list[Sight] = []
@@ -164,13 +169,13 @@ async def scene_of(
         publishing = asyncio.create_task(market.run())
         try:
             await wait_until(lambda: market.published)
-            async with fleet(server, clients) as crew:
+            async with fleet(server) as crew:
                 scene = Scene(server, redis, door, market, crew)
                 await scene.rows_flow()
-                await scene.market_goes_on(3)
+                await scene.market_goes_on(2)
                 yield scene, seen
                 await scene.rows_flow()
-                await scene.market_goes_on(3)
+                await scene.market_goes_on(2)
                 market.stop()
                 await asyncio.wait_for(publishing, PATIENCE_S)
                 seen += await scene.everybody_has_the_newest_rows()
