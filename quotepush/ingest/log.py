@@ -6,7 +6,7 @@ Laws:
    read from the log before it. What comes meanwhile waits, bounded.
 2. What the log does not have any more is announced: the rows concerned are read anew and marked as behind a gap.
 3. A log that begins another life (its epoch has changed) or has gone back is read from its begin; a log
-   that has gone back gets a new epoch by compare-and-set, so that no number is used twice.
+   that has gone back, be it to an earlier epoch, gets a new epoch by compare-and-set, so that no number is used twice.
 4. What is read from the log has arrived when Redis got it, told by our own clock: a late catch-up makes nothing fresh.
 5. A batch, tick or row that is none harms nothing else: it is counted as refused, and what it hides is a gap.
 
@@ -18,6 +18,7 @@ import contextlib
 import logging
 import secrets
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -41,12 +42,18 @@ _RETRY_S = 0.5
 _FORBIDDEN_RETRY_S = 30.0
 _FORBIDDEN = ("user executing the script", "ACL failure in script")  # of a command within one: Redis 6 and 7, Redis 8
 
-# Compare and set: the log whose last batch is below what we have seen is another life of it.
+_MOST_LEFT = 64
+
+# Compare and set: the log whose last batch is below what we have seen is another life of it, and so is one that shows
+# an epoch that we have seen the end of.
 _NEW_LIFE = """
-if redis.call('GET', KEYS[1]) == ARGV[1] and tonumber(redis.call('HGET', KEYS[2], '#') or 0) < tonumber(ARGV[2]) then
-    redis.call('SET', KEYS[1], ARGV[3])
+local epoch = redis.call('GET', KEYS[1])
+if epoch and (string.find(ARGV[4], epoch, 1, true)
+        or epoch == ARGV[1] and tonumber(redis.call('HGET', KEYS[2], '#') or 0) < tonumber(ARGV[2])) then
+    epoch = ARGV[3]
+    redis.call('SET', KEYS[1], epoch)
 end
-return {redis.call('GET', KEYS[1]), redis.call('TIME')}
+return {epoch, redis.call('TIME')}
 """
 
 
@@ -104,6 +111,7 @@ class LogFollower:
         self._timeout_s = timeout_s
         self.epoch = ""
         self.n = 0
+        self._left: deque[str] = deque(maxlen=_MOST_LEFT)  # epochs that were over
         self.caught_up = 0
         self.gaps = 0
         self.bugs = 0
@@ -226,8 +234,9 @@ class LogFollower:
     async def _current_epoch(self) -> str:
         asked_ms = _now_ms()
         epoch, (seconds, microseconds) = await self._redis.eval(
-            _NEW_LIFE, 2, self._keys.epoch, self._keys.seq, self.epoch, str(self.n), secrets.token_hex(8)
-        )
+            _NEW_LIFE, 2, self._keys.epoch, self._keys.seq, self.epoch, str(self.n), secrets.token_hex(8),
+            " ".join(self._left),
+        )  # fmt: skip
         # Redis looked at its clock at some time between the question and now.
         self._skew_ms = (asked_ms + _now_ms()) // 2 - (int(seconds) * 1000 + int(microseconds) // 1000)
         return _text(epoch or b"")
@@ -240,6 +249,7 @@ class LogFollower:
         """The log is another one, or the first we see: its rows count anew."""
         if self.epoch and epoch != self.epoch:
             log.warning("the log of the publishers has begun another life; clients get their rows anew")
+            self._left.append(self.epoch)
         self.epoch = self._board.log_epoch = epoch
         self.n = 0
         if epoch and not self._has_begun:
@@ -368,6 +378,8 @@ class LogFollower:
                     end = ""  # nobody knows what is missing there
                     break
                 if batch.epoch != self.epoch or batch.at < oldest_ms or size > self._ring.max_bytes:
+                    if batch.epoch != self.epoch and ticks:  # ours came after it
+                        self._left.append(batch.epoch)
                     end = ""
                     break
                 for seq, code, tick in reversed(batch.ticks):

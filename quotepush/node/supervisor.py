@@ -117,6 +117,7 @@ class Supervisor:
         self._drain: bus.Drain | None = None
         self._may_be_news = asyncio.Event()
         self._unpurged: list[tuple[str, int]] = []  # dead lives that the registry still holds
+        self._has_unpurged = asyncio.Event()
 
     @property
     def ready(self) -> int:
@@ -136,7 +137,7 @@ class Supervisor:
         """
         try:
             async with asyncio.TaskGroup() as group:
-                helpers = [group.create_task(self._tell_news()), group.create_task(self._purge_later())]
+                helpers = [group.create_task(self._tell_news()), group.create_task(self._keep_purging())]
                 async with asyncio.TaskGroup() as workers:
                     for slot in self.slots:
                         workers.create_task(self._fill(slot))
@@ -181,7 +182,7 @@ class Supervisor:
             if lived_s >= _HEALTHY_AFTER_S:
                 backoff_s = _BACKOFF_FIRST_S
             log.warning("worker %d %s after %.1f s; a new one follows", slot.index, _ended(status), lived_s)
-            await self._bury(slot)
+            self._bury(slot)
             if backoff_s >= _LEND_AFTER_S:
                 self._lend(slot)
             with contextlib.suppress(TimeoutError):
@@ -280,12 +281,12 @@ class Supervisor:
                 slot.process.kill()
                 ended.cancel()
 
-    async def _bury(self, slot: WorkerSlot) -> None:
-        """Remove what the dead worker had in the registry; a Redis that is away is tried again later."""
+    def _bury(self, slot: WorkerSlot) -> None:
+        """Have removed what the dead worker had in the registry; the next worker does not wait for that."""
         if slot.life:
             self._unpurged.append((slot.life, slot.registry_client))
+            self._has_unpurged.set()
         slot.life, slot.registry_client = "", 0
-        await self._purge()
 
     async def _purge(self) -> None:
         node, prefix = self._settings.node, self._settings.redis_prefix
@@ -300,13 +301,15 @@ class Supervisor:
                 log.warning("registry: dead worker %s is not cleared yet: %s", life, e)
                 return
             log.info("registry: %d connections of dead worker %s removed", removed, life)
-            if (life, client_id) in self._unpurged:
-                self._unpurged.remove((life, client_id))
+            self._unpurged.remove((life, client_id))
 
-    async def _purge_later(self) -> None:
-        """Clear the dead whom Redis would not let us clear at once."""
+    async def _keep_purging(self) -> None:
+        """Clear the dead at once, and those whom Redis would not let us clear again and again."""
         while True:
-            await asyncio.sleep(_PURGE_AGAIN_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_PURGE_AGAIN_S):
+                    await self._has_unpurged.wait()
+            self._has_unpurged.clear()
             await self._purge()
 
     # What workers say

@@ -5,18 +5,15 @@ as long as Redis keeps its log.
 import asyncio
 import contextlib
 import os
-import random
 import signal
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
 
 import pytest
 from redis.exceptions import RedisError
 
-import quotepush
+from tests.support.market import Market
 from tests.support.processes import worker_pid
-from tests.support.proving_client import Place, ProvingClient
+from tests.support.proving_client import ProvingClient
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
 from tests.support.waiting import wait_until
@@ -29,62 +26,6 @@ CODES = [f"C{n:02}" for n in range(30)]
 # However long a busy machine takes to restart something, the rows of that time are kept.
 QUICK = {"heartbeat_ms": 200, "probe_interval_s": 0.1, "probe_timeout_s": 0.5, "ring_code_bytes": 1_000_000}
 VIEW = ["last", "volume"]
-
-
-class Market:
-    """Publishes batches of many codes at a steady pace, and knows what every row has to be.
-
-    Attributes:
-        rows: per code the merge of all its ticks.
-        prices: of every tick by its code and place, as far as Redis has answered for it.
-        counts: how many ticks of each code were published.
-        published: in all.
-    """
-
-    def __init__(self, url: str, log_batches: int = 10_000) -> None:
-        self._publisher = quotepush.Publisher(url, log_batches=log_batches)
-        self._random = random.Random(4)
-        self._is_stopped = False
-        self.rows: dict[str, dict[str, Any]] = {code: {} for code in CODES}
-        self.prices: dict[str, dict[Place, float]] = {code: {} for code in CODES}
-        self.newest: dict[str, Place] = {}
-        self.counts: Counter[str] = Counter()
-        self.published = 0
-
-    @property
-    def epoch(self) -> str:
-        return self._publisher.epoch
-
-    async def run(self) -> None:
-        await self._publish([{"code": code, "name": f"Name {code}", "prev_close": 1.0} for code in CODES])
-        while not self._is_stopped:
-            await self._publish([self._tick(self._random.choice(CODES)) for _ in range(15)])
-            await asyncio.sleep(0.02)
-        # Redis may have come back empty: the last number of each code is only known from a last answer.
-        await self._publish([self._tick(code) for code in CODES])
-        await self._publisher.aclose()
-
-    def stop(self) -> None:
-        self._is_stopped = True
-
-    def _tick(self, code: str) -> dict[str, Any]:
-        self.published += 1
-        tick: dict[str, Any] = {"code": code, "last": self.published / 100}
-        for name in ("volume", "open", "high"):
-            if self._random.random() < 0.3:
-                tick[name] = self.published
-        return tick
-
-    async def _publish(self, ticks: list[dict[str, Any]]) -> None:
-        seqs = await self._publisher.publish(ticks)
-        for n, tick in enumerate(ticks):
-            code = tick["code"]
-            self.counts[code] += 1
-            self.rows[code] |= tick
-            if seqs:
-                self.newest[code] = self.epoch, seqs[n]
-                if "last" in tick:
-                    self.prices[code][self.newest[code]] = tick["last"]
 
 
 class Scene:
@@ -120,38 +61,23 @@ class Scene:
         """The market stands still: what each client sees is what was published, and every row was what it had to be."""
         market = self.market
         for client in self.clients:
-            await wait_until(lambda c=client: c.is_subscribed and self._difference(c) == [], 20, "the newest rows")
-            for code, seen in client.seen.items():
-                for place, row in seen:
-                    assert row["last"] == market.prices[code].get(place, row["last"]), (code, place, row)
+            await wait_until(lambda c=client: market.lacks(c.sight(is_whole=False)) == [], 20, "the newest rows")
+            market.judge(client.sight())
         for line in self.server.log().splitlines():
             assert "Traceback" not in line and "ERROR" not in line, line
 
-    def _difference(self, client: ProvingClient) -> list[str]:
-        found = []
-        for code in client.seen:
-            expected = self.market.rows[code]
-            if "fields" in client.options:
-                expected = {k: v for k, v in expected.items() if k in ("code", *VIEW)}
-            row = client.rows.get(code, {})
-            shown = {name: row.get(name) for name in expected}
-            if shown != expected or client.places[code] != self.market.newest[code]:
-                found.append(f"{code}: {client.places.get(code)} {row}, not {self.market.newest[code]} {expected}")
-        return found
-
     async def nothing_was_lost(self) -> None:
         """No client was told of a loss, and none began anew: each chain leads from its first row to its last."""
-        assert len({epoch for places in self.market.prices.values() for epoch, _ in places}) == 1
         assert await self.server.metric("log_gap_rows") == 0
         for client in self.clients:
-            assert client.gaps == {} and client.restarts == {} and client.resumed["snapshot"] == 0
+            self.market.judge_whole(client.sight())
         if not await self.server.metric("rows_merged_main"):
             assert [client.merged for client in self.clients] == [0] * len(self.clients)
 
 
 @contextlib.asynccontextmanager
 async def a_market(server: QuotepushServer, redis: RedisServer, log_batches: int = 10_000) -> AsyncIterator[Scene]:
-    scene = Scene(server, redis, market := Market(redis.url, log_batches))
+    scene = Scene(server, redis, market := Market(redis.url, CODES, log_batches=log_batches))
     publishing = asyncio.create_task(market.run())
     try:
         await wait_until(lambda: market.newest)

@@ -232,6 +232,27 @@ async def test_a_worker_dies_while_redis_is_away(scene: Scene) -> None:
     await scene.ends_well()
 
 
+async def test_a_worker_that_dies_while_redis_sleeps_is_replaced_before_redis_wakes(
+    start_server: StartServer, redis_server: RedisServer
+) -> None:
+    # Nothing that waits for an answer of Redis gives up before the test does.
+    async with under_load(await start_server(**QUICK, redis_timeout_s=60), redis_server) as scene:
+        scene.redis.pause()
+        dead = worker_pid(scene.server, "0")
+        os.kill(dead, signal.SIGKILL)
+        lost = [client for client in scene.clients if client.worker == "0"]
+        await wait_until(lambda: all(client.has_ended for client in lost))
+        scene.clients[:] = [client for client in scene.clients if client.worker != "0"]
+
+        async def is_replaced() -> bool:
+            return dead not in scene.server.worker_pids() and await scene.server.metric("workers_ready") == 2
+
+        await wait_until(is_replaced, 30)
+        scene.redis.resume()
+        await scene.everybody_hears_that_the_feed_is("ok")
+        await scene.ends_well()
+
+
 async def test_redis_remembers_a_worker_that_died_while_it_was_away(
     start_server: StartServer, redis_server: RedisServer
 ) -> None:

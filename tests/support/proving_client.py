@@ -20,10 +20,51 @@ from websockets.typing import Subprotocol
 
 from tests.support.ws_client import Violation
 
-__all__ = ["Place", "ProvingClient"]
+__all__ = ["Place", "ProvingClient", "Sight"]
 
 Place = tuple[str, int]
 """Epoch and seq of a row."""
+
+
+class Sight(msgspec.Struct):
+    """What a client has seen until now; it can be sent from process to process.
+
+    Attributes:
+        options: that it subscribes with.
+        is_subscribed: every code was acknowledged on its connection, and its snapshot, if there is one, is here.
+        places: per code the row it stands at.
+        rows: per code the newest row.
+        prices: per code every row that came as a tick: place and ``last``.
+        begins: per code where each chain of them begins: how many ticks came before it, and the place of its snapshot.
+        received, merged, gaps, restarts, resumed, lives, states: as of :class:`ProvingClient`.
+    """
+
+    options: dict[str, Any]
+    is_subscribed: bool
+    places: dict[str, Place]
+    rows: dict[str, dict[str, Any]]
+    prices: dict[str, list[tuple[Place, float | None]]]
+    begins: dict[str, list[tuple[int, Place]]]
+    received: int
+    merged: int
+    gaps: dict[str, int]
+    restarts: dict[str, int]
+    resumed: dict[str, int]
+    lives: int
+    states: list[str]
+
+    def chains(self, code: str) -> list[tuple[Place, list[Place]]]:
+        """Return each chain of a code: where it begins, and the ticks that came behind.
+
+        "No value yet", and then a row in a snapshot, is none.
+        """
+        begins = self.begins.get(code, [])
+        ends = [count for count, _ in begins[1:]] + [len(self.prices[code])]
+        return [
+            (place, [tick for tick, _ in self.prices[code][count:end]])
+            for (count, place), end in zip(begins, ends, strict=True)
+            if place[1] or count < end
+        ]
 
 
 class ProvingClient:
@@ -34,14 +75,18 @@ class ProvingClient:
         codes: subscribed to at each connection, behind the rows that the last one brought.
         leaves_after: cut the connection off whenever it has brought so many tick rows, and come back.
         is_msgpack: speak MessagePack.
+        keep: what ``seen`` has of a row; None: the row.
         options: of ``subscribe``, e.g. ``fields`` and ``format``.
 
     Attributes:
         places: per code the row it stands at.
         rows: per code the newest row.
         seen: per code every row that came as a tick: place and row.
+        begins: per code where each chain of them begins: how many ticks came before it, and the place of its snapshot.
         received: tick rows.
         merged: rows that the server says it merged into others.
+        merged_here: the same by code, on this connection.
+        states: of its connections, as it was told.
         gaps: per code how often loss was announced.
         restarts: per code how often the chain began anew: by a snapshot that was no first one.
         resumed: what the server said to ``since``, counted.
@@ -55,6 +100,7 @@ class ProvingClient:
         *,
         leaves_after: int | None = None,
         is_msgpack: bool = False,
+        keep: Callable[[dict[str, Any]], Any] | None = None,
         **options: Any,
     ) -> None:
         self._url = url
@@ -63,18 +109,21 @@ class ProvingClient:
         self._subprotocol = Subprotocol("quotes.v1.msgpack" if is_msgpack else "quotes.v1.json")
         self._encode: Callable[[Any], Any] = msgspec.msgpack.encode if is_msgpack else _json_text
         self._decode: Callable[[Any], Any] = msgspec.msgpack.decode if is_msgpack else orjson.loads
+        self._keep = keep or (lambda row: row)
         self.options = options
         self._socket: ClientConnection | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_leaving = False
         self.places: dict[str, Place] = {}
         self.rows: dict[str, dict[str, Any]] = {}
-        self.seen: dict[str, list[tuple[Place, dict[str, Any]]]] = {code: [] for code in self._codes}
+        self.seen: dict[str, list[tuple[Place, Any]]] = {code: [] for code in self._codes}
+        self.begins: dict[str, list[tuple[int, Place]]] = {}
         self.received = 0
         self.merged = 0
         self.gaps: Counter[str] = Counter()
         self.restarts: Counter[str] = Counter()
         self.resumed: Counter[str] = Counter()
+        self.states: list[str] = []
         self.lives = 0
         self.begin()
 
@@ -85,6 +134,8 @@ class ProvingClient:
         self._answered: dict[str, str] = {}  # subscribed code to what its ack said of ``resume``
         self._awaited: set[str] = set()  # codes whose snapshot has to come before their first tick
         self._asked_since: set[str] = set()
+        self.merged_here: Counter[str] = Counter()
+        self._listed: asyncio.Future[list[dict[str, Any]]] | None = None
         self._has_live = False
         self._received_here = 0
 
@@ -113,6 +164,32 @@ class ProvingClient:
         """Every code was acknowledged on this connection, and its snapshot, if there is one, is here."""
         self.check()
         return self._answered.keys() >= set(self._codes) and not self._awaited
+
+    def sight(self, *, is_whole: bool = True) -> Sight:
+        """Return what it has seen until now; otherwise than whole, without the rows before the newest."""
+        seen = self.seen if is_whole else dict.fromkeys(self.seen, ())
+        return Sight(
+            options=self.options,
+            is_subscribed=self.is_subscribed,
+            places=self.places,
+            rows=self.rows,
+            prices={code: [(place, row.get("last")) for place, row in rows] for code, rows in seen.items()},
+            begins=self.begins,
+            received=self.received,
+            merged=self.merged,
+            gaps=self.gaps,
+            restarts=self.restarts,
+            resumed=self.resumed,
+            lives=self.lives,
+            states=self.states,
+        )
+
+    async def subscriptions(self) -> list[dict[str, Any]]:
+        """Ask the server for the list of our subscriptions."""
+        assert self._socket is not None
+        self._listed = asyncio.get_running_loop().create_future()
+        await self._socket.send(self._encode({"action": "list", "id": 2}))
+        return await asyncio.wait_for(self._listed, 30)
 
     async def _run(self) -> None:
         while not self._is_leaving:
@@ -163,6 +240,10 @@ class ProvingClient:
             self._take_snapshot(message)
         elif kind == "tick":
             self._take_ticks(message)
+        elif kind == "ack" and message["action"] == "list" and self._listed is not None:
+            self._listed.set_result(message["subscriptions"])
+        elif kind == "status" and message["scope"] == "connection":
+            self.states.append(message["state"])
         else:
             self._expect(kind in ("ack", "heartbeat", "status"), f"{message}")
 
@@ -208,6 +289,7 @@ class ProvingClient:
             if has_gap:
                 self.gaps[code] += 1
             self.places[code] = epoch, seq
+            self.begins.setdefault(code, []).append((len(self.seen[code]), self.places[code]))
             if seq:
                 self.rows[code] = row
 
@@ -224,12 +306,14 @@ class ProvingClient:
             self._expect(row.get("prev") == before, f"{code}: after {before} came {row}")
             self._expect(next(iter(row)) == "prev", f"prev is not first: {row}")
             self._expect(seq > before, f"{code}: after {before} came {row}")
-            self.merged += seq - before - 1
+            if seq != before + 1:
+                self.merged += seq - before - 1
+                self.merged_here[code] += seq - before - 1
             self.received += 1
             self._received_here += 1
             self.places[code] = epoch, seq
             self.rows[code] = row
-            self.seen[code].append(((epoch, seq), row))
+            self.seen[code].append(((epoch, seq), self._keep(row)))
 
     def _expect(self, is_so: bool, otherwise: str) -> None:
         if not is_so:

@@ -1,5 +1,6 @@
 """A real Redis of one test's own, which can be killed, paused and started again."""
 
+import os
 import shutil
 import signal
 import socket
@@ -71,6 +72,21 @@ class RedisServer:
         if self._process is not None:
             self.resume()
             self._end(signal.SIGTERM)
+
+    @property
+    def file_bytes(self) -> int:
+        """The length of its append-only file, for :meth:`go_back`."""
+        return self._file.stat().st_size
+
+    def go_back(self, file_bytes: int) -> None:
+        """Kill it, as a power cut that costs the end of its append-only file, and start it again."""
+        self.kill()
+        os.truncate(self._file, file_bytes)
+        self.start()
+
+    @property
+    def _file(self) -> Path:
+        return max(self.directory.rglob("*.aof"), key=lambda path: path.stat().st_size)
 
     def restart(self) -> None:
         """Kill it if it runs, and start it again on the same port."""

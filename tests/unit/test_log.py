@@ -498,6 +498,54 @@ async def test_a_store_that_has_gone_back_gets_a_new_epoch_whoever_sees_it_first
     assert follower.row("A") == {"last": 6}
 
 
+@pytest.mark.parametrize("first", ["follower", "publisher"])
+async def test_a_store_that_goes_back_twice_never_returns_to_an_epoch(bench: Bench, first: str) -> None:
+    await bench.said(("A", 1), ("B", 1))
+    kept = await bench.keep()
+    follower = await bench.follower()
+    epochs = [follower.log.epoch]
+    follower.log.take(await bench.said(("A", 2)))
+    for price in (10, 20):
+        await bench.go_back(kept)
+        follower.take_news()
+        if first == "follower":
+            await bench.catch_up(follower)
+            assert follower.take_news() == []  # nobody is shown what was before
+        # Whoever publishes now knows of no other life than the one that Redis shows.
+        async with quotepush.Publisher(bench.server.url) as publisher:
+            if first == "publisher":
+                publisher = bench.publisher
+            await publisher.publish([{"code": "A", "last": price}])
+            follower.log.take(await bench.message())
+            await follower.in_step()
+            follower.log.take(await bench.said(("A", price + 1), ("B", price)))
+            await follower.in_step()
+        assert follower.take_news() == [("A", 2, NEW_EPOCH), ("A", 3, 0), ("B", 2, NEW_EPOCH)]
+        assert (follower.row("A"), follower.row("B")) == ({"last": price + 1}, {"last": price})
+        assert follower.log.epoch not in epochs
+        epochs.append(follower.log.epoch)
+
+
+async def test_an_older_state_that_is_put_back_into_an_emptied_store_is_another_life(bench: Bench) -> None:
+    await bench.said(("A", 1))
+    kept = await bench.keep()
+    follower = await bench.follower()
+    before = follower.log.epoch
+    follower.log.take(await bench.said(("A", 2), ("A", 3)))
+    follower.take_news()
+    await bench.redis.flushall()
+    await bench.catch_up(follower)
+    await bench.go_back(kept)
+    await bench.catch_up(follower)
+    async with quotepush.Publisher(bench.server.url) as publisher:
+        await publisher.publish([{"code": "A", "last": 4}])
+    follower.log.take(await bench.message())
+    await follower.in_step()
+    assert follower.take_news() == [("A", 2, NEW_EPOCH)]
+    assert follower.row("A") == {"last": 4}
+    assert follower.log.epoch not in ("", before)
+
+
 async def test_two_servers_agree_on_the_new_epoch_of_a_store_that_has_gone_back(bench: Bench) -> None:
     await bench.said(("A", 1))
     kept = await bench.keep()
@@ -528,6 +576,25 @@ async def test_a_server_that_starts_behind_a_store_that_has_gone_back_has_every_
     second.take_news()
     second.log.take(await bench.said(("QUIET", 2)))
     assert second.take_news() == [("QUIET", 2, 0)]
+
+
+async def test_a_server_that_has_only_read_of_an_epoch_does_not_return_to_it(bench: Bench) -> None:
+    await bench.said(("A", 1))
+    kept = await bench.keep()
+    await bench.said(("A", 2))
+    await bench.go_back(kept)
+    await bench.said(("A", 3))
+    follower = await bench.follower()
+    before = bench.publisher.epoch
+    follower.take_news()
+    await bench.go_back(kept)
+    await bench.catch_up(follower)
+    assert follower.take_news() == []
+    assert follower.log.epoch != before
+    follower.log.take(await bench.said(("A", 4)))
+    await follower.in_step()
+    assert follower.take_news() == [("A", 2, NEW_EPOCH)]
+    assert follower.log.epoch == bench.publisher.epoch
 
 
 async def test_messages_of_another_life_that_come_late_do_no_harm(bench: Bench) -> None:

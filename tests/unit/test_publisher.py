@@ -4,8 +4,6 @@ import asyncio
 import re
 import shutil
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,83 +14,10 @@ from redis.exceptions import ResponseError
 from quotepush import BlockingPublisher, Publisher
 from quotepush.errors import RedisUnavailable, SettingsError
 from quotepush.publisher import shown_address
+from tests.support.door import door_to
 from tests.support.redis_server import RedisServer
 from tests.support.store import heard, hearing, logged, prices, row, running
 from tests.support.waiting import wait_until
-
-
-class Door:
-    """A way to Redis that can lose answers: the request goes through, then the link is cut before its answer.
-
-    Attributes:
-        swallows: how many more answers are lost.
-        passing: the connections that are open.
-    """
-
-    def __init__(self, server: RedisServer) -> None:
-        self._server = server
-        self.swallows = 0
-        self.url = ""
-        self.passing: set[asyncio.Task[Any]] = set()
-
-    async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        passing = asyncio.current_task()
-        assert passing is not None
-        self.passing.add(passing)
-        try:
-            to_reader, to_writer = await asyncio.open_connection("127.0.0.1", self._server.port)
-            try:
-                await self._pass_on_until_cut(reader, writer, to_reader, to_writer)
-            finally:
-                to_writer.transport.abort()
-        except OSError:  # Redis is away
-            pass
-        finally:
-            writer.transport.abort()
-            self.passing.discard(passing)
-
-    async def _pass_on_until_cut(
-        self,
-        reader: asyncio.StreamReader,
-        writer: asyncio.StreamWriter,
-        to_reader: asyncio.StreamReader,
-        to_writer: asyncio.StreamWriter,
-    ) -> None:
-        async def requests() -> None:
-            while data := await reader.read(65_536):
-                to_writer.write(data)
-                await to_writer.drain()
-
-        async def answers() -> None:
-            while data := await to_reader.read(65_536):
-                if self.swallows:
-                    self.swallows -= 1
-                    return
-                writer.write(data)
-                await writer.drain()
-
-        ways = [asyncio.create_task(requests()), asyncio.create_task(answers())]
-        try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
-
-
-@asynccontextmanager
-async def door_to(server: RedisServer) -> AsyncIterator[Door]:
-    door = Door(server)
-    listening = await asyncio.start_server(door.pass_on, "127.0.0.1", 0)
-    door.url = f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}/0"
-    try:
-        yield door
-    finally:
-        listening.close()
-        for passing in door.passing:
-            passing.cancel()
-        await wait_until(lambda: not door.passing)
-        await asyncio.sleep(0)  # the transports close
 
 
 async def test_scripts_that_redis_forgot_are_told_again(store: RedisServer) -> None:

@@ -1,0 +1,100 @@
+"""A way to Redis that can be cut, and can lose answers."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from tests.support.redis_server import RedisServer
+from tests.support.waiting import wait_until
+
+__all__ = ["Door", "door_to"]
+
+
+class Door:
+    """A TCP proxy in front of a Redis.
+
+    Attributes:
+        url: its own.
+        swallows: how many more answers are lost: the request goes through, then the link is cut before its answer.
+        passing: the connections that are open.
+    """
+
+    def __init__(self, server: RedisServer) -> None:
+        self._server = server
+        self._is_shut = False
+        self._writers: set[asyncio.StreamWriter] = set()
+        self.swallows = 0
+        self.url = ""
+        self.passing: set[asyncio.Task[Any]] = set()
+
+    def shut(self) -> None:
+        """Cut every connection, and each new one, until :meth:`open`."""
+        self._is_shut = True
+        for writer in self._writers:
+            writer.transport.abort()
+
+    def open(self) -> None:
+        self._is_shut = False
+
+    async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        passing = asyncio.current_task()
+        assert passing is not None
+        self.passing.add(passing)
+        self._writers.add(writer)
+        try:
+            if self._is_shut:
+                return
+            to_reader, to_writer = await asyncio.open_connection("127.0.0.1", self._server.port)
+            try:
+                await self._pass_on_until_cut(reader, writer, to_reader, to_writer)
+            finally:
+                to_writer.transport.abort()
+        except OSError:  # Redis is away
+            pass
+        finally:
+            writer.transport.abort()
+            self._writers.discard(writer)
+            self.passing.discard(passing)
+
+    async def _pass_on_until_cut(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        to_reader: asyncio.StreamReader,
+        to_writer: asyncio.StreamWriter,
+    ) -> None:
+        async def requests() -> None:
+            while data := await reader.read(65_536):
+                to_writer.write(data)
+                await to_writer.drain()
+
+        async def answers() -> None:
+            while data := await to_reader.read(65_536):
+                if self.swallows:
+                    self.swallows -= 1
+                    return
+                writer.write(data)
+                await writer.drain()
+
+        ways = [asyncio.create_task(requests()), asyncio.create_task(answers())]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            await asyncio.gather(*ways, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def door_to(server: RedisServer) -> AsyncIterator[Door]:
+    door = Door(server)
+    listening = await asyncio.start_server(door.pass_on, "127.0.0.1", 0)
+    door.url = f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}/0"
+    try:
+        yield door
+    finally:
+        listening.close()
+        door.shut()
+        await wait_until(lambda: not door.passing)
+        await asyncio.sleep(0)  # the transports close
