@@ -574,7 +574,7 @@ async def test_ticks_and_registry_may_be_two_redis_servers(start_server: StartSe
     registry = RedisServer(tmp_path / "registry")
     registry.start()
     try:
-        server = await start_server(registry_redis=registry.url)
+        server = await start_server(registry_redis=registry.url, registry_check_s=0.3)
         feed_url = server.settings["feed_redis"]
         async with registry.client() as redis, connected_clients(server.ws_url, 5, lambda n: ["AAPL"]) as clients:
             await registry_equals(redis, {client.fd: {"AAPL"} for client in clients})
