@@ -6,6 +6,7 @@ gets one line that says what to do, never a traceback.
 
 import asyncio
 import dataclasses
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,7 @@ def serve(config: str | None, **flags: Any) -> None:
     Prints one line beginning with "quotepush ready" when every worker accepts connections. Exit codes: 1 try
     again (Redis, port), 2 a setting is wrong, 3 another one is running already.
     """
+    gc.disable()  # while we start; see quotepush.node.collector
     from quotepush.node.main import serve as run_server
 
     run_server(settings_module.load(config, flags=flags), lambda line: print(line, flush=True))

@@ -1,5 +1,6 @@
 """What every suite may ask for."""
 
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ import pytest
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
 from tests.support.store import running, valkey
+
+# Some hundred processes of ours are started: where this is set, each of them would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 @pytest.fixture

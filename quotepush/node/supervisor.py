@@ -48,6 +48,8 @@ _KILL_AFTER_S = 3.0
 _START_PATIENCE_S = 30.0
 _LEND_AFTER_S = 0.4
 _PURGE_AGAIN_S = 2.0
+# The collector is off while it starts: quotepush.node.collector.
+_WORKER = "import gc; gc.disable(); from quotepush.node.worker import main; main()"
 
 
 class WorkerSlot:
@@ -209,7 +211,7 @@ class Supervisor:
         listening = [s.listening.fileno() for s in self.slots]
         try:
             slot.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "quotepush.node.worker",
+                sys.executable, "-c", _WORKER,
                 f"--index={slot.index}", f"--bus={theirs.fileno()}", f"--listen={','.join(map(str, listening))}",
                 stdin=asyncio.subprocess.DEVNULL, pass_fds=(theirs.fileno(), *set(listening)),
             )  # fmt: skip

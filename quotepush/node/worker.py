@@ -1,6 +1,6 @@
 """The worker process: wires sessions to main (over the bus) and to the registry (in Redis).
 
-Started by main as ``python -m quotepush.node.worker``; nothing secret stands in its arguments.
+Started by main as a Python of its own; nothing secret stands in its arguments.
 
 Start: 1 bus, 2 settings from main, 3 registry mirror, 4 HTTP on the inherited socket, 5 ready.
 Stop, when main says so: 1 no new connection, 2 sessions are closed, 3 the registry is cleared,
@@ -341,7 +341,3 @@ def main() -> None:
         status = runner.run(_serve(arguments.index, arguments.bus, [int(fd) for fd in arguments.listen.split(",")]))
     sys.stdout.flush()
     os._exit(status)  # no finalizers: sockets are closed by the kernel, and main waits for our end
-
-
-if __name__ == "__main__":
-    main()

@@ -8,9 +8,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import pytest_asyncio
 from playwright.async_api import Browser, Locator, Page, async_playwright, expect
 
 from tests.support.redis_server import RedisServer
+from tests.support.server import QuotepushServer
+
+# One browser for all; each test has a context of its own in it, which shares nothing with the others'.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 FLAGS = [
     "--no-sandbox",
@@ -29,7 +34,7 @@ Publish = Callable[..., Awaitable[None]]
 Visit = Callable[..., Awaitable[Page]]
 
 
-@pytest.fixture
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def browser() -> AsyncIterator[Browser]:
     names = ("chromium", "chromium-browser", "google-chrome")
     program = next((path for path in map(shutil.which, names) if path), None)
@@ -42,6 +47,11 @@ async def browser() -> AsyncIterator[Browser]:
 
 
 @pytest.fixture
+async def quotepush_server(start_server: Callable[..., Awaitable[QuotepushServer]]) -> QuotepushServer:
+    return await start_server(workers=1, heartbeat_ms=1000)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
 async def publish(redis_server: RedisServer) -> AsyncIterator[Publish]:
     """``await publish("AAPL", last=1.5)``, as any program in any language would."""
     async with redis_server.client() as redis:
@@ -89,8 +99,8 @@ def witness() -> Witness:
     return Witness()
 
 
-@pytest.fixture
-async def visit(browser: Browser, quotepush_server: Any, witness: Witness) -> AsyncIterator[Visit]:
+@pytest_asyncio.fixture(loop_scope="module")
+async def visit(browser: Browser, quotepush_server: QuotepushServer, witness: Witness) -> AsyncIterator[Visit]:
     """``page = await visit("#AAPL")``: a connected page; options go to the browser context."""
 
     async def visit(address: str = "", **context: Any) -> Page:
@@ -102,6 +112,8 @@ async def visit(browser: Browser, quotepush_server: Any, witness: Witness) -> As
         return page
 
     yield visit
+    for context in browser.contexts:
+        await context.close()
     assert witness.faults == []
     assert witness.hosts <= {urlsplit(quotepush_server.url).netloc}
 
@@ -184,7 +196,7 @@ async def test_second_spelling_of_a_code_is_no_second_line(visit: Visit) -> None
 
 @pytest.mark.parametrize("way", ["stop", "kill"])
 async def test_page_tells_of_a_lost_server_and_recovers_by_itself(
-    way: str, visit: Visit, publish: Publish, quotepush_server: Any
+    way: str, visit: Visit, publish: Publish, quotepush_server: QuotepushServer
 ) -> None:
     page = await visit("#AAPL")
     await publish("AAPL", last=100, prev_close=99)
@@ -226,7 +238,7 @@ async def test_vendor_text_is_shown_and_never_run(visit: Visit, publish: Publish
     await expect(page.locator("tbody img")).to_have_count(0)
 
 
-async def test_list_lives_in_the_address_and_in_the_browser(visit: Visit, quotepush_server: Any) -> None:
+async def test_list_lives_in_the_address_and_in_the_browser(visit: Visit, quotepush_server: QuotepushServer) -> None:
     page = await visit()
     assert len(await codes(page)) >= 6
     assert "#600519.SH," in page.url
@@ -321,7 +333,7 @@ async def test_page_fits_a_phone_and_keeps_its_table_there(visit: Visit, publish
 
 
 async def test_page_works_under_a_content_policy_that_allows_nothing_inline(
-    visit: Visit, quotepush_server: Any, witness: Witness
+    visit: Visit, quotepush_server: QuotepushServer, witness: Witness
 ) -> None:
     page = await visit("#AAPL")
     response = await page.request.get(f"{quotepush_server.url}/")

@@ -181,7 +181,7 @@ async def test_a_worker_that_was_stopped_for_a_moment_goes_on(
         pid = worker_pid(server, "0")
         before = feed.published
         os.kill(pid, signal.SIGSTOP)
-        await wait_until(lambda: feed.published > before + 1500)
+        await wait_until(lambda: feed.published > before + 500)
         os.kill(pid, signal.SIGCONT)
         await ticks_flow(clients)
         await everybody_is_right(clients, feed, redis)

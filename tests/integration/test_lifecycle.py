@@ -17,7 +17,7 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 
-from tests.support.command import run_quotepush
+from tests.support.command import Outcome, run_quotepush
 from tests.support.processes import command_line, is_alive
 from tests.support.raw_websocket import RawWebSocket
 from tests.support.redis_server import RedisServer
@@ -210,18 +210,24 @@ async def test_a_registry_that_takes_no_writes_is_one_line(tmp_path: Path, redis
     assert redis_server.url in assert_one_line(outcome.stderr)
 
 
-@pytest.mark.parametrize("which", ["port", "admin-port"])
-async def test_a_port_that_is_taken_is_one_line(which: str, tmp_path: Path, redis_server: RedisServer) -> None:
+async def test_a_port_that_is_taken_is_one_line(tmp_path: Path, redis_server: RedisServer) -> None:
     with taken_port() as port:
-        ports = {"port": 0, "admin-port": 0, which: port}
-        outcome = await run_quotepush(
-            "serve", f"--redis={redis_server.url}", f"--lock-file={tmp_path / 'lock'}", "--node=test",
-            *(f"--{name}={number}" for name, number in ports.items()), timeout_s=20,
-        )  # fmt: skip
-    assert (outcome.status, outcome.stdout) == (1, "")
-    line = assert_one_line(outcome.stderr)
-    assert str(port) in line
-    assert line.endswith(f"--{which}")
+
+        async def start(which: str) -> Outcome:
+            ports = {"port": 0, "admin-port": 0, which: port}
+            return await run_quotepush(
+                "serve", f"--redis={redis_server.url}", f"--lock-file={tmp_path / which}", f"--node={which}",
+                *(f"--{name}={number}" for name, number in ports.items()),
+            )  # fmt: skip
+
+        # Both at the same time, for each is patient for some seconds: the old server may just be ending.
+        names = ("port", "admin-port")
+        outcomes = await asyncio.gather(*map(start, names))
+    for which, outcome in zip(names, outcomes, strict=True):
+        assert (outcome.status, outcome.stdout) == (1, "")
+        line = assert_one_line(outcome.stderr)
+        assert str(port) in line
+        assert line.endswith(f" --{which}")
     async with redis_server.client() as redis:
         assert await redis.keys("*") == []
 
@@ -323,14 +329,13 @@ async def test_a_wrong_password_is_one_line_that_does_not_show_it(
     ],
 )
 async def test_a_url_that_cannot_be_used_is_not_shown_with_its_password(url: str, tmp_path: Path) -> None:
-    for command in ("check", "serve"):
-        outcome = await run_quotepush(
-            command, f"--redis={url}", "--port=0", "--admin-port=0", f"--lock-file={tmp_path / 'lock'}", timeout_s=15
-        )
+    arguments = (f"--redis={url}", "--port=0", "--admin-port=0", f"--lock-file={tmp_path / 'lock'}")
+    checked, served = await asyncio.gather(*(run_quotepush(command, *arguments) for command in ("check", "serve")))
+    for outcome in (checked, served):
         assert "Traceback" not in outcome.stderr
         if url != "Tr0ub4dor-zebra":  # nobody can know that this one is a secret
             assert_no_secret(outcome.stdout + outcome.stderr)
-    assert outcome.status in (1, 2)
+    assert served.status in (1, 2)
 
 
 @pytest.mark.parametrize("source", ["url", "environment", "file"])
@@ -574,7 +579,7 @@ async def test_ticks_and_registry_may_be_two_redis_servers(start_server: StartSe
     registry = RedisServer(tmp_path / "registry")
     registry.start()
     try:
-        server = await start_server(registry_redis=registry.url)
+        server = await start_server(registry_redis=registry.url, registry_check_s=0.3)
         feed_url = server.settings["feed_redis"]
         async with registry.client() as redis, connected_clients(server.ws_url, 5, lambda n: ["AAPL"]) as clients:
             await registry_equals(redis, {client.fd: {"AAPL"} for client in clients})

@@ -9,7 +9,7 @@ from redis.exceptions import RedisError
 from tests.support.waiting import wait_until
 
 # What publishers and main keep beside the registry: the log of ticks, and rows.
-_OF_TICKS = ("epoch", "seq", "log", "publisher:", "row:")
+_OF_TICKS = ("epoch", "seq", "log", "publisher:", "row:", "rows")
 
 __all__ = ["registry_equals", "registry_faults"]
 

@@ -121,12 +121,12 @@ class QuotepushServer:
         process = self._process
         assert process is not None
         try:
-            status = await asyncio.to_thread(process.wait, timeout_s)
-        except subprocess.TimeoutExpired:
+            await wait_until(lambda: process.poll() is not None, timeout_s, "the end of the server")
+        except AssertionError as e:
             self.kill_everything()
-            raise AssertionError(f"it did not end within {timeout_s:g} s\n{self.log()}") from None
+            raise AssertionError(f"{e}\n{self.log()}") from None
         self._process = None
-        return status
+        return process.returncode
 
     async def kill(self) -> None:
         """SIGKILL to main; its workers go by themselves."""

@@ -279,8 +279,9 @@ def test_pauses_count_in_the_phase_in_which_they_ended():
     phases = {"connecting": (0.0, 10.0), "ticks": (20.0, 30.0)}
     main = {"command": ["python", "-m", "quotepush", "serve"], "pauses": [(5.0, 0, 0.001), (15.0, 2, 9.0)]}
     worker = {
-        "command": ["python", "-m", "quotepush.node.worker"], "pauses": [(21.0, 0, 0.001), (22.0, 2, 0.004)],
-    }  # fmt: skip
+        "command": ["python", "-c", "from quotepush.node.worker import main; main()"],
+        "pauses": [(21.0, 0, 0.001), (22.0, 2, 0.004)],
+    }
 
     found = pauses.summary([json.dumps(main), json.dumps(worker), json.dumps(worker)], phases)
 

@@ -487,4 +487,4 @@ class FanOutMachine(RuleBasedStateMachine):
 
 
 TestFanOutAgainstItsModel = FanOutMachine.TestCase
-TestFanOutAgainstItsModel.settings = settings(deadline=None, derandomize=True, max_examples=300, stateful_step_count=50)
+TestFanOutAgainstItsModel.settings = settings(deadline=None, derandomize=True, max_examples=150, stateful_step_count=50)

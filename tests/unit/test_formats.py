@@ -73,23 +73,23 @@ def shown(row: Mapping[str, Any], view: View) -> dict[str, Any]:
     return {name: row[name] for name in ("code", "seq", "ts", *view.fields) if name in row}
 
 
-@names
 @given(row=rows(), view=views, prev=numbers, other=numbers)
 @settings(deadline=None, derandomize=True, max_examples=400)
 def test_a_row_is_what_its_view_shows_whoever_it_follows(
-    spelled: Format, row: dict[str, Any], view: View, prev: int, other: int
+    row: dict[str, Any], view: View, prev: int, other: int
 ) -> None:
-    bare = spelled.encode(row, view)
-    told = spelled.with_prev(bare, prev)
-    if spelled.is_array:
-        columns = [row.get(name) for name in view.columns[1:]]
-        assert decoded(spelled, bare) == [None, *columns]
-        assert decoded(spelled, told) == [prev, *columns]
-    else:
-        assert decoded(spelled, bare) == shown(row, view)
-        assert list(decoded(spelled, told).items()) == [("prev", prev), *shown(row, view).items()]
-    assert spelled.without_prev(told) == bare
-    assert spelled.with_prev(spelled.without_prev(told), other) == spelled.with_prev(bare, other)
+    for spelled in FORMATS:  # all with one row: making it takes much longer than writing it
+        bare = spelled.encode(row, view)
+        told = spelled.with_prev(bare, prev)
+        if spelled.is_array:
+            columns = [row.get(name) for name in view.columns[1:]]
+            assert decoded(spelled, bare) == [None, *columns]
+            assert decoded(spelled, told) == [prev, *columns]
+        else:
+            assert decoded(spelled, bare) == shown(row, view)
+            assert list(decoded(spelled, told).items()) == [("prev", prev), *shown(row, view).items()]
+        assert spelled.without_prev(told) == bare
+        assert spelled.with_prev(spelled.without_prev(told), other) == spelled.with_prev(bare, other)
 
 
 @names
@@ -127,23 +127,23 @@ def message_of(codec: Codec, frame: bytes) -> Any:
     return decoded(codec.objects, payload)
 
 
-@names
 @given(data=st.lists(rows(sizes=(2, 15, 16)), max_size=4), view=views, time_ms=st.integers(1, 2**45),
        kind=st.sampled_from(["tick", "snapshot"]),
        facts=st.fixed_dictionaries({}, optional={"gap": st.just(True), "replay": st.just(True),
        "epochs": st.dictionaries(st.sampled_from(["A", "600519.SH"]), texts)}))  # fmt: skip
 @settings(deadline=None, derandomize=True, max_examples=200)
 def test_a_message_holds_its_rows_and_says_what_they_are(
-    spelled: Format, data: list[dict[str, Any]], view: View, time_ms: int, kind: str, facts: dict[str, Any]
+    data: list[dict[str, Any]], view: View, time_ms: int, kind: str, facts: dict[str, Any]
 ) -> None:
-    encoded = [spelled.encode(row, view) for row in data]
-    cols = view.cols if spelled.is_array else None
-    message = message_of(spelled.codec, spelled.codec.rows_frame(kind, time_ms, encoded, cols, **facts))
-    assert next(iter(message)) == "type"
-    expected = {"type": kind, "time": time_ms, **facts}
-    if cols is not None:
-        expected["cols"] = cols
-    assert message == {**expected, "data": [decoded(spelled, text) for text in encoded]}
+    for spelled in FORMATS:
+        encoded = [spelled.encode(row, view) for row in data]
+        cols = view.cols if spelled.is_array else None
+        message = message_of(spelled.codec, spelled.codec.rows_frame(kind, time_ms, encoded, cols, **facts))
+        assert next(iter(message)) == "type"
+        expected = {"type": kind, "time": time_ms, **facts}
+        if cols is not None:
+            expected["cols"] = cols
+        assert message == {**expected, "data": [decoded(spelled, text) for text in encoded]}
 
 
 @languages

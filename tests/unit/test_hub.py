@@ -592,4 +592,4 @@ class HubMachine(RuleBasedStateMachine):
 
 
 TestHubAgainstItsPromises = HubMachine.TestCase
-TestHubAgainstItsPromises.settings = settings(deadline=None, derandomize=True, max_examples=200, stateful_step_count=40)
+TestHubAgainstItsPromises.settings = settings(deadline=None, derandomize=True, max_examples=120, stateful_step_count=40)

@@ -35,6 +35,8 @@ async def publishing_lines(*flags: str) -> AsyncIterator[asyncio.subprocess.Proc
         sys.executable, "-m", "quotepush", "publish", "--json", "-", *flags,
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         env={k: v for k, v in os.environ.items() if not k.startswith("QUOTEPUSH_")},
+        # It would inherit that SIGINT is ignored, which is so when a script runs the tests in the background.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         yield process

@@ -1189,4 +1189,4 @@ class RestatedMachine(RuleBasedStateMachine):
 
 
 TestAnyOrder = RestatedMachine.TestCase
-TestAnyOrder.settings = settings(deadline=None, derandomize=True, max_examples=150, stateful_step_count=40)
+TestAnyOrder.settings = settings(deadline=None, derandomize=True, max_examples=100, stateful_step_count=40)

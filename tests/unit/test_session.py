@@ -730,5 +730,5 @@ class MainMachine(RuleBasedStateMachine):
 
 TestSessionsAndAFarAwayMain = MainMachine.TestCase
 TestSessionsAndAFarAwayMain.settings = settings(
-    deadline=None, derandomize=True, max_examples=200, stateful_step_count=50
+    deadline=None, derandomize=True, max_examples=120, stateful_step_count=50
 )

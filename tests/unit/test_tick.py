@@ -64,7 +64,7 @@ prices = st.builds(
 @example(123456.7891, 0.0001)
 @example(0.0, 10.0)
 @example(10.0, 0.0)
-@settings(deadline=None, derandomize=True, max_examples=2000)
+@settings(deadline=None, derandomize=True, max_examples=1000)
 def test_change_is_exact_in_decimals(last: float, prev_close: float) -> None:
     assert derive_change(last, prev_close) == model_change(last, prev_close)
 
@@ -305,7 +305,7 @@ class ModelRow:
 
 
 @given(st.lists(ticks, max_size=8))
-@settings(deadline=None, derandomize=True, max_examples=400)
+@settings(deadline=None, derandomize=True, max_examples=250)
 def test_rows_merge_as_the_model_says(series: list[dict[str, Any]]) -> None:
     row: dict[str, Any] = {"code": "AAPL", "seq": 7, "ts": 1}
     book: dict[str, Any] = {}

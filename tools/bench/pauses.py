@@ -36,7 +36,7 @@ def summary(left: Iterable[str], phases: dict[str, tuple[float, float]]) -> dict
     found: dict[str, dict[str, Any]] = {}
     for text in left:
         process = json.loads(text)
-        role = "workers" if "quotepush.node.worker" in process["command"] else "main"
+        role = "workers" if any("quotepush.node.worker" in word for word in process["command"]) else "main"
         for phase, (begin, end) in phases.items():
             pauses = [(generation, 1000 * s) for at, generation, s in process["pauses"] if begin <= at < end]
             times_ms = [ms for _, ms in pauses]
