@@ -25,6 +25,7 @@ __all__ = [
     "RedisUnavailable",
     "SettingsError",
     "WorkerUnfit",
+    "reason_of",
 ]
 
 
@@ -159,3 +160,13 @@ class WorkerUnfit(OperatorError):
 
     def __str__(self) -> str:
         return f"worker {self.worker} cannot run here; its last lines in the log say why"
+
+
+def reason_of(error: Exception, timeout_s: float) -> str:
+    """Return in one line why Redis refused, or did not answer in time, and what helps where that is not plain."""
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"no answer within {timeout_s:g} s"
+    reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    if "same slot" in reason:
+        reason += ": in a Redis Cluster the prefix needs a hash tag, such as {qp}:"
+    return reason

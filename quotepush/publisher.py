@@ -36,10 +36,10 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
 from quotepush.batches import SCRIPT, SCRIPT_SHA, Batches
-from quotepush.errors import RedisUnavailable, SettingsError
+from quotepush.errors import RedisUnavailable, SettingsError, reason_of
 from quotepush.ingest.keys import FeedKeys
 
-__all__ = ["BlockingPublisher", "Publisher", "open_client", "reason_of", "shown_address"]
+__all__ = ["BlockingPublisher", "Publisher", "open_client", "shown_address"]
 
 _TIMEOUT_S = 5.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 2.0
@@ -293,13 +293,6 @@ def open_client(kind: Any, url: str, **options: Any) -> Any:
     except TypeError:
         raise SettingsError(["the address has an option that is unknown; leave out what follows its ?"]) from None
     return client
-
-
-def reason_of(error: Exception, timeout_s: float) -> str:
-    """Return in one line why Redis did not answer, or not within ``timeout_s``."""
-    if isinstance(error, TimeoutError) and not str(error):
-        return f"no answer within {timeout_s:g} s"
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def shown_address(url: str) -> str:

@@ -127,6 +127,12 @@ class Settings:
     ring_bytes: int = _setting(
         67_108_864, "Kept rows of all codes; above it every code gives up the older half.", unit="bytes", at_least=0
     )
+    replay_bytes: int = _setting(
+        1_048_576,
+        "Missed rows that wait for one client; codes with more get their newest row.",
+        unit="bytes",
+        at_least=0,
+    )
     last_max_age_s: int = _setting(864_000, "A row without a tick for so long leaves the board.", unit="s", at_least=60)
     drop_older: bool = _setting(False, "Refuse a tick whose ts is older than the row's (redundant feeds).")
     trading_day_zones: dict[str, str] = _setting(

@@ -18,9 +18,9 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from quotepush.errors import RedisUnavailable, SettingsError
+from quotepush.errors import RedisUnavailable, SettingsError, reason_of
 from quotepush.feed.replay import CodedTick
-from quotepush.publisher import Publisher, open_client, reason_of, shown_address
+from quotepush.publisher import Publisher, open_client, shown_address
 from quotepush.quote.tick import BadTick
 
 __all__ = ["CODE_PLACE", "LoggedPublisher", "PlainPublisher", "TickPublisher"]

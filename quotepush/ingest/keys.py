@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-__all__ = ["FeedKeys", "reason_of"]
+__all__ = ["FeedKeys"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,3 @@ class FeedKeys:
 
     def publisher(self, name: str) -> str:
         return f"{self.prefix}publisher:{name}"
-
-
-def reason_of(error: Exception) -> str:
-    """Say what Redis has refused, and what to do about it where that is not plain."""
-    reason = str(error) or type(error).__name__
-    if "same slot" in reason:
-        return f"{reason}: in a Redis Cluster the prefix needs a hash tag, such as {{qp}}:"
-    return reason

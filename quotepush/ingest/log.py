@@ -26,7 +26,8 @@ import msgspec
 import orjson
 from redis.exceptions import DataError, NoPermissionError, RedisError, ResponseError
 
-from quotepush.ingest.keys import FeedKeys, reason_of
+from quotepush.errors import reason_of
+from quotepush.ingest.keys import FeedKeys
 from quotepush.quote.board import GAP, NEW_EPOCH, Board, Quote
 from quotepush.quote.ring import Ring
 
@@ -182,7 +183,7 @@ class LogFollower:
         try:
             await self._fill_ring()
         except (RedisError, OSError, TimeoutError) as e:
-            log.warning("recent rows cannot be read from the log: %s", reason_of(e))
+            log.warning("recent rows cannot be read from the log: %s", reason_of(e, self._timeout_s))
 
     async def run(self) -> None:
         """Catch up whenever step is lost, until cancelled."""
@@ -202,7 +203,7 @@ class LogFollower:
             await self._catch_up()
         except (RedisError, OSError, TimeoutError) as e:
             if not self._is_failing:
-                log.warning("the publishers' log cannot be read (%s); trying again", reason_of(e))
+                log.warning("the publishers' log cannot be read (%s); trying again", reason_of(e, self._timeout_s))
             self._is_failing = True
             self.is_forbidden = isinstance(e, NoPermissionError) or any(words in str(e) for words in _FORBIDDEN)
             return False

@@ -159,7 +159,11 @@ class WorkerProcess:
         desk = Desk(
             subscriptions=Subscriptions(),
             limits=Limits(
-                settings.max_codes, settings.codes_per_request, settings.requests_per_s, settings.message_bytes
+                settings.max_codes,
+                settings.codes_per_request,
+                settings.requests_per_s,
+                settings.message_bytes,
+                settings.replay_bytes,
             ),
             server=setup.server,
             epoch=setup.epoch,

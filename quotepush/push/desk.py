@@ -40,12 +40,17 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one connection may do."""
+    """What one connection may do.
+
+    Attributes:
+        replay_bytes: of missed rows that wait for it; what it has missed beyond that it gets as a snapshot.
+    """
 
     codes: int
     codes_per_request: int
     requests_per_s: float
     message_bytes: int
+    replay_bytes: int = 1 << 20
 
     def as_said(self) -> Mapping[str, Any]:
         """Return them as ``hello`` says them."""

@@ -59,6 +59,7 @@ class Outbox:
         has_restated: some of what waits goes out in snapshot messages.
         rows: in order, all of them; the hub appends.
         replay: rows that were missed while the client was away; they go before all others, as the socket takes them.
+        replay_bytes: how long they are together.
         held: newest row per lane while merging, else None.
         is_blocked: the socket has not taken all of the last write; nothing is written meanwhile.
         sent: rows handed to the socket.
@@ -66,8 +67,8 @@ class Outbox:
     """
 
     __slots__ = (
-        "_counted", "codec", "has_arrays", "has_restated", "held", "is_blocked", "merged", "replay", "rows", "sent",
-        "session", "waiting_bytes", "write",
+        "_counted", "codec", "has_arrays", "has_restated", "held", "is_blocked", "merged", "replay",
+        "replay_bytes", "rows", "sent", "session", "waiting_bytes", "write",
     )  # fmt: skip
 
     def __init__(self, session: Any, write: Callable[[bytes], None], codec: Codec = JSON) -> None:
@@ -78,6 +79,7 @@ class Outbox:
         self.has_restated = False
         self.rows: list[Row] = []
         self.replay: deque[Row] | None = None
+        self.replay_bytes = 0
         self.held: dict[Lane, Held] | None = None
         self.is_blocked = False
         self.sent = 0
@@ -156,6 +158,7 @@ class Outbox:
             row = self.replay.popleft()
             rows.append((row.lane, 0, "", row.text))
             size += len(row.text)
+        self.replay_bytes -= size
         if not self.replay:
             self.replay = None
         self.sent += len(rows)
@@ -207,6 +210,7 @@ class Outbox:
         gone = set(lanes)
         if self.replay:
             self.replay = deque(row for row in self.replay if row.lane not in gone) or None
+            self.replay_bytes = sum(len(row.text) for row in self.replay or ())
         if self.rows:
             kept = [row for row in self.rows if row.lane not in gone]
             self._forget_rows()
@@ -241,6 +245,7 @@ class Outbox:
         """Forget everything that waits."""
         self._forget_rows()
         self.held = self.replay = None
+        self.replay_bytes = 0
         self.has_restated = False
         self.waiting_bytes = 0
 

@@ -212,7 +212,9 @@ class Session:
                     if newest is not None:
                         undelivered.append(newest)
             elif code in answer.missed:
-                resume = self.watchlist.resume(channel, shape, request.since[code][1], answer.missed[code])
+                resume = self.watchlist.resume(
+                    channel, shape, request.since[code][1], answer.missed[code], self._desk.limits.replay_bytes
+                )
             else:
                 self.watchlist.begin(channel, shape, channel.seq if is_sent else None)
             if code in request.since:

@@ -38,19 +38,34 @@ class Watchlist:
         lane = self._index.add(channel, self._outbox, shape, base=base)
         self.subscriptions[channel.code] = Subscription(lane, base)
 
-    def resume(self, channel: Channel, shape: Shape, since: int, missed: Sequence[tuple[int, bytes]]) -> str:
-        """Subscribe behind ``since`` with the rows that were missed; return what the ack calls that."""
+    def resume(
+        self, channel: Channel, shape: Shape, since: int, missed: Sequence[tuple[int, bytes]], most_bytes: int
+    ) -> str:
+        """Subscribe behind ``since`` with the rows that were missed.
+
+        Args:
+            most_bytes: of rows that wait to be replayed; a code with more gets its newest row instead.
+
+        Returns:
+            What the ack calls that.
+        """
+        outbox = self._outbox
+        texts = [Channel(channel.code, seq, bare).text(shape.view, shape.format) for seq, bare in missed]
+        if outbox.replay_bytes + sum(map(len, texts)) > most_bytes:
+            self.begin(channel, shape, channel.seq)
+            return "snapshot"
         base = missed[-1][0] if missed else since
-        lane = self._index.add(channel, self._outbox, shape, base=base)
+        lane = self._index.add(channel, outbox, shape, base=base)
         subscription = self.subscriptions[channel.code] = Subscription(lane, since)
         if not missed:
             return "current"
-        if self._outbox.replay is None:
-            self._outbox.replay = deque()
+        if outbox.replay is None:
+            outbox.replay = deque()
         prev = since
-        for seq, bare in missed:
-            text = Channel(channel.code, seq, bare).text(shape.view, shape.format)
-            self._outbox.replay.append(Row(lane, seq, prev, text))
+        for (seq, _), text in zip(missed, texts, strict=True):
+            row = Row(lane, seq, prev, text)
+            outbox.replay.append(row)
+            outbox.replay_bytes += len(row.text)
             subscription.add_own()
             prev = seq
         return "replay"

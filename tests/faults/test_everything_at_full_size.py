@@ -31,7 +31,13 @@ CODES_EACH = 8
 CLIENTS = 200
 TICKS_PER_S = 5000
 # However long a busy machine takes to restart something, the rows of that time are kept.
-QUICK = {"heartbeat_ms": 500, "probe_interval_s": 0.1, "probe_timeout_s": 0.5, "ring_code_bytes": 1_000_000}
+QUICK = {
+    "heartbeat_ms": 500,
+    "probe_interval_s": 0.1,
+    "probe_timeout_s": 0.5,
+    "ring_code_bytes": 1_000_000,
+    "replay_bytes": 10_000_000,
+}
 PATIENCE_S = 60
 LEAVES = {"leaves_after": 80}  # every two seconds or so
 VIEW = {"fields": ["last", "volume"]}

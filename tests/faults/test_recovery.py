@@ -24,7 +24,13 @@ StartServer = Callable[..., Awaitable[QuotepushServer]]
 
 CODES = [f"C{n:02}" for n in range(30)]
 # However long a busy machine takes to restart something, the rows of that time are kept.
-QUICK = {"heartbeat_ms": 200, "probe_interval_s": 0.1, "probe_timeout_s": 0.5, "ring_code_bytes": 1_000_000}
+QUICK = {
+    "heartbeat_ms": 200,
+    "probe_interval_s": 0.1,
+    "probe_timeout_s": 0.5,
+    "ring_code_bytes": 1_000_000,
+    "replay_bytes": 10_000_000,
+}
 VIEW = ["last", "volume"]
 
 

@@ -60,6 +60,30 @@ def test_what_main_no_longer_has_comes_as_a_snapshot_also_without_one() -> None:
     assert [(row["code"], row["seq"]) for row in snapshot["data"]] == [("A", 9)]
 
 
+def test_what_is_too_much_to_replay_comes_as_a_snapshot() -> None:
+    counter = Counter(replay_bytes=100)
+    counter.desk.replay = lambda outbox: None
+    rows = [(seq, orjson.dumps({"code": "A", "seq": seq, "name": "x" * 20})) for seq in (8, 9)]
+    assert 50 < sum(len(row) for _, row in rows) <= 100
+    for code in ("A", "B"):
+        counter.set_row(code, 9)
+        counter.missed[code] = rows
+    session, link = counter.open()
+    say(session, action="subscribe", codes=["A", "B"], snapshot=False, epoch="epoch-1", since={"A": 7, "B": 7})
+    counter.answer_all()
+    ack, snapshot = link.take()
+    assert [entry["resume"] for entry in ack["accepted"]] == ["replay", "snapshot"]
+    assert [(row["code"], row["seq"]) for row in snapshot["data"]] == [("B", 9)]
+    assert len(session.outbox.replay or ()) == 2
+    session.outbox.take_replay(5)
+    assert session.outbox.replay_bytes == 0
+    say(session, action="unsubscribe", codes=["B"])
+    link.take()
+    say(session, action="subscribe", codes=["B"], epoch="epoch-1", since={"B": 7})
+    counter.answer_all()
+    assert only(link)["accepted"][0]["resume"] == "replay"
+
+
 @pytest.mark.parametrize("option", [{"max_rate": 2}, {"fields": ["bids"]}])
 def test_rows_with_a_rate_or_a_book_are_not_replayed(option: dict[str, Any]) -> None:
     counter = Counter()
