@@ -70,7 +70,7 @@ class Scene:
     """A market, a server that reaches its Redis through a door, and clients of all kinds.
 
     Attributes:
-        merged_by_main: rows that mains which are no more had merged, as far as anybody knows.
+        merged_by_main: rows that main has merged, in all its lives: it was behind, or one of its workers.
     """
 
     def __init__(self, server: QuotepushServer, redis: RedisServer, door: Door, market: Market, fleet: Fleet) -> None:
@@ -140,11 +140,14 @@ class Scene:
         await wait_until(is_replaced, PATIENCE_S)
 
     async def kill_main(self) -> None:
-        self.merged_by_main += await self.server.metric("rows_merged_main")
+        await self.note_merged()
         await self.server.kill()
         await self.server.start()
 
     # How it ends
+
+    async def note_merged(self) -> None:
+        self.merged_by_main += await self.server.metric("rows_merged_main")
 
     async def everybody_has_the_newest_rows(self) -> list[Sight]:
         """The market stands still; return all that the clients have seen."""
@@ -188,16 +191,19 @@ async def scene_of(
         finally:
             publishing.cancel()
             await asyncio.wait([publishing])
+            if not publishing.cancelled():
+                publishing.result()
         merged = sum(map(market.judge, seen))
         unthrottled = [sight for sight in seen if is_unthrottled(sight)]
+        await scene.note_merged()
         print(
             f"\n{len(seen)} clients, {sum(s.lives for s in seen):,} connections; {market.published:,} ticks, "
             f"{market.published / market.took_s:,.0f} a second; {sum(s.received for s in seen):,} rows, "
-            f"{merged:,} merged, {sum(s.merged for s in unthrottled):,} of them for the {len(unthrottled)} "
-            f"clients that want every row"
+            f"{merged:,} merged ({scene.merged_by_main:,.0f} by main for all), {sum(s.merged for s in unthrottled):,} "
+            f"for the {len(unthrottled)} clients that want every row"
         )
-        # Only for who was told to be slow a row may have been merged, or by a main that was behind.
-        if not scene.merged_by_main + await server.metric("rows_merged_main"):
+        # Else only who was told to be slow may have missed a row.
+        if not scene.merged_by_main:
             assert [s.merged for s in unthrottled if s.merged and "conflating" not in s.states] == []
         await server.stop()  # while the door is there
 
@@ -220,7 +226,7 @@ async def scene(start_server: StartServer, lasting_redis: RedisServer) -> AsyncI
         yield scene
         assert await scene.server.metric("log_gap_rows") == 0
     for sight in seen:
-        market.judge_whole(sight)
+        market.judge_whole(sight, was_behind=scene.merged_by_main > 0)
 
 
 async def test_redis_is_killed_and_has_kept_everything(scene: Scene) -> None:
