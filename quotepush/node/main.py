@@ -26,7 +26,7 @@ from redis.exceptions import RedisError
 from setproctitle import setproctitle
 
 from quotepush.cluster.nodes import purge_node
-from quotepush.errors import OperatorError, PortUnavailable, RedisUnavailable, SettingsError
+from quotepush.errors import OperatorError, PortUnavailable, RedisUnavailable, SettingsError, reason_of
 from quotepush.ingest.keys import FeedKeys
 from quotepush.ingest.listener import FeedListener
 from quotepush.ingest.log import LogFollower
@@ -136,7 +136,8 @@ class _Main:
                 removed = await purge_node(registry, settings.redis_prefix, settings.node)
             except (RedisError, OSError, TimeoutError) as e:
                 shown = without_password(settings.registry_url)
-                raise RedisUnavailable("registry_redis", shown, str(e) or type(e).__name__) from None
+                reason = reason_of(e, settings.redis_timeout_s)
+                raise RedisUnavailable("registry_redis", shown, reason) from None
             if removed:
                 log.info("registry: %d connections of an earlier life removed", removed)
             self._follower = LogFollower(
@@ -420,10 +421,8 @@ async def _check_redis(redis: Redis, role: str, url: str, settings: Settings) ->
     try:
         async with asyncio.timeout(settings.redis_timeout_s):
             await redis.ping()
-    except TimeoutError:
-        raise RedisUnavailable(role, shown, f"no answer within {settings.redis_timeout_s:g} s") from None
-    except (RedisError, OSError) as e:
-        raise RedisUnavailable(role, shown, str(e) or type(e).__name__) from None
+    except (RedisError, OSError, TimeoutError) as e:
+        raise RedisUnavailable(role, shown, reason_of(e, settings.redis_timeout_s)) from None
 
 
 def _raise_file_limit(wanted: int) -> int:
