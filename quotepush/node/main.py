@@ -239,6 +239,7 @@ class _Main:
     def _note_link(self, is_up: bool) -> None:
         if is_up:
             self._follower.lose_step()
+            self._tell_readiness()
         else:
             self._follower.note_cut()
         self._supervisor.hurry_news()
@@ -280,7 +281,8 @@ class _Main:
     def _tell_readiness(self) -> None:
         ready, count = self._supervisor.ready, len(self._supervisor.slots)
         notify(STATUS=f"{ready} of {count} workers ready")
-        if ready == count and not self._is_ready:
+        # Whoever publishes once we are ready is heard, so the feed's link must have been made, too.
+        if ready == count and self._listener.links and not self._is_ready:
             self._is_ready = True
             self._announce(f"quotepush ready {self._addresses} node={self._settings.node} workers={count}")
             notify(READY="1")

@@ -668,3 +668,29 @@ async def test_everything_public_lies_below_the_base_path(start_server: StartSer
         ):  # fmt: skip
             async with http.get(server.url + path) as response:
                 assert response.status == status, path
+
+
+async def test_it_is_ready_only_when_ticks_reach_it(tmp_path: Path, redis_server: RedisServer) -> None:
+    admin_port = free_port()
+    async with redis_server.client() as redis:
+        await redis.execute_command("ACL", "SETUSER", "feed", "on", ">x", "~*", "&*", "+@all", "-psubscribe")
+        url = redis_server.url.replace("//", "//feed:x@")
+        server = QuotepushServer(tmp_path / "server", url, admin_port=admin_port)
+        server.admin_port = admin_port
+        server.spawn()
+        try:
+
+            async def only_the_link_is_missing() -> bool:
+                try:
+                    _, facts = await server.admin("/readyz")
+                except aiohttp.ClientError:  # it has not got there yet
+                    return False
+                return bool(facts["workers"] == 2)
+
+            await wait_until(only_the_link_is_missing, 30)
+            assert "quotepush ready" not in server.log()
+            await redis.execute_command("ACL", "SETUSER", "feed", "+psubscribe")
+            await wait_until(lambda: "quotepush ready" in server.log(), 30)
+            assert await redis.publish("quote.A", '{"last":1}') == 1
+        finally:
+            server.kill_everything()

@@ -170,7 +170,7 @@ async def test_what_redis_refuses_for_good_ends_a_publisher_that_drops_too(redis
 
 
 async def test_logged_publisher_gives_up_when_it_was_told_to(redis_server: RedisServer):
-    async with logged_of(redis_server.url, give_up_s=0.1) as publisher:
+    async with logged_of(redis_server.url, give_up_s=1) as publisher:
         redis_server.kill()
         with pytest.raises(RedisUnavailable):
             await publisher.publish([("A", {"last": 1})])
