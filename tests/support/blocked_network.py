@@ -61,7 +61,9 @@ class BlockedNetwork:
         await asyncio.gather(*(ws.close() for ws in list(self._open)))
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
-        async with self._http.get(self._server_url + request.path_qs, headers={"Accept-Encoding": "identity"}) as answer:
+        async with self._http.get(
+            self._server_url + request.path_qs, headers={"Accept-Encoding": "identity"}
+        ) as answer:
             return web.Response(
                 status=answer.status, body=await answer.read(), headers={"Content-Type": answer.headers["Content-Type"]}
             )
@@ -74,7 +76,9 @@ class BlockedNetwork:
             return web.Response(status=502, text="what is an upgrade?")
         here = web.WebSocketResponse(protocols=["quotes.v1.json"])
         await here.prepare(request)
-        async with self._http.ws_connect(self._server_url + "/ws", protocols=["quotes.v1.json"], max_msg_size=0) as there:
+        async with self._http.ws_connect(
+            self._server_url + "/ws", protocols=["quotes.v1.json"], max_msg_size=0
+        ) as there:
             self._open.add(there)
 
             async def up() -> None:
@@ -93,8 +97,10 @@ class BlockedNetwork:
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         query = dict(request.query)
-        position = request.headers.get("Last-Event-ID") or query.get("last_event_id")
-        self.streams.append({**query, **({"Last-Event-ID": request.headers["Last-Event-ID"]} if "Last-Event-ID" in request.headers else {})})
+        if "Last-Event-ID" in request.headers:
+            query["Last-Event-ID"] = request.headers["Last-Event-ID"]
+        self.streams.append(query)
+        position = query.get("Last-Event-ID") or query.get("last_event_id")
         codes = query["codes"].split(",")
         assert len(codes) <= _MOST_CODES
         places: dict[str, Any] = dict(self._positions[int(position)]) if position else {}

@@ -47,7 +47,12 @@ class ScriptClient:
     """
 
     def __init__(
-        self, url: str, *, token: str | Callable[[], str | None] | None = None, without: Iterable[str] = (), **options: Any
+        self,
+        url: str,
+        *,
+        token: str | Callable[[], str | None] | None = None,
+        without: Iterable[str] = (),
+        **options: Any,
     ) -> None:
         self._url = url
         self._token = token
