@@ -61,3 +61,4 @@ page.setData = (changes) => {
 page.onLoad({ url, codes });
 page.onShow();
 for await (const line of createInterface({ input: process.stdin })) page[line]();
+process.exit();
