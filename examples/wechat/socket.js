@@ -6,7 +6,7 @@ export class WechatSocket {
     this.#task = wx.connectSocket({ url, protocols });
     this.#task.onMessage(({ data }) => this.onmessage?.({ data }));
     this.#task.onClose(({ code, reason }) => this.onclose?.({ code, reason }));
-    this.#task.onError(() => this.onclose?.({ code: 1006, reason: "" }));
+    this.#task.onError(() => this.onerror?.());
   }
 
   send(data) {

@@ -57,12 +57,13 @@ export interface ConnectOptions {
 }
 
 /**
- * What is used of a WebSocket: `onmessage` is called with `{ data }`, a text, and `onclose` with `{ code, reason }`, also
- * by a socket that could not open.
+ * What is used of a WebSocket: `onmessage` is called with `{ data }`, a text, and `onclose` with `{ code, reason }`. A socket
+ * that could not open calls `onclose` or `onerror`.
  */
 export interface SocketLike {
   onmessage: ((this: any, event: any) => any) | null;
   onclose: ((this: any, event: any) => any) | null;
+  onerror: ((this: any, event: any) => any) | null;
   send(data: string): void;
   close(): void;
 }

@@ -284,7 +284,7 @@ class Quotes {
   }
 
   #due() {
-    const groups = new Map();
+    const groups = {};
     for (const [spelling, wish] of this.#wishes) {
       const options = this.#optionsOf(wish);
       const text = JSON.stringify(options);
@@ -297,10 +297,9 @@ class Quotes {
       else if (!wish.isNewView) options.snapshot = false;
       else if (line) line.awaits = "view";
       wish.isNewView = false;
-      const group = JSON.stringify(options);
-      groups.set(group, [...(groups.get(group) ?? []), spelling]);
+      (groups[JSON.stringify(options)] ??= []).push(spelling);
     }
-    return groups;
+    return Object.entries(groups);
   }
 
   #optionsOf({ options: { fields, max_rate, snapshot } }) {
@@ -331,7 +330,7 @@ class Quotes {
   #streamOptions() {
     // A stream has one set of options: where they differ it is sent everything.
     const sets = new Set([...this.#wishes.values()].map((wish) => JSON.stringify(this.#optionsOf(wish))));
-    return { ...(sets.size === 1 && JSON.parse([...sets])), codes: [...this.#wishes.keys()] };
+    return { ...(sets.size === 1 && JSON.parse(...sets)), codes: [...this.#wishes.keys()] };
   }
 
   async #query() {
@@ -340,7 +339,7 @@ class Quotes {
     this.#streamed = JSON.stringify(options);
     const codes = options.codes.splice(STREAM_CODES);
     if (codes.length) this.#emit("error", { type: "error", error: "code_limit", codes });
-    return options.codes.length && { ...options, snapshot: null, token };
+    return options.codes.length && { ...options, token };
   }
 
   #request(action, parameters) {
@@ -385,6 +384,7 @@ class Link {
     const socket = this.#dial();
     socket.onmessage = ({ data }) => this.#hear(data);
     socket.onclose = ({ code, reason }) => this.lost(code, reason);
+    socket.onerror = () => this.state === "connecting" && this.lost(); // in Node no close follows
     this.#begin(socket);
   }
 
@@ -395,14 +395,14 @@ class Link {
     const url = new URL(this.#url.replace(/^ws/, "http"));
     url.pathname = url.pathname.replace(/[^/]*$/, "stream");
     query.last_event_id = this.#position;
-    for (const name in query) if (query[name] != null) url.searchParams.set(name, query[name]);
+    for (const name in query) if (query[name]) url.searchParams.set(name, query[name]);
     this.#drop();
     this.isStream = true;
     const stream = new this.#env.EventSource(url.href);
     for (const type of STREAM_EVENTS) {
       stream.addEventListener(type, ({ data, lastEventId }) => {
         if (data) {
-          this.#position = lastEventId || this.#position;
+          this.#position = lastEventId;
           this.#hear(data);
         } else if (stream.readyState === 2) this.lost(); // its own event, also named error
         else this.#report("connecting"); // it comes back by itself
@@ -537,7 +537,7 @@ class Link {
     this.#watch();
     if (!this.#socket) return;
     // Its own close event can come minutes later on a dead link.
-    this.#socket.onmessage = this.#socket.onclose = null;
+    this.#socket.onmessage = this.#socket.onclose = this.#socket.onerror = null;
     this.#socket.close();
     this.#socket = null;
   }

@@ -7,18 +7,6 @@ import { connect } from "../../quotepush/static/quotepush.js";
 
 const EVENTS = ["state", "row", "merged", "gap", "hello", "ack", "snapshot", "tick", "heartbeat", "status", "message", "error", "pong"];
 
-/** As in browsers: a socket that could not open closes. That of Node 20 says only that there was an error. */
-class Socket extends WebSocket {
-  constructor(...parameters) {
-    super(...parameters);
-    let isOver = false;
-    this.addEventListener("close", () => (isOver = true));
-    this.addEventListener("error", () => {
-      setImmediate(() => isOver || this.onclose?.({ code: 1006, reason: "" }));
-    });
-  }
-}
-
 const say = (event, payload) => process.stdout.write(`${JSON.stringify([event, payload])}\n`);
 const awaited = [];
 let quotes;
@@ -33,7 +21,7 @@ const actions = {
     }
     // Another place without a socket of its own, or without streams.
     for (const name of options.without ?? []) options[name] = undefined;
-    quotes = connect(url, { WebSocket: Socket, ...options });
+    quotes = connect(url, options);
     for (const event of EVENTS) quotes.on(event, (payload) => say(event, payload));
   },
   token([text]) {

@@ -373,6 +373,16 @@ test("a link without any message for two and a half heartbeats is given up", () 
   assert.equal(sockets.length, 2);
 });
 
+test("a socket that could not open is not waited for, whether it says so by an error, a close, or both", () => {
+  open();
+  newest().onerror({});
+  assert.deepEqual([states.at(-1).state, states.at(-1).reason, newest().onclose], ["waiting", "unreachable", null]);
+  clock.advance(250);
+  newest().says(HELLO);
+  newest().onerror({}); // its close says more
+  assert.equal(states.at(-1).state, "open");
+});
+
 test("an opening that nobody answers is given up too", () => {
   open();
   clock.advance(11_000);

@@ -32,7 +32,7 @@ def test_browser_client_subscribes_reconnects_and_resubscribes_by_its_rules() ->
 
 def test_browser_client_is_small_and_needs_nothing_else() -> None:
     source = (STATIC / "quotepush.js").read_bytes()
-    assert len(gzip.compress(source, 9)) <= 6 * 1024
+    assert len(gzip.compress(source, 9)) <= 6 * 1024 - len(b"quotepush.js\0")  # the program gzip adds the name
     assert re.search(rb"^import ", source, re.MULTILINE) is None
 
 
