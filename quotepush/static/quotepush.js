@@ -389,9 +389,8 @@ class Link {
   }
 
   async stream() {
-    const before = this.#socket;
     const query = await this.#owner.query();
-    if (!query || this.#socket !== before || this.state === "closed") return;
+    if (!query || this.state === "closed" || (this.#socket && !this.isStream)) return;
     const url = new URL(this.#url.replace(/^ws/, "http"));
     url.pathname = url.pathname.replace(/[^/]*$/, "stream");
     query.last_event_id = this.#position;

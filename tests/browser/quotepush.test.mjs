@@ -39,7 +39,7 @@ class Clock {
   }
 }
 
-let clock, sockets, random, answer, wakers, states;
+let clock, sockets, streams, random, answer, wakers, states;
 
 class FakeSocket {
   sent = [];
@@ -66,6 +66,31 @@ class FakeSocket {
   /** The server, or the network, ends it. */
   ends(code = 1006, reason = "") {
     this.onclose({ code, reason });
+  }
+}
+
+class FakeStream extends EventTarget {
+  readyState = 1;
+
+  constructor(url) {
+    super();
+    this.query = Object.fromEntries(new URL(url).searchParams);
+    this.path = url.split("?")[0];
+    streams.push(this);
+  }
+
+  close() {
+    this.readyState = 2;
+  }
+
+  says(message, lastEventId = "") {
+    this.dispatchEvent(Object.assign(new Event(message.type), { data: JSON.stringify(message), lastEventId }));
+  }
+
+  /** The connection is lost; it comes back by itself unless it was refused. */
+  ends(isRefused = false) {
+    this.readyState = isRefused ? 2 : 0;
+    this.dispatchEvent(new Event("error"));
   }
 }
 
@@ -102,6 +127,7 @@ async function subscribed(codes, onRow) {
 beforeEach(() => {
   clock = new Clock();
   sockets = [];
+  streams = [];
   states = [];
   random = 0.5;
   answer = async () => {
@@ -816,4 +842,153 @@ test("a connection that was open is not asked about", () => {
   newest().says(HELLO);
   newest().ends();
   assert.equal(states.at(-1).reason, "connection_lost");
+});
+
+// ------------------------------------------------------------------ where WebSockets are blocked
+
+/** Watch codes by a stream; returns the client. */
+async function streaming(codes = ["A"], options = {}) {
+  answer = answers(426);
+  const quotes = open({ EventSource: FakeStream, ...options });
+  quotes.subscribe(codes);
+  await blocked();
+  await blocked();
+  return quotes;
+}
+
+/** One more socket cannot open. */
+async function blocked() {
+  if (states.at(-1)?.state === "waiting") clock.advance(states.at(-1).retryAt - clock.now);
+  newest().ends();
+  await settle();
+}
+
+const stream = () => streams.at(-1);
+
+test("two sockets that never said hello are followed by a stream beside the WebSocket's path", async () => {
+  const quotes = await streaming(["A", "B"]);
+  assert.deepEqual([stream().path, stream().query], ["http://quotes.test/stream", { codes: "A,B" }]);
+  stream().says({ ...HELLO, auth: "none" });
+  stream().says({ type: "ack", action: "subscribe", accepted: [{ code: "A", as: "A" }], rejected: [] });
+  stream().says({ type: "snapshot", data: [{ code: "A", seq: 4 }] });
+  assert.deepEqual(states.at(-1), { state: "open", stream: true });
+  assert.equal(quotes.rows.get("A").seq, 4);
+  quotes.ping(); // a stream takes no requests
+});
+
+test("a socket that has said hello meanwhile makes the next failure a first one", async () => {
+  answer = answers(426);
+  open({ EventSource: FakeStream }).subscribe("A");
+  await blocked();
+  clock.advance(states.at(-1).retryAt - clock.now);
+  newest().says(HELLO);
+  newest().ends();
+  await blocked();
+  assert.equal(streams.length, 0);
+  await blocked();
+  assert.equal(streams.length, 1);
+});
+
+test("a server that is full, or away, is not asked for a stream", async () => {
+  open({ EventSource: FakeStream }).subscribe("A");
+  await blocked();
+  await blocked();
+  answer = answers(503);
+  await blocked();
+  assert.equal(streams.length, 0);
+});
+
+test("a change of what is wanted opens another stream behind the last event of the one before", async () => {
+  const quotes = await streaming(["A"]);
+  stream().says(HELLO, "7");
+  quotes.subscribe("B", { max_rate: 2 });
+  await settle();
+  assert.deepEqual([streams.length, streams[0].readyState, stream().query], [2, 2, { codes: "A,B", last_event_id: "7" }]);
+  stream().says(HELLO, "8");
+  quotes.subscribe("A", { max_rate: 2 });
+  await settle();
+  assert.deepEqual(stream().query, { codes: "A,B", max_rate: "2", last_event_id: "8" });
+  stream().says(HELLO, "9");
+  await settle();
+  assert.equal(streams.length, 3);
+});
+
+test("what is wanted while a token for the stream is awaited is on the stream in the end", async () => {
+  const bring = [];
+  const quotes = await streaming(["A"], { token: () => new Promise((resolve) => bring.push(resolve)) });
+  bring.shift()("t1");
+  await settle();
+  stream().says(HELLO);
+  quotes.subscribe("B");
+  await settle();
+  quotes.subscribe("C");
+  await settle();
+  bring.shift()("t2");
+  await settle();
+  quotes.subscribe("D");
+  bring.shift()("t3");
+  await settle();
+  stream().says(HELLO);
+  await settle();
+  while (bring.length) bring.shift()("t4");
+  await settle();
+  assert.equal(stream().query.codes, "A,B,C,D");
+});
+
+test("a stream that was lost is shown as such until it says hello again, and one that was refused is asked anew", async () => {
+  await streaming();
+  stream().says(HELLO);
+  stream().ends();
+  assert.equal(states.at(-1).state, "connecting");
+  stream().says(HELLO);
+  assert.equal(states.at(-1).state, "open");
+  stream().ends(true);
+  assert.equal(states.at(-1).state, "waiting");
+  await blocked();
+  assert.equal(streams.length, 2);
+});
+
+test("a stream without any message for two and a half heartbeats is given up", async () => {
+  await streaming();
+  stream().says(HELLO);
+  clock.advance(11_000);
+  assert.deepEqual([states.at(-1).state, states.at(-1).reason, stream().readyState], ["waiting", "silent", 2]);
+});
+
+test("a stream is opened again with a newer token before the old one ends", async () => {
+  let count = 0;
+  await streaming(["A"], { token: () => `t${++count}` });
+  stream().says({ ...HELLO, auth: "ok", time: 0, expires: 12_000 }, "3");
+  clock.advance(9_000);
+  await settle();
+  assert.deepEqual(stream().query, { codes: "A", token: "t2", last_event_id: "3" });
+});
+
+test("a token that a stream refuses is followed by one more try, and then by none", async () => {
+  let count = 0;
+  await streaming(["A"], { token: () => `t${++count}` });
+  stream().says({ type: "error", error: "auth_failed" });
+  assert.deepEqual([states.at(-1).state, states.at(-1).reason], ["waiting", "auth_failed"]);
+  await blocked();
+  assert.equal(stream().query.token, "t2");
+  stream().says({ type: "error", error: "auth_failed" });
+  assert.deepEqual(states.at(-1), { state: "closed", code: 4401, reason: "auth_failed" });
+});
+
+test("the WebSocket is tried every three minutes, and taken as soon as one says hello", async () => {
+  const quotes = await streaming();
+  stream().says({ ...HELLO, heartbeat_ms: 1_000_000 });
+  const before = sockets.length;
+  clock.advance(180_000);
+  assert.equal(sockets.length, before + 1);
+  clock.advance(180_000);
+  assert.equal(sockets.length, before + 2);
+  assert.ok(sockets[before].isClosed);
+  newest().says(HELLO);
+  assert.deepEqual([stream().readyState, sockets.length], [2, before + 3]);
+  newest().says(HELLO);
+  await settle();
+  assert.deepEqual([states.at(-1), newest().sent[0].codes], [{ state: "open" }, ["A"]]);
+  quotes.close();
+  assert.equal(clock.pending, 0);
 });
