@@ -1,111 +1,106 @@
-/**
- * quotepush.js: live quotes from a quotepush server, in one module without dependencies.
- *
- *     import { connect } from "./quotepush.js";
- *
- *     const quotes = connect("wss://quotes.example/ws");
- *     quotes.subscribe(["600519.SH", "AAPL"], row => console.log(row.code, row.last));
- *     quotes.on("state", ({ state, reason }) => console.log(state, reason));
- *
- * The connection looks after itself: it notices a link that is silently dead, comes back with
- * growing, randomly spread pauses, and makes all subscriptions again in one message. A row is
- * always complete, so it never has to be merged with the one before.
- */
+/** Live quotes from a quotepush server; quotepush.d.ts says how to use it. License: MIT. */
 
-const SUBPROTOCOL = "quotes.v1.json";
 const BACKOFF_MS = 500;
 const BACKOFF_MAX_MS = 20_000;
 const OPEN_TIMEOUT_MS = 10_000;
-const ASK_TIMEOUT_MS = 5_000;
-// auth_failed, kicked or forbidden, replaced by a newer connection of the same user.
-const PERMANENT = new Set([4401, 4403, 4409]);
+const MOMENT_MS = 5000; // to answer a GET, to be hidden, to get another token
+const PROBE_MS = 180_000;
+const PERMANENT = [4401, 4403, 4409];
 // A link is dead after this many checks without a message; four checks make one heartbeat.
 const SILENT_CHECKS = 10;
+const STREAM_CODES = 300; // the most of one stream
+const STREAM_EVENTS = ["hello", "ack", "snapshot", "tick", "heartbeat", "status", "message", "error"];
 
-/**
- * Connect to a server and keep connected until `close()`.
- *
- * `url` is `ws:`, `wss:`, `http:` or `https:`, or relative to the page. The options replace what
- * the platform offers: `WebSocket`, `fetch`, `setTimeout`, `clearTimeout`, `random`, `now`.
- *
- * Events, each with one argument:
- *
- * - `state`: `{state, reason, code, attempt, retryAt, message}`; `state` is `connecting`, `open`,
- *   `waiting` (the next attempt starts at `retryAt`, in epoch milliseconds) or `closed` (for good).
- * - `row`: every row of every subscribed code. `heartbeat`, `status`, `message`, `ack`, `pong`:
- *   the server's message. `pong` also has `rtt_ms`.
- * - `error`: the server's error message, with the `codes` of the request that it answers.
- */
-export function connect(url, options = {}) {
-  const quotes = new Quotes(absolute(url), { ...globalsOf(globalThis), ...options });
+// Not every place where scripts run knows globalThis.
+const home = typeof globalThis === "undefined" ? {} : globalThis;
+
+export function connect(url, options) {
+  const { WebSocket, EventSource, fetch } = home;
+  const quotes = new Quotes(absolute(url), {
+    WebSocket,
+    EventSource,
+    fetch,
+    setTimeout,
+    clearTimeout,
+    random: Math.random,
+    now: Date.now,
+    hiddenRate: 1,
+    ...options,
+  });
   quotes.reconnect();
   return quotes;
 }
 
 class Quotes {
-  /** The newest row of each subscribed code. */
   rows = new Map();
-  /** Rows that the server merged into newer ones because this client or a limit was slower. */
   merged = 0;
-  /** The server's first message on this connection. */
   hello = null;
 
-  #wanted = new Map(); // spelling → { code once acknowledged, listeners }
-  #spellings = new Map(); // code → spellings it was subscribed by
-  #asked = new Set(); // spellings that this connection has asked for
-  #dropped = new Set(); // codes that this connection has yet to unsubscribe
-  #requests = new Map(); // id → { action, codes, sentAt }
+  #wishes = new Map(); // spelling → { code, options, isNewView, listeners }
+  #lines = new Map(); // code → { spellings, epoch, seq, awaits: why a snapshot comes }
+  #asked = new Map(); // spelling → options, on this connection
+  #dropped = new Set(); // codes to unsubscribe
+  #requests = new Map();
   #lastId = 0;
-  #syncing = false;
-  #pause = null;
-  #events = new Map();
-  #link;
+  #events = {};
+  #streamed;
+  #isSyncing;
+  #isHeld; // no requests now
+  #isRefused; // the newest token was
+  #isHidden;
   #env;
+  #link;
+  #pause;
+  #hiding;
+  #renewal;
   #forget;
 
   constructor(url, env) {
+    const { document } = home;
+    const onVisible = () => this.setVisible(document.visibilityState !== "hidden");
     this.#env = env;
-    this.#link = new Link(url, env, (message) => this.#receive(message), (state) => this.#emit("state", state));
-    this.#forget = onWake(() => {
-      // A socket that slept may look open for minutes: make the server speak, or give it up.
-      if (this.#link.wake()) this.ping();
+    this.#pause = timer(env);
+    this.#hiding = timer(env);
+    this.#renewal = timer(env);
+    this.#link = new Link(url, env, {
+      onMessage: (message) => this.#receive(message),
+      onState: (state) => this.#emit("state", state),
+      query: () => this.#query(),
+      mayRetry: () => typeof env.token === "function" && !this.#isRefused && (this.#isRefused = true),
     });
+    this.#forget = [listen(home, "online", () => this.wake()), listen(document, "visibilitychange", onVisible)];
+    if (document?.visibilityState === "hidden") onVisible();
   }
 
-  /** `connecting`, `open`, `waiting` or `closed`. */
   get state() {
     return this.#link.state;
   }
 
-  /**
-   * Subscribe to codes, now and after every reconnect; `onRow` gets each row of them.
-   *
-   * Any spelling that the server understands will do; the `ack` event tells what was understood
-   * and what was refused. A refused code is asked for again on the next connection, until it is
-   * unsubscribed.
-   */
-  subscribe(codes, onRow) {
+  subscribe(codes, options, onRow) {
+    if (typeof options === "function") return this.subscribe(codes, null, options);
     for (const spelling of listOf(codes)) {
-      if (!this.#wanted.has(spelling)) this.#wanted.set(spelling, { code: null, listeners: new Set() });
-      const { code, listeners } = this.#wanted.get(spelling);
+      if (!this.#wishes.has(spelling)) this.#wishes.set(spelling, { options: {}, listeners: new Set() });
+      const wish = this.#wishes.get(spelling);
+      if (options) {
+        wish.isNewView ||= `${options.fields}` !== `${wish.options.fields}`;
+        wish.options = options;
+      }
       if (!onRow) continue;
-      listeners.add(onRow);
-      if (this.rows.has(code)) call(onRow, this.rows.get(code));
+      wish.listeners.add(onRow);
+      if (this.rows.has(wish.code)) tell([onRow], this.rows.get(wish.code));
     }
     this.#sync();
   }
 
-  /** Drop codes, by the spelling they were subscribed with, and all their listeners. */
   unsubscribe(codes) {
     for (const spelling of listOf(codes)) {
-      const code = this.#wanted.get(spelling)?.code;
-      this.#wanted.delete(spelling);
-      // While the answer is on its way the spelling counts as asked; the ack then drops its code.
-      if (!this.#isPending(spelling)) this.#asked.delete(spelling);
-      const others = this.#spellings.get(code);
-      others?.delete(spelling);
-      if (others?.size === 0) {
-        this.#spellings.delete(code);
+      const code = this.#wishes.get(spelling)?.code;
+      const line = this.#lines.get(code);
+      this.#wishes.delete(spelling);
+      this.#asked.delete(spelling);
+      line?.spellings.delete(spelling);
+      if (line?.spellings.size === 0) {
+        this.#lines.delete(code);
         this.rows.delete(code);
         this.#dropped.add(code);
       }
@@ -113,130 +108,238 @@ class Quotes {
     this.#sync();
   }
 
-  /** Call `fn` on each `event`; the returned function ends that. */
   on(event, fn) {
-    if (!this.#events.has(event)) this.#events.set(event, new Set());
-    this.#events.get(event).add(fn);
-    return () => this.#events.get(event).delete(fn);
+    (this.#events[event] ??= new Set()).add(fn);
+    return () => this.#events[event].delete(fn);
   }
 
-  /** Measure the round trip; the answer is a `pong` event with `rtt_ms`. */
   ping() {
-    if (this.state === "open") this.#request("ping");
+    if (this.state === "open" && !this.#link.isStream) this.#request("ping");
   }
 
-  /** Connect at once: instead of waiting, or after the connection was closed for good. */
+  wake() {
+    // A socket that slept may look open for minutes: make the server speak, or give it up.
+    if (this.#link.wake()) this.ping();
+  }
+
+  setVisible(isVisible) {
+    const change = () => {
+      this.#isHidden = !isVisible;
+      this.#sync();
+    };
+    this.#hiding(change, isVisible ? 0 : MOMENT_MS);
+    if (isVisible) this.wake();
+  }
+
   reconnect() {
     this.#link.open();
   }
 
-  /** End the connection. */
   close() {
-    this.#forget();
+    for (const forget of this.#forget) forget();
+    this.#pause();
+    this.#hiding();
+    this.#renewal();
     this.#link.close();
   }
 
   #receive(message) {
-    switch (message.type) {
-      case "hello":
-        this.hello = message;
-        this.#asked.clear();
-        this.#dropped.clear();
-        this.#requests.clear();
-        this.#hold(0);
-        this.#link.opened(message.heartbeat_ms);
-        this.#sync();
-        break;
-      case "snapshot":
-      case "tick":
-        for (const row of message.data) this.#take(row);
-        break;
-      case "ack":
-        this.#acknowledge(message);
-        this.#emit("ack", message);
-        break;
-      case "error":
-        this.#emit("error", { ...message, codes: this.#refuse(message) });
-        break;
-      case "pong":
-        this.#emit("pong", { ...message, rtt_ms: this.#env.now() - this.#answered(message)?.sentAt });
-        break;
-      case "heartbeat":
-        this.#link.settled();
-        this.#emit("heartbeat", message);
-        break;
-      case "status":
-        if (message.state === "closing") this.#link.retryAfter(message.retry_after_ms);
-        this.#emit("status", message);
-        break;
-      case "message":
-        this.#emit("message", message);
+    const { type, id } = message;
+    const request = this.#requests.get(id);
+    this.#requests.delete(id);
+    if (type === "hello") this.#greet(message);
+    else if (type === "snapshot" || type === "tick") for (const row of message.data) this.#take(row, message);
+    else if (type === "ack") this.#acknowledge(message, request);
+    else if (type === "error") this.#refuse(message, request);
+    else if (type === "pong") message.rtt_ms = this.#env.now() - request?.sentAt;
+    else if (type === "heartbeat") this.#link.settled();
+    else if (message.state === "closing") this.#link.retryAfter(message.retry_after_ms);
+    this.#emit(type, message);
+  }
+
+  #greet(hello) {
+    this.hello = hello;
+    this.#asked.clear();
+    this.#dropped.clear();
+    this.#requests.clear();
+    this.#pause();
+    this.#renewal();
+    for (const line of this.#lines.values()) line.awaits = "resume";
+    this.#isHeld = hello.auth === "required" && this.#env.token;
+    this.#link.opened(hello.heartbeat_ms);
+    this.#renew(hello);
+    if (this.#isHeld) this.#authenticate();
+    this.#sync();
+  }
+
+  async #authenticate() {
+    const { hello } = this;
+    try {
+      if (this.#link.isStream) return await this.#link.stream(); // the token is in its address
+      const token = await this.#token();
+      if (hello !== this.hello || this.state !== "open") return;
+      this.#request("auth", { token });
+      this.#isHeld = false;
+      this.#sync();
+    } catch (error) {
+      this.#emit("error", { type: "error", error: "no_token", message: `${error}` });
+      if (this.state === "open") this.#renewal(() => this.#authenticate(), MOMENT_MS);
     }
   }
 
-  #take(row) {
-    const spellings = this.#spellings.get(row.code);
-    if (!spellings) return; // unsubscribed while it was on its way
-    if (row.prev != null) this.merged += row.seq - row.prev - 1;
-    this.rows.set(row.code, row);
-    for (const spelling of spellings) {
-      for (const onRow of this.#wanted.get(spelling)?.listeners ?? []) call(onRow, row);
+  async #token() {
+    const { token } = this.#env;
+    return typeof token === "function" ? token() : token;
+  }
+
+  #renew({ expires, time }) {
+    // In good time, for hidden tabs have late timers; and none may be longer than 31 bits.
+    const ms = Math.min(Math.max(1000, (expires - time) * 0.75), 2 ** 31 - 1);
+    if (expires) this.#renewal(() => this.#authenticate(), ms);
+  }
+
+  #take(row, { type, gap }) {
+    const { code, seq, prev } = row;
+    const line = this.#lines.get(code);
+    if (!line) return; // unsubscribed while it was on its way
+    const { epoch, seq: from, awaits } = line;
+    let merged = seq - prev - 1;
+    let reason = prev !== from && "chain"; // why rows before it are lost
+    if (type === "snapshot") {
+      merged = 0;
+      line.epoch = row.epoch ?? this.hello.epoch;
+      line.awaits = null;
+      if (line.epoch !== epoch) reason = gap ? "server" : from && "epoch";
+      else if (seq < from || (seq === from && awaits !== "view")) return;
+      else if (gap) reason = "server";
+      else if (awaits === "resume") reason = seq > from + 1 && awaits;
+      else if (awaits) [merged, reason] = [seq - from - 1];
+      else reason = "epoch"; // it was in another one meanwhile
+    } else if (seq <= from) return;
+    line.seq = seq;
+    this.rows.set(code, row);
+    if (reason && from != null) this.#emit("gap", { code, from, to: seq, reason });
+    if (merged > 0) {
+      this.merged += merged;
+      this.#emit("merged", { code, count: merged });
     }
+    for (const spelling of line.spellings) tell(this.#wishes.get(spelling)?.listeners, row);
     this.#emit("row", row);
   }
 
-  #acknowledge(message) {
-    this.#answered(message);
-    for (const { code, as } of message.accepted ?? []) {
-      const entry = this.#wanted.get(as);
-      if (entry) {
-        entry.code = code;
-        if (!this.#spellings.has(code)) this.#spellings.set(code, new Set());
-        this.#spellings.get(code).add(as);
-      } else {
-        // Unsubscribed before the answer came.
-        this.#asked.delete(as);
-        this.#dropped.add(code);
+  #acknowledge(message, request) {
+    if (message.action === "auth") this.#isRefused = false;
+    this.#renew(message);
+    for (const { code, as, epoch } of message.accepted ?? []) {
+      const wish = this.#wishes.get(as);
+      if (!wish) {
+        this.#dropped.add(code); // unsubscribed before the answer came
+        continue;
       }
-    }
-    for (const { as } of message.rejected ?? []) {
-      if (!this.#wanted.has(as)) this.#asked.delete(as);
+      wish.code = code;
+      if (!this.#lines.has(code)) this.#lines.set(code, { spellings: new Set() });
+      const line = this.#lines.get(code);
+      if (line.seq == null) line.epoch = epoch ?? this.hello.epoch;
+      if (request?.snapshot !== false) line.awaits ??= "ack";
+      if (line.spellings.has(as)) continue;
+      line.spellings.add(as);
+      // Known by another spelling, so its snapshot may be no news.
+      if (this.rows.has(code)) tell(wish.listeners, this.rows.get(code));
     }
     if (this.#dropped.size) this.#sync();
   }
 
-  /** The server did not do what was asked: ask again if it says when; return the codes concerned. */
-  #refuse(message) {
-    const { action, codes } = this.#answered(message) ?? {};
+  #refuse(message, { action, codes } = {}) {
+    message.codes = codes;
     if (codes && message.retryable) {
       for (const code of codes) {
         if (action === "subscribe") this.#asked.delete(code);
         else this.#dropped.add(code);
       }
-      this.#hold(message.retry_after_ms ?? 1000);
+      this.#isHeld = true;
+      this.#pause(() => {
+        this.#isHeld = false;
+        this.#sync();
+      }, message.retry_after_ms ?? 1000);
     }
-    return codes;
+    if (this.#link.isStream && message.error === "auth_failed") this.#link.lost(4401, message.error);
   }
 
   /** Bring the connection's subscriptions to what is wanted, after the caller has had its say. */
   #sync() {
-    if (this.#syncing) return;
-    this.#syncing = true;
+    if (this.#isSyncing) return;
+    this.#isSyncing = true;
     Promise.resolve().then(() => {
-      this.#syncing = false;
-      if (this.state !== "open" || this.#pause) return;
-      const dropped = [...this.#dropped].filter((code) => !this.#spellings.has(code));
-      const fresh = [...this.#wanted.keys()].filter((spelling) => !this.#asked.has(spelling));
+      this.#isSyncing = false;
+      if (this.state !== "open" || this.#isHeld) return;
+      if (this.#link.isStream) {
+        if (this.#streamed !== JSON.stringify(this.#streamOptions())) this.#authenticate();
+        return;
+      }
+      const dropped = [...this.#dropped].filter((code) => !this.#lines.has(code));
       this.#dropped.clear();
-      for (const spelling of fresh) this.#asked.add(spelling);
       this.#requestInParts("unsubscribe", dropped);
-      this.#requestInParts("subscribe", fresh);
+      for (const [options, spellings] of this.#due()) this.#requestInParts("subscribe", spellings, JSON.parse(options));
     });
   }
 
-  #requestInParts(action, codes) {
-    const most = this.hello.limits?.codes_per_request ?? 1000;
-    for (let i = 0; i < codes.length; i += most) this.#request(action, { codes: codes.slice(i, i + most) });
+  #due() {
+    const groups = {};
+    for (const [spelling, wish] of this.#wishes) {
+      const options = this.#optionsOf(wish);
+      const text = JSON.stringify(options);
+      const isNew = !this.#asked.has(spelling);
+      const line = this.#lines.get(wish.code);
+      if (text === this.#asked.get(spelling)) continue;
+      this.#asked.set(spelling, text);
+      if (isNew) options.since = true;
+      // Without a snapshot the chain goes on; only other fields need the row once more.
+      else if (!wish.isNewView) options.snapshot = false;
+      else if (line) line.awaits = "view";
+      wish.isNewView = false;
+      (groups[JSON.stringify(options)] ??= []).push(spelling);
+    }
+    return Object.entries(groups);
+  }
+
+  #optionsOf({ options: { fields, max_rate, snapshot } }) {
+    const { hiddenRate } = this.#env;
+    if (this.#isHidden && hiddenRate) max_rate = Math.min(max_rate ?? hiddenRate, hiddenRate);
+    return { fields, max_rate, snapshot };
+  }
+
+  #requestInParts(action, codes, options = {}) {
+    const { epoch, limits } = this.hello;
+    const request = { ...options, codes };
+    if (options.since) {
+      request.epoch = epoch;
+      request.since = {};
+      for (const spelling of codes) {
+        const { code } = this.#wishes.get(spelling);
+        const { epoch: of, seq } = this.#lines.get(code) ?? {};
+        if (seq != null) request.since[code] = of === epoch ? seq : { epoch: of, seq };
+      }
+    }
+    const half = Math.ceil(codes.length / 2);
+    if (codes.length > limits.codes_per_request || (half > 1 && JSON.stringify(request).length + 99 > limits.message_bytes)) {
+      this.#requestInParts(action, codes.slice(0, half), options);
+      this.#requestInParts(action, codes.slice(half), options);
+    } else if (half) this.#request(action, request);
+  }
+
+  #streamOptions() {
+    // A stream has one set of options: where they differ it is sent everything.
+    const sets = new Set([...this.#wishes.values()].map((wish) => JSON.stringify(this.#optionsOf(wish))));
+    return { ...(sets.size === 1 && JSON.parse(...sets)), codes: [...this.#wishes.keys()] };
+  }
+
+  async #query() {
+    const token = await this.#token();
+    const options = this.#streamOptions();
+    this.#streamed = JSON.stringify(options);
+    const codes = options.codes.splice(STREAM_CODES);
+    if (codes.length) this.#emit("error", { type: "error", error: "code_limit", codes });
+    return options.codes.length && { ...options, token };
   }
 
   #request(action, parameters) {
@@ -245,66 +348,67 @@ class Quotes {
     this.#link.send({ action, id, ...parameters });
   }
 
-  #isPending(spelling) {
-    return [...this.#requests.values()].some(({ action, codes }) => action === "subscribe" && codes.includes(spelling));
-  }
-
-  #answered({ id }) {
-    const request = this.#requests.get(id);
-    this.#requests.delete(id);
-    return request;
-  }
-
-  #hold(ms) {
-    const { setTimeout, clearTimeout } = this.#env;
-    clearTimeout(this.#pause);
-    this.#pause = null;
-    if (!ms) return;
-    this.#pause = setTimeout(() => {
-      this.#pause = null;
-      this.#sync();
-    }, ms);
-  }
-
   #emit(event, payload) {
-    for (const fn of this.#events.get(event) ?? []) call(fn, payload);
+    tell(this.#events[event], payload);
   }
 }
 
-/** A socket that comes back: backoff, watchdog, and the reason why it could not open. */
 class Link {
   state = "closed";
+  isStream;
 
   #url;
   #env;
-  #onMessage;
-  #onState;
-  #socket = null;
-  #retry = null;
-  #watch = null;
+  #owner;
+  #socket;
+  #retry;
+  #watch;
   #silence = 0; // checks since the last message
   #failures = 0;
+  #mute = 0; // sockets in a row that never said hello
+  #position; // in the stream
   #toldMs = 0; // how long the server asked us to stay away
 
-  constructor(url, env, onMessage, onState) {
+  constructor(url, env, owner) {
     this.#url = url;
     this.#env = env;
-    this.#onMessage = onMessage;
-    this.#onState = onState;
+    this.#owner = owner;
+    this.#retry = timer(env);
+    this.#watch = timer(env);
   }
 
   open() {
-    const { WebSocket } = this.#env;
     this.#drop();
     this.#toldMs = 0;
-    const socket = (this.#socket = new WebSocket(this.#url, [SUBPROTOCOL]));
-    socket.onmessage = ({ data }) => {
-      this.#silence = 0;
-      this.#onMessage(JSON.parse(data));
-    };
-    socket.onclose = ({ code, reason }) => this.#lost(code, reason);
-    this.#guard(OPEN_TIMEOUT_MS / SILENT_CHECKS);
-    this.#report("connecting");
+    this.isStream = false;
+    const socket = this.#dial();
+    socket.onmessage = ({ data }) => this.#hear(data);
+    socket.onclose = ({ code, reason }) => this.lost(code, reason);
+    socket.onerror = () => this.state === "connecting" && this.lost(); // in Node no close follows
+    this.#begin(socket);
+  }
+
+  async stream() {
+    const query = await this.#owner.query();
+    if (!query || this.state === "closed" || (this.#socket && !this.isStream)) return;
+    const url = new URL(this.#url.replace(/^ws/, "http"));
+    url.pathname = url.pathname.replace(/[^/]*$/, "stream");
+    query.last_event_id = this.#position;
+    for (const name in query) if (query[name]) url.searchParams.set(name, query[name]);
+    this.#drop();
+    this.isStream = true;
+    const stream = new this.#env.EventSource(url.href);
+    for (const type of STREAM_EVENTS) {
+      stream.addEventListener(type, ({ data, lastEventId }) => {
+        if (data) {
+          this.#position = lastEventId;
+          this.#hear(data);
+        } else if (stream.readyState === 2) this.lost(); // its own event, also named error
+        else this.#report("connecting"); // it comes back by itself
+      });
+    }
+    this.#begin(stream);
+    this.#retry(() => this.#probe(), PROBE_MS);
   }
 
   close() {
@@ -316,13 +420,12 @@ class Link {
     this.#socket.send(JSON.stringify(request));
   }
 
-  /** The server said hello. */
   opened(heartbeatMs) {
+    if (!this.isStream) this.#mute = this.#position = null;
     this.#guard(heartbeatMs / 4);
-    this.#report("open");
+    this.#report("open", this.isStream && { stream: true });
   }
 
-  /** The connection has lasted, so the next loss is a new story. */
   settled() {
     this.#failures = 0;
   }
@@ -331,7 +434,7 @@ class Link {
     this.#toldMs = ms ?? 0;
   }
 
-  /** The network or the user came back: do not wait any longer. True: check the open socket. */
+  /** Do not wait any longer; true: check the open socket. */
   wake() {
     // A pause that the server itself asked for is kept.
     if (this.state === "waiting" && !this.#toldMs) {
@@ -339,39 +442,43 @@ class Link {
       this.open();
     }
     if (this.state !== "open") return false;
-    this.#silence = Math.max(this.#silence, SILENT_CHECKS - 2);
-    return true;
+    if (this.isStream) this.#probe();
+    else this.#silence = Math.max(this.#silence, SILENT_CHECKS - 2);
+    return !this.isStream;
   }
 
-  #lost(code, reason) {
+  lost(code, reason) {
     const wasOpen = this.state === "open";
     this.#drop();
-    if (PERMANENT.has(code)) return this.#report("closed", { code, reason });
+    if (PERMANENT.includes(code) && !(code === 4401 && this.#owner.mayRetry())) {
+      this.#report("closed", { code, reason });
+      return;
+    }
     this.#wait(reason || (wasOpen ? "connection_lost" : "unreachable"), { code });
-    if (!wasOpen) this.#ask(this.#failures);
+    if (wasOpen || this.isStream) return;
+    this.#mute++;
+    this.#ask(this.#failures);
   }
 
   #wait(reason, details) {
-    const { setTimeout, clearTimeout, random, now } = this.#env;
+    const { random, now } = this.#env;
     // Full jitter: clients that lost one server together must not come back together.
     const delayMs = this.#toldMs + random() * Math.min(BACKOFF_MAX_MS, BACKOFF_MS * 2 ** this.#failures++);
-    clearTimeout(this.#retry);
-    this.#retry = setTimeout(() => this.open(), delayMs);
+    this.#retry(() => this.open(), delayMs);
     this.#report("waiting", { ...details, reason, attempt: this.#failures, retryAt: now() + delayMs });
   }
 
   /** A browser does not show why a handshake failed; the same path answers a plain GET with it. */
   async #ask(attempt) {
-    const { fetch } = this.#env;
+    const { fetch, EventSource } = this.#env;
     try {
       const answer = await fetch(this.#url.replace(/^ws/, "http"), {
         cache: "no-store",
-        signal: globalThis.AbortSignal?.timeout?.(ASK_TIMEOUT_MS),
+        signal: home.AbortSignal?.timeout?.(MOMENT_MS),
       });
       const { status } = answer;
-      const { error, message } = status === 426 ? {} : await answer.json().catch(() => ({}));
+      const { error: reason = `http_${status}`, message } = await answer.json().catch(() => ({}));
       if (this.state !== "waiting" || this.#failures !== attempt) return; // answered too late
-      const reason = error ?? `http_${status}`;
       if (status === 401 || status === 403) {
         this.#drop();
         this.#report("closed", { code: status, reason, message });
@@ -379,71 +486,96 @@ class Link {
         this.#failures--; // the same attempt, with a better reason
         this.#toldMs = Number(answer.headers.get("Retry-After")) * 1000 || 0;
         this.#wait(reason, { code: status, message });
-      }
+      } else if (status === 426 && EventSource && this.#mute > 1) await this.stream();
     } catch {
       // Nobody answers there either: go on waiting.
     }
   }
 
-  /** Give the socket up after too many checks without a message. */
+  /** Is the WebSocket still blocked? The stream goes on meanwhile. */
+  #probe() {
+    const stream = this.#socket;
+    const socket = this.#dial();
+    socket.onmessage = () => {
+      socket.close();
+      if (this.#socket === stream) this.open();
+    };
+    this.#retry(() => {
+      socket.close();
+      this.#probe();
+    }, PROBE_MS);
+  }
+
+  #dial() {
+    return new this.#env.WebSocket(this.#url, ["quotes.v1.json"]);
+  }
+
+  #begin(socket) {
+    this.#socket = socket;
+    this.#guard(OPEN_TIMEOUT_MS / SILENT_CHECKS);
+    this.#report("connecting");
+  }
+
+  #hear(data) {
+    this.#silence = 0;
+    this.#owner.onMessage(JSON.parse(data));
+  }
+
   #guard(checkMs) {
     // Checks are counted and not the time: a timer that a sleeping tab held back proves nothing.
-    const { setTimeout, clearTimeout } = this.#env;
     const check = () => {
-      if (++this.#silence > SILENT_CHECKS) this.#lost(null, this.state === "open" ? "silent" : "unreachable");
-      else this.#watch = setTimeout(check, checkMs);
+      if (++this.#silence > SILENT_CHECKS) this.lost(null, this.state === "open" && "silent");
+      else this.#watch(check, checkMs);
     };
-    clearTimeout(this.#watch);
     this.#silence = 0;
-    this.#watch = setTimeout(check, checkMs);
+    this.#watch(check, checkMs);
   }
 
   #drop() {
-    const { clearTimeout } = this.#env;
-    clearTimeout(this.#retry);
-    clearTimeout(this.#watch);
+    this.#retry();
+    this.#watch();
     if (!this.#socket) return;
     // Its own close event can come minutes later on a dead link.
-    this.#socket.onmessage = this.#socket.onclose = null;
+    this.#socket.onmessage = this.#socket.onclose = this.#socket.onerror = null;
     this.#socket.close();
     this.#socket = null;
   }
 
   #report(state, details) {
     this.state = state;
-    this.#onState({ state, ...details });
+    this.#owner.onState({ state, ...details });
   }
 }
 
-function globalsOf({ WebSocket, fetch, setTimeout, clearTimeout }) {
-  return { WebSocket, fetch, setTimeout, clearTimeout, random: Math.random, now: Date.now };
-}
-
 function absolute(url) {
-  return /^wss?:/.test(url) ? String(url) : new URL(url, globalThis.location?.href).href.replace(/^http/, "ws");
+  return /^wss?:/.test(url) ? `${url}` : new URL(url, home.location?.href).href.replace(/^http/, "ws");
 }
 
 function listOf(codes) {
   return typeof codes === "string" ? [codes] : codes;
 }
 
-/** Call `fn` when the network comes back or the page is looked at again; returns how to stop. */
-function onWake(fn) {
-  const { document } = globalThis;
-  const onVisible = () => document.visibilityState === "visible" && fn();
-  globalThis.addEventListener?.("online", fn);
-  document?.addEventListener?.("visibilitychange", onVisible);
-  return () => {
-    globalThis.removeEventListener?.("online", fn);
-    document?.removeEventListener?.("visibilitychange", onVisible);
+/** Returns what sets the timer anew, or, called without arguments, stops it. */
+function timer({ setTimeout, clearTimeout }) {
+  let id;
+  return (fn, ms) => {
+    clearTimeout(id);
+    if (fn) id = setTimeout(fn, ms);
   };
 }
 
+function listen(target, event, fn) {
+  target?.addEventListener?.(event, fn);
+  return () => target?.removeEventListener?.(event, fn);
+}
+
 /** One listener's fault must not keep a row from the others. */
-function call(fn, argument) {
-  try {
-    fn(argument);
-  } catch (error) {
-    Promise.reject(error); // shown as an unhandled rejection, like any other bug
+function tell(listeners, payload) {
+  for (const fn of listeners ?? []) {
+    try {
+      fn(payload);
+    } catch (error) {
+      Promise.reject(error); // shown as an unhandled rejection, like any other bug
+    }
   }
 }

@@ -2,14 +2,11 @@
 // Run by tests/unit/test_quotepush_js.py, or: node --test tests/browser/quotepush.test.mjs
 
 import assert from "node:assert/strict";
-import { readFile } from "node:fs/promises";
 import { beforeEach, test } from "node:test";
 
-// Read and not imported by path: without a package.json older versions of Node take a .js file for CommonJS.
-const source = await readFile(new URL("../../quotepush/static/quotepush.js", import.meta.url), "utf8");
-const { connect } = await import(`data:text/javascript,${encodeURIComponent(source)}`);
+import { connect } from "../../quotepush/static/quotepush.js";
 
-const HELLO = { type: "hello", server: "0.1.0", heartbeat_ms: 4000, limits: { codes_per_request: 1000 } };
+const HELLO = { type: "hello", server: "0.1.0", epoch: "e1", heartbeat_ms: 4000, limits: { codes_per_request: 1000 } };
 
 /** Timers and time that stand still until they are told to advance. */
 class Clock {
@@ -42,7 +39,7 @@ class Clock {
   }
 }
 
-let clock, sockets, random, answer, wakers, states;
+let clock, sockets, streams, random, answer, wakers, states;
 
 class FakeSocket {
   sent = [];
@@ -69,6 +66,31 @@ class FakeSocket {
   /** The server, or the network, ends it. */
   ends(code = 1006, reason = "") {
     this.onclose({ code, reason });
+  }
+}
+
+class FakeStream extends EventTarget {
+  readyState = 1;
+
+  constructor(url) {
+    super();
+    this.query = Object.fromEntries(new URL(url).searchParams);
+    this.path = url.split("?")[0];
+    streams.push(this);
+  }
+
+  close() {
+    this.readyState = 2;
+  }
+
+  says(message, lastEventId = "") {
+    this.dispatchEvent(Object.assign(new Event(message.type), { data: JSON.stringify(message), lastEventId }));
+  }
+
+  /** The connection is lost; it comes back by itself unless it was refused. */
+  ends(isRefused = false) {
+    this.readyState = isRefused ? 2 : 0;
+    this.dispatchEvent(new Event("error"));
   }
 }
 
@@ -105,6 +127,7 @@ async function subscribed(codes, onRow) {
 beforeEach(() => {
   clock = new Clock();
   sockets = [];
+  streams = [];
   states = [];
   random = 0.5;
   answer = async () => {
@@ -376,6 +399,16 @@ test("a link without any message for two and a half heartbeats is given up", () 
   assert.equal(sockets.length, 2);
 });
 
+test("a socket that could not open is not waited for, whether it says so by an error, a close, or both", () => {
+  open();
+  newest().onerror({});
+  assert.deepEqual([states.at(-1).state, states.at(-1).reason, newest().onclose], ["waiting", "unreachable", null]);
+  clock.advance(250);
+  newest().says(HELLO);
+  newest().onerror({}); // its close says more
+  assert.equal(states.at(-1).state, "open");
+});
+
 test("an opening that nobody answers is given up too", () => {
   open();
   clock.advance(11_000);
@@ -445,6 +478,311 @@ test("closing is for good", async () => {
   assert.deepEqual([clock.pending, wakers], [0, {}]);
 });
 
+// ------------------------------------------------------------------ options
+
+test("codes of the same options share a message, and those of others have their own", async () => {
+  const quotes = open();
+  newest().says(HELLO);
+  quotes.subscribe(["A", "B"], { fields: ["last"], max_rate: 2 });
+  quotes.subscribe("C", { snapshot: false });
+  quotes.subscribe("D", { fields: ["last"], max_rate: 2 });
+  quotes.subscribe("E");
+  await settle();
+  assert.deepEqual(newest().sent.map(({ codes, fields, max_rate, snapshot }) => [codes, fields, max_rate, snapshot]), [
+    [["A", "B", "D"], ["last"], 2, undefined],
+    [["C"], undefined, undefined, false],
+    [["E"], undefined, undefined, undefined],
+  ]);
+});
+
+test("a request is cut to the bytes that the server takes", async () => {
+  const quotes = open();
+  const codes = Array.from({ length: 40 }, (_, n) => `CODE-${n}`);
+  quotes.subscribe(codes);
+  newest().says({ ...HELLO, limits: { codes_per_request: 1000, message_bytes: 300 } });
+  await settle();
+  assert.ok(newest().sent.every((request) => JSON.stringify(request).length <= 300));
+  assert.deepEqual(newest().sent.flatMap(({ codes }) => codes), codes);
+});
+
+test("another rate is asked for without a snapshot, other fields with one that is shown although its seq is known", async () => {
+  const seen = [];
+  const { quotes, server } = await subscribed(["A"], (row) => seen.push(row));
+  server.says({ type: "snapshot", data: [{ code: "A", seq: 4, last: 1 }] });
+  quotes.subscribe("A", { max_rate: 5 });
+  await settle();
+  quotes.subscribe("A", { fields: ["bid"], max_rate: 5 });
+  await settle();
+  assert.deepEqual(server.sent.slice(1).map(({ snapshot, since }) => [snapshot, since]), [[false, undefined], [undefined, undefined]]);
+  server.says(ack(server.sent[1].id, [["A"]]));
+  server.says({ type: "tick", data: [{ prev: 4, code: "A", seq: 5, last: 2 }] }); // was on its way
+  server.says(ack(server.sent[2].id, [["A"]]));
+  server.says({ type: "snapshot", data: [{ code: "A", seq: 5, bid: 3 }] });
+  server.says({ type: "snapshot", data: [{ code: "A", seq: 5, bid: 3 }] });
+  assert.deepEqual(seen.map(({ seq, bid }) => [seq, bid]), [[4, undefined], [5, undefined], [5, 3]]);
+});
+
+test("a listener without options leaves those of the code as they are", async () => {
+  const quotes = open();
+  newest().says(HELLO);
+  quotes.subscribe("A", { max_rate: 5 });
+  await settle();
+  quotes.subscribe("A", () => {});
+  await settle();
+  assert.equal(newest().sent.length, 1);
+});
+
+test("a second spelling of a code is given the row that is there, and the first one gets none twice", async () => {
+  const seen = [];
+  const { quotes, server } = await subscribed(["A"], (row) => seen.push(["A", row.seq]));
+  server.says({ type: "snapshot", data: [{ code: "A", seq: 4 }] });
+  quotes.subscribe("a", (row) => seen.push(["a", row.seq]));
+  await settle();
+  server.says(ack(server.sent[1].id, [["A", "a"]]));
+  server.says({ type: "snapshot", data: [{ code: "A", seq: 4 }] });
+  assert.deepEqual(seen, [["A", 4], ["a", 4]]);
+});
+
+// ------------------------------------------------------------------ what is missing between two rows
+
+/** Subscribe to A and be at its row 4; returns both ends and what was told. */
+async function atRowFour() {
+  const told = [];
+  const ends = await subscribed(["A"], ({ seq }) => told.push(seq));
+  for (const event of ["merged", "gap"]) ends.quotes.on(event, (payload) => told.push({ event, ...payload }));
+  ends.server.says({ type: "snapshot", data: [{ code: "A", seq: 4 }] });
+  told.length = 0;
+  return { ...ends, told };
+}
+
+/** Lose the connection and have another, whose answer to `since` is `resume`. */
+async function back(resume, hello = HELLO) {
+  newest().ends();
+  clock.advance(states.at(-1).retryAt - clock.now);
+  newest().says(hello);
+  await settle();
+  const accepted = [{ code: "A", as: "A", resume }];
+  newest().says({ type: "ack", id: newest().sent[0].id, action: "subscribe", accepted, rejected: [] });
+  return newest();
+}
+
+test("rows that were merged are told before the row that stands for them", async () => {
+  const { quotes, server, told } = await atRowFour();
+  server.says({ type: "tick", data: [{ prev: 4, code: "A", seq: 5 }, { prev: 5, code: "A", seq: 9 }] });
+  assert.deepEqual(told, [5, { event: "merged", code: "A", count: 3 }, 9]);
+  assert.equal(quotes.merged, 3);
+});
+
+test("a row that does not follow on the one before is told as a gap, and an old one is dropped", async () => {
+  const { server, told } = await atRowFour();
+  server.says({ type: "tick", data: [{ prev: 6, code: "A", seq: 7 }, { prev: 4, code: "A", seq: 5 }, { prev: 6, code: "A", seq: 7 }] });
+  assert.deepEqual(told, [{ event: "gap", code: "A", from: 4, to: 7, reason: "chain" }, 7]);
+});
+
+test("rows that the server never got are told as a gap", async () => {
+  const { server, told } = await atRowFour();
+  server.says({ type: "snapshot", gap: true, data: [{ code: "A", seq: 9, epoch: "e1" }] });
+  server.says({ type: "tick", data: [{ prev: 9, code: "A", seq: 10 }] });
+  assert.deepEqual(told, [{ event: "gap", code: "A", from: 4, to: 9, reason: "server" }, 9, 10]);
+});
+
+test("a code that is numbered anew is told as a gap, and its lower seq is taken", async () => {
+  const { server, told } = await atRowFour();
+  server.says({ type: "snapshot", data: [{ code: "A", seq: 1, epoch: "e2" }] });
+  server.says({ type: "tick", data: [{ prev: 1, code: "A", seq: 2 }] });
+  assert.deepEqual(told, [{ event: "gap", code: "A", from: 4, to: 1, reason: "epoch" }, 1, 2]);
+});
+
+test("who comes back asks for what was missed, and what is replayed follows without a gap", async () => {
+  const { told } = await atRowFour();
+  const server = await back("replay");
+  assert.deepEqual([server.sent[0].epoch, server.sent[0].since], ["e1", { A: 4 }]);
+  server.says({ type: "tick", replay: true, data: [{ prev: 4, code: "A", seq: 5 }, { prev: 5, code: "A", seq: 6 }] });
+  server.says({ type: "tick", data: [{ prev: 6, code: "A", seq: 7 }] });
+  assert.deepEqual(told, [5, 6, 7]);
+});
+
+test("a snapshot instead of what was missed is a gap, but not when it is the next row or the known one", async () => {
+  const { told } = await atRowFour();
+  for (const seq of [4, 5, 8]) (await back("snapshot")).says({ type: "snapshot", data: [{ code: "A", seq }] });
+  assert.deepEqual(told, [5, { event: "gap", code: "A", from: 5, to: 8, reason: "resume" }, 8]);
+});
+
+test("each code resumes in the epoch of its own row", async () => {
+  const { quotes, server } = await subscribed(["A", "B"]);
+  server.says({ type: "snapshot", data: [{ code: "A", seq: 4 }, { code: "B", seq: 5, epoch: "b1" }] });
+  server.ends();
+  quotes.subscribe("C");
+  clock.advance(250);
+  newest().says(HELLO);
+  await settle();
+  assert.deepEqual(newest().sent[0].since, { A: 4, B: { epoch: "b1", seq: 5 } });
+  newest().ends();
+  clock.advance(500);
+  newest().says({ ...HELLO, epoch: "e2" });
+  await settle();
+  assert.deepEqual(newest().sent[0].since, { A: { epoch: "e1", seq: 4 }, B: { epoch: "b1", seq: 5 } });
+});
+
+test("a code that was dropped and is wanted again begins anew", async () => {
+  const { quotes, server, told } = await atRowFour();
+  quotes.unsubscribe("A");
+  quotes.subscribe("A", ({ seq }) => told.push(seq));
+  await settle();
+  server.says({ type: "tick", data: [{ prev: 4, code: "A", seq: 5 }] });
+  server.says(ack(server.sent.at(-1).id, [["A"]]));
+  server.says({ type: "snapshot", data: [{ code: "A", seq: 7 }] });
+  assert.deepEqual(told, [7]);
+});
+
+// ------------------------------------------------------------------ a tab that nobody looks at
+
+const rates = () => newest().sent.filter(({ action }) => action === "subscribe").map(({ max_rate, snapshot }) => [max_rate, snapshot]);
+
+function look(visibilityState) {
+  document.visibilityState = visibilityState;
+  wakers.visibilitychange();
+  clock.advance(0);
+}
+
+test("after five seconds out of sight a code is asked for once a second, and as before when it is seen again", async () => {
+  await subscribed(["A"]);
+  look("hidden");
+  clock.advance(5000);
+  await settle();
+  assert.deepEqual(rates().slice(1), [[1, false]]);
+  look("visible");
+  await settle();
+  assert.deepEqual(rates().slice(2), [[undefined, false]]);
+});
+
+test("a short look away changes nothing", async () => {
+  await subscribed(["A"]);
+  look("hidden");
+  clock.advance(4900);
+  await settle();
+  look("visible");
+  clock.advance(1000);
+  await settle();
+  assert.equal(rates().length, 1);
+});
+
+test("a rate below the hidden one is left alone, and 0 leaves all of them alone", async () => {
+  for (const [hiddenRate, asked] of [[3, [3, 2]], [0, [4, 2]]]) {
+    const quotes = open({ hiddenRate });
+    newest().says(HELLO);
+    quotes.subscribe("A", { max_rate: 4 });
+    quotes.subscribe("B", { max_rate: 2 });
+    look("hidden");
+    clock.advance(5000);
+    await settle();
+    assert.deepEqual(newest().sent.map(({ max_rate }) => max_rate), asked);
+    quotes.close();
+    document.visibilityState = "visible";
+  }
+});
+
+test("a page that opens out of sight is slow from its fifth second on", async () => {
+  document.visibilityState = "hidden";
+  const quotes = open();
+  newest().says(HELLO);
+  quotes.subscribe("A");
+  await settle();
+  clock.advance(5000);
+  await settle();
+  assert.deepEqual(rates(), [[undefined, undefined], [1, false]]);
+});
+
+test("a connection that is lost out of sight comes back at the hidden rate", async () => {
+  const { server } = await atRowFour();
+  look("hidden");
+  clock.advance(5000);
+  server.ends();
+  clock.advance(250);
+  newest().says(HELLO);
+  await settle();
+  assert.deepEqual(newest().sent.map(({ max_rate, since }) => [max_rate, since]), [[1, { A: 4 }]]);
+});
+
+// ------------------------------------------------------------------ tokens
+
+const GUARDED = { ...HELLO, auth: "required" };
+
+test("a token goes out before anything else, once it is there", async () => {
+  let bring;
+  const quotes = open({ token: () => new Promise((resolve) => (bring = resolve)) });
+  quotes.subscribe("A");
+  newest().says(GUARDED);
+  await settle();
+  assert.deepEqual(newest().sent, []);
+  bring("t1");
+  await settle();
+  assert.deepEqual(newest().sent.map(({ action, token, codes }) => [action, token ?? codes]), [["auth", "t1"], ["subscribe", ["A"]]]);
+});
+
+test("a server that wants no token is sent none", async () => {
+  const quotes = open({ token: () => assert.fail("asked") });
+  quotes.subscribe("A");
+  newest().says({ ...HELLO, auth: "none" });
+  await settle();
+  assert.deepEqual(newest().sent.map(({ action }) => action), ["subscribe"]);
+});
+
+test("a newer token is sent on the same connection after three quarters of its life", async () => {
+  let count = 0;
+  open({ token: () => `t${++count}` });
+  newest().says(GUARDED);
+  await settle();
+  newest().says({ type: "ack", id: newest().sent[0].id, action: "auth", time: 50_000, expires: 70_000 });
+  for (let i = 0; i < 14; i++) {
+    clock.advance(1000);
+    newest().says({ type: "heartbeat" });
+  }
+  assert.equal(count, 1);
+  clock.advance(1000);
+  await settle();
+  assert.deepEqual(newest().sent.map(({ token }) => token), ["t1", "t2"]);
+});
+
+test("a token that lives for a year is not asked for at once", async () => {
+  let count = 0;
+  open({ token: () => `t${++count}`, setTimeout: (fn, ms) => (assert.ok(ms < 2 ** 31), clock.setTimeout(fn, ms)) });
+  newest().says(GUARDED);
+  await settle();
+  newest().says({ type: "ack", id: newest().sent[0].id, action: "auth", time: 0, expires: 365 * 86_400_000 });
+  clock.advance(5000);
+  await settle();
+  assert.equal(count, 1);
+});
+
+test("a token that comes when its connection has gone is not sent on the next one", async () => {
+  const bring = [];
+  open({ token: () => new Promise((resolve) => bring.push(resolve)) });
+  newest().says(GUARDED);
+  await settle();
+  newest().ends();
+  clock.advance(250);
+  newest().says({ ...GUARDED });
+  await settle();
+  bring[0]("old");
+  await settle();
+  assert.deepEqual(newest().sent, []);
+  bring[1]("new");
+  await settle();
+  assert.deepEqual(newest().sent.map(({ token }) => token), ["new"]);
+});
+
+test("closing ends the tries for a token too", async () => {
+  let count = 0;
+  const quotes = open({ token: () => Promise.reject(new Error(`${++count}`)) });
+  newest().says(GUARDED);
+  quotes.close();
+  await settle();
+  clock.advance(60_000);
+  await settle();
+  assert.deepEqual([count, clock.pending], [1, 0]);
+});
+
 // ------------------------------------------------------------------ the reason of a failed open
 
 const answers = (status, headers = {}, body = {}) => async (url) => {
@@ -504,4 +842,153 @@ test("a connection that was open is not asked about", () => {
   newest().says(HELLO);
   newest().ends();
   assert.equal(states.at(-1).reason, "connection_lost");
+});
+
+// ------------------------------------------------------------------ where WebSockets are blocked
+
+/** Watch codes by a stream; returns the client. */
+async function streaming(codes = ["A"], options = {}) {
+  answer = answers(426);
+  const quotes = open({ EventSource: FakeStream, ...options });
+  quotes.subscribe(codes);
+  await blocked();
+  await blocked();
+  return quotes;
+}
+
+/** One more socket cannot open. */
+async function blocked() {
+  if (states.at(-1)?.state === "waiting") clock.advance(states.at(-1).retryAt - clock.now);
+  newest().ends();
+  await settle();
+}
+
+const stream = () => streams.at(-1);
+
+test("two sockets that never said hello are followed by a stream beside the WebSocket's path", async () => {
+  const quotes = await streaming(["A", "B"]);
+  assert.deepEqual([stream().path, stream().query], ["http://quotes.test/stream", { codes: "A,B" }]);
+  stream().says({ ...HELLO, auth: "none" });
+  stream().says({ type: "ack", action: "subscribe", accepted: [{ code: "A", as: "A" }], rejected: [] });
+  stream().says({ type: "snapshot", data: [{ code: "A", seq: 4 }] });
+  assert.deepEqual(states.at(-1), { state: "open", stream: true });
+  assert.equal(quotes.rows.get("A").seq, 4);
+  quotes.ping(); // a stream takes no requests
+});
+
+test("a socket that has said hello meanwhile makes the next failure a first one", async () => {
+  answer = answers(426);
+  open({ EventSource: FakeStream }).subscribe("A");
+  await blocked();
+  clock.advance(states.at(-1).retryAt - clock.now);
+  newest().says(HELLO);
+  newest().ends();
+  await blocked();
+  assert.equal(streams.length, 0);
+  await blocked();
+  assert.equal(streams.length, 1);
+});
+
+test("a server that is full, or away, is not asked for a stream", async () => {
+  open({ EventSource: FakeStream }).subscribe("A");
+  await blocked();
+  await blocked();
+  answer = answers(503);
+  await blocked();
+  assert.equal(streams.length, 0);
+});
+
+test("a change of what is wanted opens another stream behind the last event of the one before", async () => {
+  const quotes = await streaming(["A"]);
+  stream().says(HELLO, "7");
+  quotes.subscribe("B", { max_rate: 2 });
+  await settle();
+  assert.deepEqual([streams.length, streams[0].readyState, stream().query], [2, 2, { codes: "A,B", last_event_id: "7" }]);
+  stream().says(HELLO, "8");
+  quotes.subscribe("A", { max_rate: 2 });
+  await settle();
+  assert.deepEqual(stream().query, { codes: "A,B", max_rate: "2", last_event_id: "8" });
+  stream().says(HELLO, "9");
+  await settle();
+  assert.equal(streams.length, 3);
+});
+
+test("what is wanted while a token for the stream is awaited is on the stream in the end", async () => {
+  const bring = [];
+  const quotes = await streaming(["A"], { token: () => new Promise((resolve) => bring.push(resolve)) });
+  bring.shift()("t1");
+  await settle();
+  stream().says(HELLO);
+  quotes.subscribe("B");
+  await settle();
+  quotes.subscribe("C");
+  await settle();
+  bring.shift()("t2");
+  await settle();
+  quotes.subscribe("D");
+  bring.shift()("t3");
+  await settle();
+  stream().says(HELLO);
+  await settle();
+  while (bring.length) bring.shift()("t4");
+  await settle();
+  assert.equal(stream().query.codes, "A,B,C,D");
+});
+
+test("a stream that was lost is shown as such until it says hello again, and one that was refused is asked anew", async () => {
+  await streaming();
+  stream().says(HELLO);
+  stream().ends();
+  assert.equal(states.at(-1).state, "connecting");
+  stream().says(HELLO);
+  assert.equal(states.at(-1).state, "open");
+  stream().ends(true);
+  assert.equal(states.at(-1).state, "waiting");
+  await blocked();
+  assert.equal(streams.length, 2);
+});
+
+test("a stream without any message for two and a half heartbeats is given up", async () => {
+  await streaming();
+  stream().says(HELLO);
+  clock.advance(11_000);
+  assert.deepEqual([states.at(-1).state, states.at(-1).reason, stream().readyState], ["waiting", "silent", 2]);
+});
+
+test("a stream is opened again with a newer token before the old one ends", async () => {
+  let count = 0;
+  await streaming(["A"], { token: () => `t${++count}` });
+  stream().says({ ...HELLO, auth: "ok", time: 0, expires: 12_000 }, "3");
+  clock.advance(9_000);
+  await settle();
+  assert.deepEqual(stream().query, { codes: "A", token: "t2", last_event_id: "3" });
+});
+
+test("a token that a stream refuses is followed by one more try, and then by none", async () => {
+  let count = 0;
+  await streaming(["A"], { token: () => `t${++count}` });
+  stream().says({ type: "error", error: "auth_failed" });
+  assert.deepEqual([states.at(-1).state, states.at(-1).reason], ["waiting", "auth_failed"]);
+  await blocked();
+  assert.equal(stream().query.token, "t2");
+  stream().says({ type: "error", error: "auth_failed" });
+  assert.deepEqual(states.at(-1), { state: "closed", code: 4401, reason: "auth_failed" });
+});
+
+test("the WebSocket is tried every three minutes, and taken as soon as one says hello", async () => {
+  const quotes = await streaming();
+  stream().says({ ...HELLO, heartbeat_ms: 1_000_000 });
+  const before = sockets.length;
+  clock.advance(180_000);
+  assert.equal(sockets.length, before + 1);
+  clock.advance(180_000);
+  assert.equal(sockets.length, before + 2);
+  assert.ok(sockets[before].isClosed);
+  newest().says(HELLO);
+  assert.deepEqual([stream().readyState, sockets.length], [2, before + 3]);
+  newest().says(HELLO);
+  await settle();
+  assert.deepEqual([states.at(-1), newest().sent[0].codes], [{ state: "open" }, ["A"]]);
+  quotes.close();
+  assert.equal(clock.pending, 0);
 });

@@ -2,14 +2,13 @@
 
 import json
 import re
-import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
-from playwright.async_api import Browser, Locator, Page, async_playwright, expect
+from playwright.async_api import Browser, Locator, Page, expect
 
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
@@ -17,33 +16,12 @@ from tests.support.server import QuotepushServer
 # One browser for all; each test has a context of its own in it, which shares nothing with the others'.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 AWAY = re.compile("cannot be reached|Connection lost|restarting|going away|stopped answering")
 # A reconnect may wait out a pause or two, a feed that is down is said by the next heartbeat.
 PATIENCE_MS = 30_000
 
 Publish = Callable[..., Awaitable[None]]
 Visit = Callable[..., Awaitable[Page]]
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def browser() -> AsyncIterator[Browser]:
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next((path for path in map(shutil.which, names) if path), None)
-    if program is None:
-        pytest.skip("no Chromium on PATH: apt-get install chromium")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=program, args=FLAGS)
-        yield browser
-        await browser.close()
 
 
 @pytest.fixture

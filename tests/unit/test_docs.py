@@ -490,6 +490,8 @@ async def test_the_javascript_client_of_the_readme_prints_prices(
     flags = await asyncio.to_thread(flags_for_websocket_in_node)
     if flags is None:
         pytest.skip("no node with WebSocket on PATH: it takes Node 22, or 20.10 with a flag")
+    (tmp_path / "node_modules").mkdir()
+    (tmp_path / "node_modules" / "quotepush").symlink_to(ROOT / "quotepush" / "static")
     script = tmp_path / "example.mjs"
     script.write_text(for_server(example, quotepush_server), encoding="utf-8")
     await publish_first_price(quotepush_server, redis_server)

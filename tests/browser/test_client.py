@@ -1,0 +1,170 @@
+"""The browser client in a real Chromium, against the real server: restarts, out of sight, blocked WebSockets."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from playwright.async_api import Browser, Page
+
+from quotepush import Publisher
+from tests.support.blocked_network import BlockedNetwork
+from tests.support.redis_server import RedisServer
+from tests.support.server import QuotepushServer
+from tests.support.waiting import wait_until
+
+# One browser for all; each test has a context of its own in it.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+StartServer = Callable[..., Awaitable[QuotepushServer]]
+
+QUICK = {"heartbeat_ms": 200, "ring_code_bytes": 1_000_000}
+
+CONNECT = """
+async (options) => {
+  const { connect } = await import("/quotepush.js");
+  const seen = (window.seen = { seqs: [], merged: 0, gaps: [], states: [], acks: 0 });
+  const quotes = (window.quotes = connect(new URL("/ws", location), options));
+  quotes.on("merged", ({ count }) => (seen.merged += count));
+  quotes.on("gap", (gap) => seen.gaps.push(gap));
+  quotes.on("state", (state) => seen.states.push(state));
+  quotes.on("ack", () => seen.acks++);
+  quotes.subscribe("AAPL", (row) => seen.seqs.push(row.seq));
+}
+"""
+
+# Nobody can turn away from a headless browser, so the page is told that somebody did.
+LOOK = """
+(state) => {
+  Object.defineProperty(document, "visibilityState", { value: state, configurable: true });
+  document.dispatchEvent(new Event("visibilitychange"));
+}
+"""
+
+
+class Watcher:
+    """A page with a client that watches AAPL."""
+
+    def __init__(self, page: Page) -> None:
+        self.page = page
+
+    async def seen(self, name: str) -> Any:
+        return await self.page.evaluate("(name) => seen[name]", name)
+
+    async def has_more(self, rows: int) -> None:
+        """Wait for so many more rows."""
+        before = len(await self.seen("seqs"))
+
+        async def are_there() -> bool:
+            return len(await self.seen("seqs")) >= before + rows
+
+        await wait_until(are_there, 30, f"{rows} more rows")
+
+    async def has(self, name: str, wanted: Callable[[Any], bool]) -> None:
+        async def is_so() -> bool:
+            return wanted(await self.seen(name))
+
+        await wait_until(is_so, 30, name)
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def newest(redis_server: RedisServer) -> AsyncIterator[Callable[[], Awaitable[int]]]:
+    """AAPL ticks all the time; what this returns ends that and says its last ``seq``."""
+    publisher = Publisher(redis_server.url)
+    last = await publisher.publish([{"code": "AAPL", "last": 1.0}])
+    is_over = asyncio.Event()
+
+    async def run() -> None:
+        nonlocal last
+        while not is_over.is_set():
+            last = await publisher.publish([{"code": "AAPL", "last": time.time()}])
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(is_over.wait(), 0.01)
+
+    task = asyncio.create_task(run())
+
+    async def end() -> int:
+        is_over.set()
+        await task
+        return int(last[0])
+
+    yield end
+    await end()
+    await publisher.aclose()
+
+
+async def watch(browser: Browser, url: str, **options: Any) -> Watcher:
+    page = await browser.new_page()
+    await page.goto(f"{url}/quotepush.js")
+    await page.evaluate(CONNECT, options)
+    watcher = Watcher(page)
+    await watcher.has("seqs", bool)
+    return watcher
+
+
+def is_whole(seqs: list[int]) -> bool:
+    return seqs == list(range(seqs[0], seqs[-1] + 1))
+
+
+async def test_no_row_is_missing_or_comes_twice_over_restarts_of_the_server(
+    browser: Browser, start_server: StartServer, newest: Callable[[], Awaitable[int]]
+) -> None:
+    server = await start_server(workers=1, **QUICK)
+    watcher = await watch(browser, server.url)
+    for end in (server.stop, server.kill):
+        await watcher.has_more(20)
+        await end()
+        await server.start()
+        await watcher.has_more(20)
+    last = await newest()
+    await watcher.has("seqs", lambda seqs: seqs[-1] == last)
+    assert is_whole(await watcher.seen("seqs"))
+    assert await watcher.seen("gaps") == [] and await watcher.seen("merged") == 0
+
+
+async def test_tab_out_of_sight_is_sent_a_row_a_second_and_every_row_when_it_is_seen_again(
+    browser: Browser, start_server: StartServer, newest: Callable[[], Awaitable[int]]
+) -> None:
+    server = await start_server(workers=1, **QUICK)
+    watcher = await watch(browser, server.url)
+    await watcher.has_more(20)
+    await watcher.page.evaluate(LOOK, "hidden")
+    await watcher.has("acks", lambda acks: acks == 2)
+    await watcher.has("merged", lambda merged: merged > 60)
+    await watcher.page.evaluate(LOOK, "visible")
+    await watcher.has("acks", lambda acks: acks == 3)
+    await watcher.has_more(2)
+    merged = await watcher.seen("merged")
+    await watcher.has_more(50)
+    last = await newest()
+    await watcher.has("seqs", lambda seqs: seqs[-1] == last)
+    seqs = await watcher.seen("seqs")
+    assert merged == await watcher.seen("merged") == seqs[-1] - seqs[0] + 1 - len(seqs)
+    assert is_whole(seqs[-50:])
+    assert await watcher.seen("gaps") == []
+
+
+async def test_stream_takes_the_place_of_a_blocked_websocket_and_leaves_it_when_it_is_free(
+    browser: Browser, start_server: StartServer, newest: Callable[[], Awaitable[int]]
+) -> None:
+    server = await start_server(workers=1, **QUICK)
+    async with BlockedNetwork(server.url) as network:
+        watcher = await watch(browser, network.url)
+        assert (await watcher.seen("states"))[-1] == {"state": "open", "stream": True}
+        await watcher.has_more(20)
+        await network.cut()
+        await watcher.has_more(20)
+        assert "Last-Event-ID" in network.streams[-1]
+
+        network.is_blocked = False
+        await watcher.page.evaluate("() => dispatchEvent(new Event('online'))")
+        await watcher.has("states", lambda states: states[-1] == {"state": "open"})
+        await watcher.has_more(20)
+        last = await newest()
+        await watcher.has("seqs", lambda seqs: seqs[-1] == last)
+        assert is_whole(await watcher.seen("seqs"))
+        assert await watcher.seen("gaps") == []
+        await watcher.page.close()
