@@ -33,11 +33,12 @@ from tests.support.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
+CHINESE = ROOT / "README.zh-CN.md"
 PROTOCOL = ROOT / "docs" / "protocol.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 SETTINGS = ROOT / "docs" / "settings.md"
 WRITTEN = [README, PROTOCOL, OPERATIONS]  # by hand and about what the code does; settings.md is generated
-ALL = sorted({README, *(ROOT / "docs").glob("*.md")})
+ALL = sorted({README, CHINESE, *(ROOT / "docs").glob("*.md")})
 
 # Words in code spans that belong to other programs.
 FOREIGN = {"proxy_read_timeout", "worker_shutdown_timeout", "stream_close_delay"}
@@ -386,6 +387,20 @@ async def test_the_conversation_happens_as_written(
                 else:
                     await socket.send_str(json.dumps(said))
     assert played > 10
+
+
+def test_the_chinese_readme_says_what_the_english_one_says() -> None:
+    def frame_of(path: Path) -> tuple[list[str], int, list[str], list[str]]:
+        """What both have alike: examples, sections, links and words in code spans."""
+        links = re.findall(r"\]\(([^)\s]+)\)", prose_of(path))
+        return (
+            [block.text for block in blocks_of(path)],
+            len(list(sections_of(path))),
+            sorted(link for link in links if not link.startswith("README")),
+            sorted(set(spans_of(path))),
+        )
+
+    assert frame_of(CHINESE) == frame_of(README)
 
 
 # --- the examples of README.md ----------------------------------------------------------------------------------------
