@@ -89,6 +89,7 @@ class _Main:
             max_bytes=settings.ring_bytes,
             max_code_bytes=settings.ring_code_bytes,
             max_age_ms=round(settings.ring_age_s * 1000),
+            life=self._epoch[:8],
         )
         self._relay = Relay(
             _symbol_check(settings.symbol_file),

@@ -239,6 +239,7 @@ class Supervisor:
                 self._settings.node,
                 self._feed_news()[2],
                 __version__,
+                self._relay.life,
             )
         )
         end.send(bus.Feed(*self._feed_news()))

@@ -176,6 +176,7 @@ class WorkerProcess:
             verifier=Verifier(settings.token_key, settings.token_leeway_s) if settings.token_key else None,
             auth_timeout_ms=round(settings.auth_timeout_s * 1000),
             clock_ms=clock_ms,
+            life=setup.life,
         )
 
         def closed(fd: str) -> None:
@@ -203,13 +204,15 @@ class WorkerProcess:
     ) -> None:
         def answered(message: bus.Answered) -> None:
             worker = self._worker
+            if worker is not None:
+                worker.hub.ordinal = message.ordinal
             if books and worker is not None:
                 for code, seq, row, book, _ in message.rows:
                     if row is not None:
                         # Newer than what we have, when main still holds rows for us; those are without the book.
                         worker.hub.offer(code, seq, row, book)
             rows = {row[0]: row[1:] for row in message.rows}
-            then(Answer(rows, message.refused, message.missed, frozenset(message.stale)))
+            then(Answer(rows, message.refused, message.missed, frozenset(message.stale), message.behind))
 
         self._next_question += 1
         self._questions[self._next_question] = answered
@@ -273,6 +276,7 @@ class WorkerProcess:
                 offer = worker.hub.offer
                 for row in message.rows:
                     offer(*row)
+                worker.hub.ordinal = message.ordinal
         elif kind is bus.Answered:
             self._questions.pop(message.question)(message)
         elif kind is bus.PlacesGranted:

@@ -345,7 +345,7 @@ class RingMachine(RuleBasedStateMachine):
         quotes = self.bench.board.quotes.values()
         for quote in quotes:
             kept = quote.recent or ()
-            assert quote.recent_bytes == sum(len(text) for _, text, _ in kept) <= max_code_bytes
+            assert quote.recent_bytes == sum(len(text) for _, text, _, _ in kept) <= max_code_bytes
             assert not kept or kept[-1][2] - kept[0][2] <= max_age_ms
         assert ring.bytes == sum(quote.recent_bytes for quote in quotes) <= max_bytes
 
