@@ -17,9 +17,9 @@ from typing import Any, cast
 import msgspec
 
 __all__ = [
-    "BUS_VERSION", "Answered", "Ask", "BusEnd", "Drain", "Feed", "Figures", "Freshness", "Hello", "Lend",
-    "PlacesBack", "PlacesGranted", "PlacesWanted", "Ready", "RegistryClient", "Rows", "Setup", "ToMain", "ToWorker",
-    "Unwatch",
+    "BUS_VERSION", "Answered", "Ask", "BusEnd", "Drain", "Feed", "Figures", "Find", "Found", "Freshness", "Hello",
+    "Lend", "PlacesBack", "PlacesGranted", "PlacesWanted", "Ready", "RegistryClient", "Rows", "Setup", "ToMain",
+    "ToWorker", "Unwatch",
 ]  # fmt: skip
 
 BUS_VERSION = 3
@@ -79,6 +79,13 @@ class Freshness(_Message, tag="freshness"):
     fresh: list[str]
 
 
+class Found(_Message, tag="found"):
+    """The answer to :class:`Find` as JSON text; None: too many ask."""
+
+    question: int
+    text: bytes | None
+
+
 class PlacesGranted(_Message, tag="granted"):
     """The answer to the oldest :class:`PlacesWanted`."""
 
@@ -134,6 +141,14 @@ class Ask(_Message, tag="ask"):
     since: dict[str, tuple[str, int]]
 
 
+class Find(_Message, tag="find"):
+    """Which codes begin so, or have this in their names; without a text: which have moved most."""
+
+    question: int
+    text: str | None
+    limit: int
+
+
 class Unwatch(_Message, tag="unwatch"):
     """Nobody here watches these codes any more."""
 
@@ -165,8 +180,8 @@ class Figures(_Message, tag="figures"):
     figures: dict[str, Any]
 
 
-ToWorker = Setup | Rows | Answered | Freshness | PlacesGranted | Feed | Lend | Drain
-ToMain = Hello | Ready | Ask | Unwatch | PlacesWanted | PlacesBack | RegistryClient | Figures
+ToWorker = Setup | Rows | Answered | Found | Freshness | PlacesGranted | Feed | Lend | Drain
+ToMain = Hello | Ready | Ask | Find | Unwatch | PlacesWanted | PlacesBack | RegistryClient | Figures
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -58,6 +58,7 @@ class WorkerProcess:
         self._setup: asyncio.Future[bus.Setup] = asyncio.get_running_loop().create_future()
         self._stop: asyncio.Future[bus.Drain | None] = asyncio.get_running_loop().create_future()
         self._questions: dict[int, Callable[[bus.Answered], None]] = {}
+        self._searches: dict[int, Callable[[bytes | None], None]] = {}
         self._next_question = 0
         self._worker: PushWorker | None = None
         self._unwatched: list[str] = []
@@ -170,6 +171,8 @@ class WorkerProcess:
             heartbeat_ms=settings.heartbeat_ms,
             watch=lambda codes, books, since, then: self._ask(codes, then, watch=True, books=books, since=since),
             look=lambda codes, then: self._ask(codes, then, watch=False, books=False, since={}),
+            read=lambda codes, books, then: self._ask(codes, then, watch=False, books=books, since={}),
+            find=self._find,
             unwatch=self._unwatch,
             subscribed=mirror.touch,
             extra_fields=frozenset(settings.extra_fields),
@@ -206,7 +209,7 @@ class WorkerProcess:
             worker = self._worker
             if worker is not None:
                 worker.hub.ordinal = message.ordinal
-            if books and worker is not None:
+            if watch and books and worker is not None:
                 for code, seq, row, book, _ in message.rows:
                     if row is not None:
                         # Newer than what we have, when main still holds rows for us; those are without the book.
@@ -218,6 +221,11 @@ class WorkerProcess:
         self._questions[self._next_question] = answered
         self._tell_unwatched()
         self._bus.send(bus.Ask(self._next_question, list(codes), watch, books, dict(since)))
+
+    def _find(self, text: str | None, limit: int, then: Callable[[bytes | None], None]) -> None:
+        self._next_question += 1
+        self._searches[self._next_question] = then
+        self._bus.send(bus.Find(self._next_question, text, limit))
 
     async def _admit(self, take: bool) -> bool:
         is_welcome = await self._places.take()
@@ -279,6 +287,8 @@ class WorkerProcess:
                 worker.hub.ordinal = message.ordinal
         elif kind is bus.Answered:
             self._questions.pop(message.question)(message)
+        elif kind is bus.Found:
+            self._searches.pop(message.question)(message.text)
         elif kind is bus.PlacesGranted:
             self._places.granted(message.count)
         elif kind is bus.Freshness:

@@ -99,6 +99,9 @@ class Desk:
             a position: ``@`` and the life of main, and an ordinal), and their later ticks; answers
             through the callback, in the stream of ticks, so that nothing falls between the answer and the next tick.
         look: the same without their later ticks.
+        read: the same with their books, if wanted.
+        find: ask main which codes begin so or have such names (None: which have moved most), and how many at most;
+            answers with JSON text, or with None when too many ask.
         deliver: queue a lane's newest row for one of its newcomers; set by the worker that has the hub.
         replay: begin to send an outbox what it replays; set by the worker too.
         extra_fields: what views may name besides the fields of the protocol.
@@ -121,6 +124,8 @@ class Desk:
     subscribed: Callable[[str], None]
     clock_ms: Callable[[], int]
     extra_fields: frozenset[str] = frozenset()
+    read: Callable[[Sequence[str], bool, Callable[[Answer], None]], None] = _nobody
+    find: Callable[[str | None, int, Callable[[bytes | None], None]], None] = _nobody
     deliver: Callable[[Lane, Outbox, int], None] = _nobody
     replay: Callable[[Outbox], None] = _nobody
     verifier: Verifier | None = None

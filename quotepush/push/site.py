@@ -13,6 +13,7 @@ from aiohttp import web
 from quotepush.errors import PeerError
 from quotepush.push.gate import Gate, cross_origin, refuse
 from quotepush.push.link import Detached
+from quotepush.push.queries import Queries
 from quotepush.push.questions import asked_of
 from quotepush.push.worker import PushWorker
 from quotepush.settings import Settings
@@ -44,10 +45,14 @@ def make_app(settings: Settings, worker: PushWorker, admit: Admit, leave: Callab
         admit: asks main whether this machine takes one more connection.
         leave: gives a place back that was taken and not used.
     """
-    door = _Door(Gate(settings, worker.desk), worker, admit, leave)
+    gate = Gate(settings, worker.desk)
+    door = _Door(gate, worker, admit, leave)
+    queries = Queries(gate, worker.desk)
     app = web.Application()
     app.router.add_get(settings.ws_url_path, door.handle)
     app.router.add_get(settings.base_path + "/stream", door.stream)
+    app.router.add_get(settings.base_path + "/quotes", queries.quotes)
+    app.router.add_get(settings.base_path + "/codes", queries.codes)
     for path, name in _FILES.items():
         app.router.add_get(settings.base_path + path, _file_handler(STATIC / name))
     app.router.add_get(settings.base_path + "/", _page_handler(settings.ws_path.lstrip("/")))

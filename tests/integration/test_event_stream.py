@@ -49,6 +49,10 @@ async def is_registered(redis: Redis, fd: str, codes: set[str]) -> bool:
     return found == codes
 
 
+async def has_connections(server: QuotepushServer, count: int) -> bool:
+    return await server.metric("connections") == count
+
+
 async def until_gone(redis: Redis, fd: str) -> None:
     async def is_gone() -> bool:
         return not await redis.exists(f"qp:fd:{fd}")
@@ -82,7 +86,7 @@ async def test_a_stream_has_the_rows_of_a_websocket_beside_it(server: QuotepushS
         assert stream.headers["x-accel-buffering"] == "no"
         await stream.until_said("heartbeat")
         await wait_until(lambda: is_registered(redis, stream.fd, {"AAPL", "600519.SH"}))
-        assert await server.metric("connections") == 2
+        await wait_until(lambda: has_connections(server, 2))
         fd = stream.fd
     await until_gone(redis, fd)
 
