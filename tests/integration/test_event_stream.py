@@ -342,3 +342,26 @@ async def test_curl_is_client_enough(server: QuotepushServer, redis: Redis) -> N
         return not await redis.exists("qp:code:AAPL", "qp:codes")
 
     await wait_until(is_gone, 20)
+
+
+async def test_a_stream_that_takes_nothing_is_cut_off(
+    start_server: Callable[..., Awaitable[QuotepushServer]], redis: Redis
+) -> None:
+    server = await start_server(workers=1, heartbeat_ms=HEARTBEAT_MS, stall_timeout_s=1)
+    client = EventClient(server.port, "A")
+    await client.open(limit=4096)
+    await client.until_said("ack")
+    client.may_read.clear()
+    fd = client.fd
+    last = 0
+
+    async def is_cut_off() -> bool:
+        nonlocal last
+        for _ in range(50):
+            last += 1
+            await publish(redis, "A", last=last, text="x" * 7000)
+        return await server.metric("connections_closed", reason="stalled") == 1
+
+    await wait_until(is_cut_off, 90)
+    await until_gone(redis, fd)
+    await client.cut()

@@ -386,6 +386,30 @@ async def test_who_is_cut_off_while_his_rows_are_merged_starts_from_a_snapshot()
     assert client.come() == ["replay", "current"]
 
 
+async def test_a_peer_that_acknowledges_nothing_is_cut_off_and_a_slow_one_is_not(
+    main: Main, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = come(main, "A")
+    assert client.wire is not None
+    link = client.wire.link
+    held = 0  # what the kernel has not got rid of
+    monkeypatch.setattr("quotepush.push.stream.kernel_bytes", lambda transport: held)
+    aborted: list[float] = []
+    monkeypatch.setattr(client.wire, "abort", lambda: aborted.append(now_s))
+    for now_s in range(5, 100, 5):  # it gets more than it takes, but it takes
+        held += 90
+        link.write(b":" * 100)
+        link.check(now_s, 30.0, 1.0, 1.0)
+    held = 0
+    link.check(100.0, 30.0, 1.0, 1.0)
+    for now_s in range(105, 200, 5):  # only heartbeats, and nothing comes back
+        link.write(b":" * 100)
+        held += 100
+        link.check(now_s, 30.0, 1.0, 1.0)
+    assert aborted == [135]
+    assert (link.closed_by, link.reason) == ("server", "stalled")
+
+
 def has_written_all(link: StreamLink) -> bool:
     """It writes as to a client that reads, but nothing comes through."""
     link.resume_writing()

@@ -710,7 +710,8 @@ class Peer:
             subscribed=lambda fd: None, clock_ms=lambda: 0,
         )  # fmt: skip
         self.link.session = Session("n.0.1", self.link, desk)
-        self.link.attach(self.transport, asyncio.get_running_loop(), 4096)  # type: ignore[arg-type]
+        self.link.attach(self.transport)  # type: ignore[arg-type]
+        self.link.read_with(asyncio.get_running_loop(), 4096)
         self.link.heard_s = 1000.0
 
     def check(self, after_s: float) -> bytes:
