@@ -38,6 +38,8 @@ _NODE = re.compile(r"[A-Za-z0-9-]{1,32}\Z")
 _URLS = ("feed_redis", "registry_redis")
 _PASSWORDS = tuple(f"{name}_password" for name in _URLS)
 _MOST_LEEWAY_S = 60
+# What else is at the public port, below base_path.
+_OTHER_PATHS = ("/stream", "/quotes", "/codes")
 
 
 def _setting(default: Any, doc: str, *, unit: str = "", at_least: float | None = None) -> Any:
@@ -443,6 +445,8 @@ def _faults(s: Settings) -> list[str]:
         path = getattr(s, name)
         if (path or name == "ws_path") and not re.match(r"(/[A-Za-z0-9._~-]+)+\Z", path):
             found.append(f"{name} must look like /quotes, without a slash at its end, not {path!r}")
+    if s.ws_path in _OTHER_PATHS:
+        found.append(f"ws_path must not be {s.ws_path}: something else is there")
     if s.token_key and (fault := key_fault(s.token_key)):
         found.append(f"token_key {fault}")
     if s.token_leeway_s > _MOST_LEEWAY_S:

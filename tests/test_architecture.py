@@ -71,6 +71,9 @@ TESTED_ELSEWHERE = {
     "quotepush.feed.run": "tests/unit/test_feed.py",
     "quotepush.ingest.keys": "tests/unit/test_batches.py",
     "quotepush.push.worker": "tests/unit/test_websocket.py",
+    "quotepush.push.link": "tests/unit/test_websocket.py",
+    "quotepush.push.gate": "tests/unit/test_site.py",
+    "quotepush.push.questions": "tests/unit/test_site.py",
     # Processes and their wiring: tested as processes.
     "quotepush.node.main": "tests/integration/test_lifecycle.py",
     "quotepush.node.supervisor": "tests/integration/test_lifecycle.py",

@@ -17,12 +17,12 @@ from typing import Any, cast
 import msgspec
 
 __all__ = [
-    "BUS_VERSION", "Answered", "Ask", "BusEnd", "Drain", "Feed", "Figures", "Freshness", "Hello", "Lend",
-    "PlacesBack", "PlacesGranted", "PlacesWanted", "Ready", "RegistryClient", "Rows", "Setup", "ToMain", "ToWorker",
-    "Unwatch",
+    "BUS_VERSION", "Answered", "Ask", "BusEnd", "Drain", "Feed", "Figures", "Find", "Found", "Freshness", "Hello",
+    "Lend", "PlacesBack", "PlacesGranted", "PlacesWanted", "Ready", "RegistryClient", "Rows", "Setup", "ToMain",
+    "ToWorker", "Unwatch",
 ]  # fmt: skip
 
-BUS_VERSION = 2
+BUS_VERSION = 3
 _LENGTH = struct.Struct("!I")
 _READ_MAX = 1 << 28
 
@@ -42,26 +42,34 @@ class Setup(_Message, tag="setup"):
     node: str
     epoch: str
     server: str
+    life: str = ""
 
 
 class Rows(_Message, tag="rows"):
     """Newest rows, in order: code, seq, JSON text without ``prev`` and without the book.
 
     Where this worker has asked for a code's book, it follows as a JSON object (else None or nothing). Of a row that is
-    restated the code's epoch and the reason (``quote.board``) follow too.
+    restated the code's epoch and the reason (``quote.board``) follow too. Up to ``ordinal`` (``quote.ring``) the worker
+    has now been sent everything that it wants; 0: nobody knows.
     """
 
     rows: list[tuple[Any, ...]]
+    ordinal: int = 0
 
 
 class Answered(_Message, tag="answered"):
-    """The answer to :class:`Ask`; ``stale`` names the codes that are stale, and is kept true by :class:`Freshness`."""
+    """The answer to :class:`Ask`; ``stale`` names the codes that are stale, and is kept true by :class:`Freshness`.
+
+    ``behind`` is, of codes that were asked with an ordinal, the seq of the row before, and rows (seq, text, ordinal).
+    """
 
     question: int
     rows: list[tuple[str, int, bytes | None, bytes | None, str]]
     refused: dict[str, str]
     missed: dict[str, list[tuple[int, bytes]]]
     stale: list[str] = []
+    behind: dict[str, tuple[int | None, list[tuple[int, bytes, int]]]] = {}
+    ordinal: int = 0
 
 
 class Freshness(_Message, tag="freshness"):
@@ -69,6 +77,13 @@ class Freshness(_Message, tag="freshness"):
 
     stale: list[str]
     fresh: list[str]
+
+
+class Found(_Message, tag="found"):
+    """The answer to :class:`Find` as JSON text; None: too many ask."""
+
+    question: int
+    text: bytes | None
 
 
 class PlacesGranted(_Message, tag="granted"):
@@ -116,7 +131,7 @@ class Ask(_Message, tag="ask"):
     """The newest rows of these codes, with their epochs.
 
     With ``watch`` also their later ticks; with ``books`` both with their books. ``since`` names codes whose rows
-    behind a seq in an epoch are asked for.
+    behind a seq in an epoch are asked for, or behind an ordinal in a life of main: its name has an ``@`` before it.
     """
 
     question: int
@@ -124,6 +139,14 @@ class Ask(_Message, tag="ask"):
     watch: bool
     books: bool
     since: dict[str, tuple[str, int]]
+
+
+class Find(_Message, tag="find"):
+    """Which codes begin so, or have this in their names; without a text: which have moved most."""
+
+    question: int
+    text: str | None
+    limit: int
 
 
 class Unwatch(_Message, tag="unwatch"):
@@ -157,8 +180,8 @@ class Figures(_Message, tag="figures"):
     figures: dict[str, Any]
 
 
-ToWorker = Setup | Rows | Answered | Freshness | PlacesGranted | Feed | Lend | Drain
-ToMain = Hello | Ready | Ask | Unwatch | PlacesWanted | PlacesBack | RegistryClient | Figures
+ToWorker = Setup | Rows | Answered | Found | Freshness | PlacesGranted | Feed | Lend | Drain
+ToMain = Hello | Ready | Ask | Find | Unwatch | PlacesWanted | PlacesBack | RegistryClient | Figures
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -35,6 +35,7 @@ from quotepush.metrics import Sample
 from quotepush.node import lock
 from quotepush.node.admin import make_admin_app
 from quotepush.node.collector import quiet_collector
+from quotepush.node.directory import Directory
 from quotepush.node.logs import set_up_logging
 from quotepush.node.notify import notify, watchdog_interval_s
 from quotepush.node.relay import Relay
@@ -89,9 +90,11 @@ class _Main:
             max_bytes=settings.ring_bytes,
             max_code_bytes=settings.ring_code_bytes,
             max_age_ms=round(settings.ring_age_s * 1000),
+            life=self._epoch[:8],
         )
+        is_known = _symbol_check(settings.symbol_file)
         self._relay = Relay(
-            _symbol_check(settings.symbol_file),
+            is_known,
             self._ring,
             settings.ring_age_s,
             stale_ms=math.ceil(settings.code_stale_s * 1000),
@@ -106,6 +109,7 @@ class _Main:
             watched=self._relay.wanted,
             books_watched=self._relay.books,
         )
+        self._directory = Directory(self._board, is_known)
         self._listener: FeedListener
         self._follower: LogFollower
         self._rows: RowStore
@@ -175,7 +179,7 @@ class _Main:
             )
             await self._rows.load()
             self._supervisor = Supervisor(
-                settings, sockets, self._relay, registry, max_connections, self._feed_news,
+                settings, sockets, self._relay, self._directory, registry, max_connections, self._feed_news,
                 self._tell_readiness,
             )  # fmt: skip
             async with self._admin_site() as admin_address:
@@ -210,6 +214,7 @@ class _Main:
                     group.create_task(self._rows.run(), name="rows"),
                     group.create_task(self._expire_rows(), name="expire"),
                     group.create_task(self._sweep_codes(), name="sweep"),
+                    group.create_task(self._directory.run(), name="directory"),
                     group.create_task(self._report_faults(), name="faults"),
                     group.create_task(self._feed_watchdog(), name="watchdog"),
                 ]

@@ -43,6 +43,7 @@ class WorkerFeed:
         self.rows: list[_Entry] = []
         self.merged = 0
         self._held: dict[str, _Entry] | None = None
+        self._ordinal = 0  # up to which it has been pushed everything
         self._changed: dict[str, None] = {}  # codes whose entry in ``stale`` the worker has yet to be told
 
     @property
@@ -50,15 +51,20 @@ class WorkerFeed:
         """Whether rows are held for the worker, so that it has not been sent all that came before an answer."""
         return self._held is not None
 
-    def push(self) -> None:  # hot
-        """Send what waits, or hold the newest of it while the worker is slow."""
+    def push(self, ordinal: int) -> None:  # hot
+        """Send what waits, or hold the newest of it while the worker is slow.
+
+        Args:
+            ordinal: of the newest row that there is (``quote.ring``); 0: main holds newer ones.
+        """
+        self._ordinal = ordinal
         rows = self.rows
         if not rows:
             return
         self.rows = []
         if self._held is None:
             if self._bus.unsent_bytes <= _SLOW_BYTES:
-                self._bus.send_now(Rows(rows))
+                self._bus.send_now(Rows(rows, ordinal))
                 return
             self._held = {}
         for entry in rows:
@@ -75,7 +81,7 @@ class WorkerFeed:
         """The worker has taken everything: what is held may go."""
         held, self._held = self._held, None
         if held:
-            self._bus.send(Rows(list(held.values())))
+            self._bus.send(Rows(list(held.values()), self._ordinal))
 
     def answer(
         self,
@@ -84,10 +90,12 @@ class WorkerFeed:
         refused: dict[str, str],
         missed: dict[str, list[tuple[int, bytes]]],
         stale: list[str],
+        behind: dict[str, tuple[int | None, list[tuple[int, bytes, int]]]],
+        ordinal: int,
     ) -> None:
         """Answer behind every row that is older than the answer, but for rows that are held."""
-        self.push()
-        self._bus.send(Answered(question, rows, refused, missed, stale))
+        self.push(ordinal)
+        self._bus.send(Answered(question, rows, refused, missed, stale, behind, 0 if self.is_holding else ordinal))
 
     def watch(self, code: str, is_stale: bool) -> None:
         """From now on the worker wants this code; the answer that it is about to get says whether it is stale."""
@@ -133,6 +141,7 @@ class Relay:
         is_lagging: main is behind the feed: per batch only a code's newest row is sent.
         merged: rows that were merged for this reason.
         stale: how many watched codes the last sweep found stale.
+        life: of main, in which the ordinals of rows count.
     """
 
     def __init__(
@@ -145,6 +154,7 @@ class Relay:
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._is_known = is_known
+        self.life = ring.life
         self._stale_ms = stale_ms
         self._clock_ms = clock_ms
         self._ring = ring
@@ -199,13 +209,14 @@ class Relay:
         if dirty:
             self._dirty = []
             for feed in dirty:
-                feed.push()
+                feed.push(self._ring.ordinal)
 
     def ask(self, feed: WorkerFeed, question: Ask) -> None:
         """Answer a worker's question; with ``watch`` also note what it wants from now on."""
         refused = {code: "unknown_code" for code in question.codes if not self._is_known(code)}
         rows: list[tuple[str, int, bytes | None, bytes | None, str]] = []
         missed: dict[str, list[tuple[int, bytes]]] = {}
+        behind: dict[str, tuple[int | None, list[tuple[int, bytes, int]]]] = {}
         now_ms = self._clock_ms()
         for code in question.codes:
             if code in refused:
@@ -213,23 +224,42 @@ class Relay:
             if question.watch:
                 if code not in feed.codes:
                     feed.watch(code, self._is_stale(self.board.quotes.get(code), now_ms))
-                    self.wanted.setdefault(code, []).append(feed)
+                    self._want(code).append(feed)
                     self._left.pop(code, None)
                 if question.books and code not in feed.books:
                     feed.books.add(code)
                     self.books[code] += 1
             quote = self.board.quotes.get(code)
+            since = question.since.get(code)
+            # The ring has not got a row yet that waits because main is late.
+            if since is not None and (code in self._late or feed.is_holding):
+                since = None
+            if since is not None and since[0].startswith("@"):
+                place = self._ring.behind(code, quote, since[0][1:], since[1])
+                if place is not None:
+                    behind[code] = place
+                since = None
             if quote is None:
                 rows.append((code, 0, None, b"{}" if question.books else None, self.board.epoch))
             else:
                 book = quote.encoded_book() if question.books else None
                 rows.append((code, quote.seq, quote.encoded(), book, quote.epoch))
-                # The ring has not got a row yet that waits because main is late.
-                if code in question.since and code not in self._late and not feed.is_holding:
-                    found = self._ring.since(quote, *question.since[code])
+                if since is not None:
+                    found = self._ring.since(quote, *since)
                     if found is not None:
                         missed[code] = found
-        feed.answer(question.question, rows, refused, missed, [code for code in question.codes if code in feed.stale])
+        stale = [code for code in question.codes if code in feed.stale]
+        # Rows that wait because main is late have no ordinals yet, and may be in this answer.
+        ordinal = 0 if self._late else self._ring.ordinal
+        feed.answer(question.question, rows, refused, missed, stale, behind, ordinal)
+
+    def _want(self, code: str) -> list[WorkerFeed]:
+        """Return the feeds that want a code; its rows are kept from now on."""
+        feeds = self.wanted.get(code)
+        if feeds is None:
+            feeds = self.wanted[code] = []
+            self._ring.watch(code, self.board.seq(code))
+        return feeds
 
     def unwatch(self, feed: WorkerFeed, codes: Iterable[str]) -> None:
         """A worker no longer wants these codes."""
@@ -249,7 +279,7 @@ class Relay:
     def keep(self, code: str) -> None:
         """Go on as if somebody had just left this code: its recent rows are in the ring."""
         if code not in self.wanted:
-            self.wanted[code] = []
+            self._want(code)
             self._left[code] = time.monotonic()
 
     def tidy(self) -> None:
@@ -260,6 +290,7 @@ class Relay:
             if since_s > until_s:
                 break
             del self._left[code], self.wanted[code]
+            self._ring.unwatch(code)
             if (quote := self.board.quotes.get(code)) is not None:
                 self._ring.forget([quote])
 

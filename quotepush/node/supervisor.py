@@ -29,6 +29,7 @@ from quotepush import __version__
 from quotepush.cluster.nodes import cut_connection, purge_life
 from quotepush.errors import WorkerUnfit
 from quotepush.node import bus
+from quotepush.node.directory import Directory
 from quotepush.node.relay import Relay, WorkerFeed
 from quotepush.settings import Settings
 
@@ -102,6 +103,7 @@ class Supervisor:
         settings: Settings,
         listening: list[socket.socket],
         relay: Relay,
+        directory: Directory,
         registry: Redis,
         max_connections: int,
         feed_news: Callable[[], tuple[str, int, str]],
@@ -109,6 +111,7 @@ class Supervisor:
     ) -> None:
         self._settings = settings
         self._relay = relay
+        self._directory = directory
         self._registry = registry
         self._feed_news = feed_news
         self._on_ready = on_ready
@@ -239,6 +242,7 @@ class Supervisor:
                 self._settings.node,
                 self._feed_news()[2],
                 __version__,
+                self._relay.life,
             )
         )
         end.send(bus.Feed(*self._feed_news()))
@@ -322,6 +326,9 @@ class Supervisor:
         match message:
             case bus.Ask():
                 self._relay.ask(slot.feed, message)
+            case bus.Find():
+                answering, question = slot.bus, message.question
+                self._directory.ask(message.text, message.limit, lambda text: answering.send(bus.Found(question, text)))
             case bus.Unwatch():
                 self._relay.unwatch(slot.feed, message.codes)
             case bus.PlacesWanted():

@@ -58,6 +58,7 @@ class WorkerProcess:
         self._setup: asyncio.Future[bus.Setup] = asyncio.get_running_loop().create_future()
         self._stop: asyncio.Future[bus.Drain | None] = asyncio.get_running_loop().create_future()
         self._questions: dict[int, Callable[[bus.Answered], None]] = {}
+        self._searches: dict[int, Callable[[bytes | None], None]] = {}
         self._next_question = 0
         self._worker: PushWorker | None = None
         self._unwatched: list[str] = []
@@ -170,12 +171,15 @@ class WorkerProcess:
             heartbeat_ms=settings.heartbeat_ms,
             watch=lambda codes, books, since, then: self._ask(codes, then, watch=True, books=books, since=since),
             look=lambda codes, then: self._ask(codes, then, watch=False, books=False, since={}),
+            read=lambda codes, books, then: self._ask(codes, then, watch=False, books=books, since={}),
+            find=self._find,
             unwatch=self._unwatch,
             subscribed=mirror.touch,
             extra_fields=frozenset(settings.extra_fields),
             verifier=Verifier(settings.token_key, settings.token_leeway_s) if settings.token_key else None,
             auth_timeout_ms=round(settings.auth_timeout_s * 1000),
             clock_ms=clock_ms,
+            life=setup.life,
         )
 
         def closed(fd: str) -> None:
@@ -203,18 +207,25 @@ class WorkerProcess:
     ) -> None:
         def answered(message: bus.Answered) -> None:
             worker = self._worker
-            if books and worker is not None:
+            if worker is not None:
+                worker.hub.ordinal = message.ordinal
+            if watch and books and worker is not None:
                 for code, seq, row, book, _ in message.rows:
                     if row is not None:
                         # Newer than what we have, when main still holds rows for us; those are without the book.
                         worker.hub.offer(code, seq, row, book)
             rows = {row[0]: row[1:] for row in message.rows}
-            then(Answer(rows, message.refused, message.missed, frozenset(message.stale)))
+            then(Answer(rows, message.refused, message.missed, frozenset(message.stale), message.behind))
 
         self._next_question += 1
         self._questions[self._next_question] = answered
         self._tell_unwatched()
         self._bus.send(bus.Ask(self._next_question, list(codes), watch, books, dict(since)))
+
+    def _find(self, text: str | None, limit: int, then: Callable[[bytes | None], None]) -> None:
+        self._next_question += 1
+        self._searches[self._next_question] = then
+        self._bus.send(bus.Find(self._next_question, text, limit))
 
     async def _admit(self, take: bool) -> bool:
         is_welcome = await self._places.take()
@@ -273,8 +284,11 @@ class WorkerProcess:
                 offer = worker.hub.offer
                 for row in message.rows:
                     offer(*row)
+                worker.hub.ordinal = message.ordinal
         elif kind is bus.Answered:
             self._questions.pop(message.question)(message)
+        elif kind is bus.Found:
+            self._searches.pop(message.question)(message.text)
         elif kind is bus.PlacesGranted:
             self._places.granted(message.count)
         elif kind is bus.Freshness:

@@ -75,12 +75,15 @@ class Answer:
         missed: of codes that were asked since when: the rows behind that (seq and JSON text, oldest first), as far as
             main still has them all.
         stale: those of the codes that are stale.
+        behind: of codes that were asked with a position: the seq of the row before (None: it cannot be told), and the
+            rows since then (seq, JSON text, ordinal), as far as main still has them all.
     """
 
     rows: Mapping[str, tuple[int, bytes | None, bytes | None, str]]
     refused: Mapping[str, str]
     missed: Mapping[str, Sequence[tuple[int, bytes]]] = field(default_factory=dict)
     stale: Collection[str] = ()
+    behind: Mapping[str, tuple[int | None, Sequence[tuple[int, bytes, int]]]] = field(default_factory=dict)
 
 
 def _nobody(*_: object) -> None:
@@ -92,10 +95,13 @@ class Desk:
     """What a worker offers its sessions: the index, main behind it, the registry, the clock.
 
     Attributes:
-        watch: ask main for these codes (with their books?), what was missed of them since when, and their later ticks;
-            answers through the callback, in the stream of ticks, so that nothing falls between the answer and the next
-            tick.
+        watch: ask main for these codes (with their books?), what was missed of them since when (an epoch and a seq, or
+            a position: ``@`` and the life of main, and an ordinal), and their later ticks; answers
+            through the callback, in the stream of ticks, so that nothing falls between the answer and the next tick.
         look: the same without their later ticks.
+        read: the same with their books, if wanted.
+        find: ask main which codes begin so or have such names (None: which have moved most), and how many at most;
+            answers with JSON text, or with None when too many ask.
         deliver: queue a lane's newest row for one of its newcomers; set by the worker that has the hub.
         replay: begin to send an outbox what it replays; set by the worker too.
         extra_fields: what views may name besides the fields of the protocol.
@@ -104,6 +110,7 @@ class Desk:
         unwatch: nobody here watches these codes any more.
         subscribed: a session's codes have changed (for the registry).
         clock_ms: epoch milliseconds.
+        life: of main, in which positions count.
     """
 
     subscriptions: Subscriptions
@@ -117,10 +124,13 @@ class Desk:
     subscribed: Callable[[str], None]
     clock_ms: Callable[[], int]
     extra_fields: frozenset[str] = frozenset()
+    read: Callable[[Sequence[str], bool, Callable[[Answer], None]], None] = _nobody
+    find: Callable[[str | None, int, Callable[[bytes | None], None]], None] = _nobody
     deliver: Callable[[Lane, Outbox, int], None] = _nobody
     replay: Callable[[Outbox], None] = _nobody
     verifier: Verifier | None = None
     auth_timeout_ms: int = 10_000
+    life: str = ""
 
     def identify(self, token: str) -> Identity | None:
         """Return whom ``token`` names; None: this server takes no tokens.

@@ -62,6 +62,7 @@ class Hub:
         self._on_caught_up = on_caught_up
         self._on_failed = on_failed
         self._clock_ms = clock_ms
+        self.ordinal = 0  # up to here everything that this worker watches was offered (``quote.ring``); 0: nobody knows
         self._dirty: list[Outbox] = []  # have rows that wait for the next flush
         self._flushing: list[Outbox] = []  # those of the flush that is going on
         self._flushed = 0  # how many of them are done

@@ -18,7 +18,7 @@ from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
-from quotepush.push.subscriptions import Lane, Row
+from quotepush.push.subscriptions import Lane, MissedRow, Row
 from quotepush.quote.board import GAP
 from quotepush.wire.formats import JSON, Codec
 
@@ -60,6 +60,8 @@ class Outbox:
         rows: in order, all of them; the hub appends.
         replay: rows that were missed while the client was away; they go before all others, as the socket takes them.
         replay_bytes: how long they are together.
+        replayed: ordinal of the last of them that :meth:`take_replay` has returned, where they have ordinals; for who
+            writes it, to be read and cleared.
         held: newest row per lane while merging, else None.
         is_blocked: the socket has not taken all of the last write; nothing is written meanwhile.
         sent: rows handed to the socket.
@@ -68,7 +70,7 @@ class Outbox:
 
     __slots__ = (
         "_counted", "codec", "has_arrays", "has_restated", "held", "is_blocked", "merged", "replay",
-        "replay_bytes", "rows", "sent", "session", "waiting_bytes", "write",
+        "replay_bytes", "replayed", "rows", "sent", "session", "waiting_bytes", "write",
     )  # fmt: skip
 
     def __init__(self, session: Any, write: Callable[[bytes], None], codec: Codec = JSON) -> None:
@@ -80,6 +82,7 @@ class Outbox:
         self.rows: list[Row] = []
         self.replay: deque[Row] | None = None
         self.replay_bytes = 0
+        self.replayed = 0
         self.held: dict[Lane, Held] | None = None
         self.is_blocked = False
         self.sent = 0
@@ -149,6 +152,11 @@ class Outbox:
             self._counted = self.waiting_bytes = 0
         return frames
 
+    def order_replay(self) -> None:
+        """Put missed rows of all codes in the order of their ordinals: one of them then says how far they have gone."""
+        if self.replay is not None:
+            self.replay = deque(sorted(self.replay, key=lambda row: row.ordinal if isinstance(row, MissedRow) else 0))
+
     def take_replay(self, now_ms: int) -> bytes:
         """Return some of the rows that were missed, as frames, and forget them."""
         assert self.replay
@@ -158,6 +166,7 @@ class Outbox:
             row = self.replay.popleft()
             rows.append((row.lane, 0, "", row.text))
             size += len(row.text)
+            self.replayed = row.ordinal if isinstance(row, MissedRow) else 0
         self.replay_bytes -= size
         if not self.replay:
             self.replay = None

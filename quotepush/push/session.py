@@ -19,7 +19,7 @@ from typing import Any
 
 from quotepush.auth import Identity
 from quotepush.errors import PeerError
-from quotepush.push.desk import Answer, Desk, Gone, Link
+from quotepush.push.desk import Answer, Desk, Gone, Limits, Link
 from quotepush.push.outbox import Outbox
 from quotepush.push.results import Results, understand
 from quotepush.push.subscriptions import Channel, Lane, Shape
@@ -53,21 +53,30 @@ class Session:
 
     __slots__ = (
         "_allowance", "_allowance_at_ms", "_claimed", "_desk", "_epoch", "_inbox", "_is_waiting", "_limited_since_ms",
-        "_link", "codec", "fd", "identity", "is_closed", "opened_ms", "outbox", "watchlist",
+        "_limits", "_link", "codec", "fd", "identity", "is_closed", "opened_ms", "outbox", "watchlist",
     )  # fmt: skip
 
-    def __init__(self, fd: str, link: Link, desk: Desk, codec: Codec = JSON, identity: Identity | None = None) -> None:
+    def __init__(
+        self,
+        fd: str,
+        link: Link,
+        desk: Desk,
+        codec: Codec = JSON,
+        identity: Identity | None = None,
+        limits: Limits | None = None,
+    ) -> None:
         self.fd = fd
         self.codec = codec
         self.identity = identity
         self._link = link
         self._desk = desk
+        self._limits = limits or desk.limits
         self.outbox = Outbox(self, link.write, codec)
         self.watchlist = Watchlist(desk.subscriptions, self.outbox)
         self.is_closed = False
         self.opened_ms = desk.clock_ms()
         self._epoch = desk.epoch  # as hello says it; other epochs are named with their codes
-        self._allowance = max(2.0, desk.limits.requests_per_s)
+        self._allowance = max(2.0, self._limits.requests_per_s)
         self._allowance_at_ms = self.opened_ms
         self._limited_since_ms = 0
         self._is_waiting = False  # for main's answer to a request
@@ -86,12 +95,16 @@ class Session:
                 time_ms=self.opened_ms,
                 heartbeat_ms=desk.heartbeat_ms,
                 fields=DEFAULT_FIELDS,
-                limits=desk.limits.as_said(),
+                limits=self._limits.as_said(),
                 auth="none" if desk.verifier is None else "required" if self.identity is None else "ok",
             )
         )
 
     # What the client says
+
+    def carry_out(self, request: Request) -> None:
+        """Do what a client has asked for in another way than by a message."""
+        _HANDLERS[request.action](self, request, self._desk.clock_ms())
 
     def receive(self, data: str | bytes) -> None:
         """Take one message of the client."""
@@ -111,7 +124,7 @@ class Session:
                 self._count_request(now_ms)
                 raise RequestError("bad_json", f"not {self.codec.language}: {e}") from None
             self._count_request(now_ms)
-            request = parse_request(said, self._desk.limits.codes_per_request, self._desk.extra_fields)
+            request = parse_request(said, self._limits.codes_per_request, self._desk.extra_fields)
             self._require_identity(request)
             _HANDLERS[request.action](self, request, now_ms)
         except RequestError as e:
@@ -151,7 +164,7 @@ class Session:
         self._link.close(CLOSE_CODES[fault.error], fault.error)
 
     def _count_request(self, now_ms: int) -> None:
-        rate = self._desk.limits.requests_per_s
+        rate = self._limits.requests_per_s
         most = max(2.0, rate)  # above 1, or each request that is let through would look like a rest
         # max: a wall clock that is set back is no fault of the client's.
         self._allowance = min(most, self._allowance + max(0, now_ms - self._allowance_at_ms) * rate / 1000)
@@ -173,7 +186,7 @@ class Session:
 
     def _subscribe(self, request: Request, now_ms: int) -> None:
         watched = self.watchlist.subscriptions
-        results = understand(request.codes, watched, self._desk.limits.codes)
+        results = understand(request.codes, watched, self._limits.codes)
         spelled = self.codec.format(request.format)
         # An array has the columns that its ack names, and no field that nobody knows.
         fields = DEFAULT_FIELDS if spelled.is_array and request.fields is None else request.fields
@@ -213,8 +226,14 @@ class Session:
                         undelivered.append(newest)
             elif code in answer.missed:
                 resume = self.watchlist.resume(
-                    channel, shape, request.since[code][1], answer.missed[code], self._desk.limits.replay_bytes
+                    channel, shape, request.since[code][1], answer.missed[code], self._limits.replay_bytes
                 )
+            elif code in answer.behind:
+                prev, missed = answer.behind[code]
+                # Of a view nobody knows which rows had news for it, and so which of them he was sent last.
+                if shape.view is not DEFAULT_VIEW or not request.snapshot:
+                    prev = None
+                resume = self.watchlist.resume_behind(channel, shape, prev, missed, self._limits.replay_bytes)
             else:
                 self.watchlist.begin(channel, shape, channel.seq if is_sent else None)
             if code in request.since:
@@ -234,6 +253,8 @@ class Session:
         for lane, restated in undelivered:
             self._desk.deliver(lane, self.outbox, restated)
         if self.outbox.replay is not None:
+            if answer.behind:
+                self.outbox.order_replay()
             self._desk.replay(self.outbox)
         if results.codes:
             self._desk.subscribed(self.fd)
@@ -349,7 +370,7 @@ class Session:
 
     def _room(self) -> Mapping[str, int]:
         """Return how many codes this connection has, and may have, as an ack says it."""
-        return {"total": len(self.watchlist.subscriptions), "limit": self._desk.limits.codes}
+        return {"total": len(self.watchlist.subscriptions), "limit": self._limits.codes}
 
     def _say_snapshot(self, now_ms: int, shown: Sequence[tuple[Channel, View]], spelled: Format) -> None:
         """Send the newest rows of these channels; arrays are all of one view."""
@@ -363,7 +384,7 @@ class Session:
             rows.append(text)
         facts = {"epochs": epochs} if epochs and spelled.is_array else {}
         cols = shown[0][1].cols if spelled.is_array else None
-        self._link.write(self.codec.rows_frame("snapshot", now_ms, rows, cols, **facts))
+        self.outbox.write(self.codec.rows_frame("snapshot", now_ms, rows, cols, **facts))
 
     def _say_codes(self, state: str, codes: Sequence[str]) -> None:
         for start in range(0, len(codes), _CODES_PER_STATUS):

@@ -1,4 +1,4 @@
-"""The public HTTP side of a worker: the WebSocket's door, the ticker page, the browser client.
+"""The public HTTP side of a worker: the doors of WebSocket and stream, the ticker page, the browser client.
 
 Law: whoever is refused is refused before the upgrade, with the status that says why; no answer repeats a token.
 Browsers do not show that status to scripts, so a plain ``GET`` of the WebSocket's path
@@ -7,14 +7,14 @@ answers with it too (426 when an upgrade would be welcome).
 
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import orjson
 from aiohttp import web
 
-from quotepush.auth import Identity
 from quotepush.errors import PeerError
-from quotepush.push.websocket import Detached
+from quotepush.push.gate import Gate, cross_origin, refuse
+from quotepush.push.link import Detached
+from quotepush.push.queries import Queries
+from quotepush.push.questions import asked_of
 from quotepush.push.worker import PushWorker
 from quotepush.settings import Settings
 from quotepush.wire.formats import CODECS
@@ -45,9 +45,14 @@ def make_app(settings: Settings, worker: PushWorker, admit: Admit, leave: Callab
         admit: asks main whether this machine takes one more connection.
         leave: gives a place back that was taken and not used.
     """
-    door = _Door(settings, worker, admit, leave)
+    gate = Gate(settings, worker.desk)
+    door = _Door(gate, worker, admit, leave)
+    queries = Queries(gate, worker.desk)
     app = web.Application()
     app.router.add_get(settings.ws_url_path, door.handle)
+    app.router.add_get(settings.base_path + "/stream", door.stream)
+    app.router.add_get(settings.base_path + "/quotes", queries.quotes)
+    app.router.add_get(settings.base_path + "/codes", queries.codes)
     for path, name in _FILES.items():
         app.router.add_get(settings.base_path + path, _file_handler(STATIC / name))
     app.router.add_get(settings.base_path + "/", _page_handler(settings.ws_path.lstrip("/")))
@@ -82,92 +87,75 @@ def _slash_handler(target: str) -> Callable[[web.Request], Awaitable[web.StreamR
 
 
 class _Door:
-    """The WebSocket's path."""
+    """The paths at which a connection begins: the WebSocket's and the stream's."""
 
-    def __init__(self, settings: Settings, worker: PushWorker, admit: Admit, leave: Callable[[], None]) -> None:
+    def __init__(self, gate: Gate, worker: PushWorker, admit: Admit, leave: Callable[[], None]) -> None:
         self._worker = worker
         self._admit = admit
         self._leave = leave
-        self._origins = frozenset(origin.rstrip("/").lower() for origin in settings.allowed_origins)
+        self._gate = gate
         self._handshake = web.WebSocketResponse(protocols=_SUBPROTOCOLS)  # only says whether a request is one
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         wants_upgrade = request.headers.get("Upgrade", "").strip().lower() == "websocket"
-        if not self._is_allowed(request):
-            return _refuse(request, 403, "forbidden_origin", "pages of this origin may not connect")
+        refusal = self._gate.refusal(request)
+        if refusal is not None:
+            return refusal
         if wants_upgrade and not self._handshake.can_prepare(request).ok:
-            return _refuse(request, 400, "bad_handshake", "not a WebSocket handshake of version 13")
+            return refuse(request, 400, "bad_handshake", "not a WebSocket handshake of version 13")
         offered = [p.strip() for p in request.headers.get("Sec-WebSocket-Protocol", "").split(",") if p.strip()]
         subprotocol = next((p for p in offered if p in _SUBPROTOCOLS), None)
         if offered and subprotocol is None:
-            return _refuse(request, 400, "bad_subprotocol", f"this server speaks {' and '.join(_SUBPROTOCOLS)}")
-        try:
-            identity = self._identify(request)
-        except PeerError as e:
-            headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # RFC 6750 §3
-            return _refuse(request, 401, "auth_failed", e.message, headers=headers)
-        if not await self._admit(wants_upgrade):
-            return _refuse(request, 503, "overloaded", "this server holds all it can", retry_after_s=_RETRY_AFTER_S)
-        if self._worker.is_draining:  # asked last: it may have begun while main was asked
-            if wants_upgrade:
-                self._leave()
-            return _refuse(request, 503, "restart", "this server is about to restart", retry_after_s=1)
+            return refuse(request, 400, "bad_subprotocol", f"this server speaks {' and '.join(_SUBPROTOCOLS)}")
+        identity = self._gate.identify(request, is_needed=False)
+        if isinstance(identity, web.Response):
+            return identity
+        refusal = await self._find_place(request, wants_upgrade)
+        if refusal is not None:
+            return refusal
         if not wants_upgrade:
             headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
-            return _refuse(request, 426, "upgrade_required", "connect with a WebSocket", headers=headers)
+            return refuse(request, 426, "upgrade_required", "connect with a WebSocket", headers=headers)
+        return self._hand_over(lambda: self._worker.accept(request, subprotocol, identity))
+
+    async def stream(self, request: web.Request) -> web.StreamResponse:
+        """Answer ``GET`` of the stream, or refuse it before the response has begun."""
+        refusal = self._gate.refusal(request)
+        if refusal is not None:
+            return refusal
+        identity = self._gate.identify(request, is_needed=True)
+        if isinstance(identity, web.Response):
+            return identity
         try:
-            return self._worker.accept(request, subprotocol, identity)
+            asked = asked_of(request, self._worker.desk)
+        except PeerError as e:
+            return refuse(request, 400, e.error, e.message)
+        is_wanted = request.method == "GET"
+        refusal = await self._find_place(request, is_wanted)
+        if refusal is not None:
+            return refusal
+        headers = cross_origin(request) | {"X-Accel-Buffering": "no"}  # nginx would hold the events back
+        if not is_wanted:
+            return web.Response(headers=headers, content_type="text/event-stream", charset="utf-8")
+        return self._hand_over(lambda: self._worker.accept_stream(request, asked, identity, headers))
+
+    async def _find_place(self, request: web.Request, take: bool) -> web.Response | None:
+        """Return why there is no place for one more connection; None: there is, and with ``take`` it is taken."""
+        if not await self._admit(take):
+            return refuse(request, 503, "overloaded", "this server holds all it can", retry_after_s=_RETRY_AFTER_S)
+        if self._worker.is_draining:  # asked last: it may have begun while main was asked
+            if take:
+                self._leave()
+            return refuse(request, 503, "restart", "this server is about to restart", retry_after_s=1)
+        return None
+
+    def _hand_over(self, accept: Callable[[], Detached]) -> Detached:
+        """Make a connection of a request that has a place, or give the place back."""
+        try:
+            return accept()
         except ConnectionResetError:  # it went away while main was asked: nobody is left to answer
             self._leave()
             return Detached()
         except BaseException:
             self._leave()
             raise
-
-    def _identify(self, request: web.Request) -> Identity | None:
-        """Return whom the handshake's token names; None: it brings none, or this server takes none.
-
-        Raises:
-            PeerError: ``auth_failed``.
-        """
-        desk = self._worker.desk
-        tokens = request.query.getall("token", [])
-        for header in request.headers.getall("Authorization", []):
-            scheme, _, token = header.partition(" ")
-            if scheme.lower() == "bearer":  # others may be for a proxy before us
-                tokens.append(token.strip())
-        if desk.verifier is None or not tokens:
-            return None
-        if len(tokens) > 1:  # RFC 6750 §2; which one counts must not depend on who reads it
-            raise PeerError("auth_failed", "the handshake brings more than one token")
-        return desk.identify(tokens[0])
-
-    def _is_allowed(self, request: web.Request) -> bool:
-        """Pages of our own host, pages that are listed, and whatever is no page at all."""
-        origin = request.headers.get("Origin")
-        if origin is None or "*" in self._origins or origin.lower() in self._origins:
-            return True
-        try:
-            host = urlsplit(origin).netloc
-        except ValueError:
-            return False
-        return bool(host) and host.lower() == request.host.lower()
-
-
-def _refuse(
-    request: web.Request,
-    status: int,
-    error: str,
-    message: str,
-    *,
-    retry_after_s: int | None = None,
-    headers: dict[str, str] | None = None,
-) -> web.Response:
-    headers = {"Cache-Control": "no-store", "Vary": "Origin", **(headers or {})}
-    if retry_after_s is not None:
-        headers["Retry-After"] = str(retry_after_s)
-    origin = request.headers.get("Origin")
-    if origin is not None:
-        headers |= {"Access-Control-Allow-Origin": origin, "Access-Control-Expose-Headers": "Retry-After"}
-    body = orjson.dumps({"error": error, "message": message})
-    return web.Response(status=status, body=body, content_type="application/json", headers=headers)

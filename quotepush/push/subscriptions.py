@@ -24,7 +24,7 @@ from quotepush.wire.formats import DEFAULT_VIEW, JSON, Format, View
 if TYPE_CHECKING:
     from quotepush.push.outbox import Outbox
 
-__all__ = ["PLAIN", "Channel", "Lane", "Row", "Shape", "Subscription", "Subscriptions"]
+__all__ = ["PLAIN", "Channel", "Lane", "MissedRow", "Row", "Shape", "Subscription", "Subscriptions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,16 @@ class Row:
         spelled = self.lane.format
         bare = self.text if self.prev is None else spelled.without_prev(self.text)
         return bare if prev is None else spelled.with_prev(bare, prev)
+
+
+class MissedRow(Row):
+    """A row that is replayed; ``ordinal`` is its place among the rows of all codes."""
+
+    __slots__ = ("ordinal",)
+
+    def __init__(self, lane: "Lane", seq: int, prev: int | None, bare: bytes, ordinal: int) -> None:
+        super().__init__(lane, seq, prev, bare)
+        self.ordinal = ordinal
 
 
 class Lane:
@@ -196,7 +206,7 @@ class Channel:
 
     def text(self, view: View, spelled: Format) -> bytes:
         """Return the newest row in a view and format, without ``prev``; made once for all."""
-        if self.row is not None and view is DEFAULT_VIEW and spelled is JSON.objects:
+        if self.row is not None and view is DEFAULT_VIEW and spelled.is_mains:
             return self.row
         if self._texts is None:
             self._texts = {}

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from quotepush.push.outbox import Outbox
-from quotepush.push.subscriptions import Channel, Lane, Row, Shape, Subscription, Subscriptions
+from quotepush.push.subscriptions import Channel, Lane, MissedRow, Row, Shape, Subscription, Subscriptions
 
 __all__ = ["Watchlist"]
 
@@ -64,6 +64,35 @@ class Watchlist:
         prev = since
         for (seq, _), text in zip(missed, texts, strict=True):
             row = Row(lane, seq, prev, text)
+            outbox.replay.append(row)
+            outbox.replay_bytes += len(row.text)
+            subscription.add_own()
+            prev = seq
+        return "replay"
+
+    def resume_behind(
+        self,
+        channel: Channel,
+        shape: Shape,
+        prev: int | None,
+        missed: Sequence[tuple[int, bytes, int]],
+        most_bytes: int,
+    ) -> str:
+        """Subscribe behind a position; as :meth:`resume`, but ``prev`` may be unknown, and rows have ordinals."""
+        outbox = self._outbox
+        texts = [Channel(channel.code, seq, bare).text(shape.view, shape.format) for seq, bare, _ in missed]
+        if outbox.replay_bytes + sum(map(len, texts)) > most_bytes:
+            self.begin(channel, shape, channel.seq)
+            return "snapshot"
+        if not missed:
+            self.begin(channel, shape, prev)
+            return "current"
+        lane = self._index.add(channel, outbox, shape, base=missed[-1][0])
+        subscription = self.subscriptions[channel.code] = Subscription(lane, missed[0][0] - 1 if prev is None else prev)
+        if outbox.replay is None:
+            outbox.replay = deque()
+        for (seq, _, ordinal), text in zip(missed, texts, strict=True):
+            row = MissedRow(lane, seq, prev, text, ordinal)
             outbox.replay.append(row)
             outbox.replay_bytes += len(row.text)
             subscription.add_own()

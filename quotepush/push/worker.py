@@ -9,8 +9,8 @@ when one of these steps fails.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 from aiohttp import web
 
@@ -18,12 +18,15 @@ from quotepush.auth import Identity
 from quotepush.push.desk import Desk
 from quotepush.push.freshness import Freshness
 from quotepush.push.hub import Hub
+from quotepush.push.link import Detached, SocketLink
 from quotepush.push.outbox import Outbox
 from quotepush.push.session import Session
+from quotepush.push.stream import MAX_STREAM_CODES, Asked, StreamLink, begin_stream
 from quotepush.push.subscriptions import Subscriptions
-from quotepush.push.websocket import Detached, WebSocketLink, upgrade
+from quotepush.push.websocket import WebSocketLink, upgrade
 from quotepush.settings import Settings
 from quotepush.wire import messages
+from quotepush.wire.events import EVENTS
 from quotepush.wire.formats import CODECS, JSON
 
 __all__ = ["FeedState", "Outside", "PushWorker", "clock_ms"]
@@ -92,7 +95,7 @@ class PushWorker:
         self.desk = desk
         self._outside = outside
         self.feed = FeedState()
-        self.links: dict[str, WebSocketLink] = {}
+        self.links: dict[str, SocketLink] = {}
         self.is_draining = False
         self.opened_total = 0
         self.closed_total: dict[str, int] = {}
@@ -112,7 +115,7 @@ class PushWorker:
         desk.replay = self.hub.replay
         self._left = asyncio.Event()
         slots = max(1, round(settings.heartbeat_ms / 1000 / _SLOT_S))
-        self._wheel: list[set[WebSocketLink]] = [set() for _ in range(slots)]
+        self._wheel: list[set[SocketLink]] = [set() for _ in range(slots)]
         self._slot_s = settings.heartbeat_ms / 1000 / slots
 
     # The life of a session
@@ -131,7 +134,33 @@ class PushWorker:
         self._next_fd += 1
         return response
 
-    def opened(self, link: WebSocketLink) -> None:
+    def accept_stream(
+        self, request: web.Request, asked: Asked, identity: Identity | None, headers: Mapping[str, str]
+    ) -> Detached:
+        """Turn a checked request into a session that is sent events.
+
+        Args:
+            headers: of the response, besides those that every stream has.
+        """
+        link = StreamLink(self, request.remote or "?", self.hub, self.desk.life, asked.selection)
+        fd = f"{self._fd_prefix}{self._next_fd}"
+        limits = replace(self.desk.limits, codes=min(MAX_STREAM_CODES, self.desk.limits.codes))
+        link.session = Session(fd, link, self.desk, EVENTS, identity, limits)
+
+        def start() -> None:
+            self.opened(link)
+            try:
+                link.session.carry_out(asked.request)
+            except Exception:
+                # A bug in one session is that session's end and nobody else's.
+                log.exception("%s: a stream could not begin", fd)
+                link.close(messages.CLOSE_CODES["internal"], "internal")
+
+        response = begin_stream(request, link, headers, start)
+        self._next_fd += 1
+        return response
+
+    def opened(self, link: SocketLink) -> None:
         """A link is ready: greet it."""
         session = link.session
         self.links[session.fd] = link
@@ -146,7 +175,7 @@ class PushWorker:
         self.freshness.unblock(outbox)
         self.hub.unblock(outbox)
 
-    def closed(self, link: WebSocketLink) -> None:
+    def closed(self, link: SocketLink) -> None:
         """A link is gone: leave no trace of it."""
         session = link.session
         fd = session.fd
@@ -194,11 +223,11 @@ class PushWorker:
                 except Exception:
                     log.exception("a turn of the wheel failed")
 
-    def _look_after(self, slot: set[WebSocketLink], now_s: float) -> None:
+    def _look_after(self, slot: set[SocketLink], now_s: float) -> None:
         s = self._settings
         now_ms = self.desk.clock_ms()
         heartbeat = messages.heartbeat(now_ms, self.feed.state_at(now_ms), self.feed.age_ms(now_ms))
-        beats = {codec: codec.frame(heartbeat) for codec in CODECS}
+        beats = {codec: codec.frame(heartbeat) for codec in (*CODECS, EVENTS)}
         for link in list(slot):
             try:
                 link.session.check_identity(now_ms)

@@ -34,7 +34,7 @@ __all__ = ["GAP", "NEW_EPOCH", "Board", "Quote", "RecentRow", "TradingDays", "ex
 # Why a row is restated: it is numbered anew, or rows before it were lost. The second says more.
 NEW_EPOCH, GAP = 1, 2
 
-RecentRow = tuple[int, bytes, int]
+RecentRow = tuple[int, bytes, int, int]
 
 _NEVER_MS = 1 << 62
 # So many levels cannot be in fewer brackets, nor in fewer bytes: other ticks need no closer look.
@@ -61,13 +61,14 @@ class Quote:
         book: ``bids`` and ``asks``, up to five ``[price, size]`` each.
         arrived_ms: when the newest tick arrived here.
         day_end_ms: a tick with this ``ts`` or a later one begins a new trading day.
-        recent: rows that were sent lately, oldest first: seq, JSON text and arrival; whoever was sent the row
-            ``recent_base`` or a later one can be brought up to date with them.
+        recent: rows that were sent lately, oldest first: seq, JSON text, arrival and ordinal (``quote.ring``); whoever
+            was sent the row ``recent_base`` or a later one can be brought up to date with them, and so can whoever
+            had everything up to the ordinal ``recent_from``.
     """
 
     __slots__ = (
         "_book", "_encoded", "_encoded_book", "_row", "_row_bound", "_waiting", "_waiting_shape", "arrived_ms", "code",
-        "day_end_ms", "epoch", "recent", "recent_base", "recent_bytes", "restated", "seq", "ts",
+        "day_end_ms", "epoch", "recent", "recent_base", "recent_bytes", "recent_from", "restated", "seq", "ts",
     )  # fmt: skip
 
     def __init__(self, code: str, seq: int, epoch: str) -> None:
@@ -77,6 +78,7 @@ class Quote:
         self.restated = 0
         self.recent: deque[RecentRow] | None = None
         self.recent_base = 0
+        self.recent_from = 0
         self.recent_bytes = 0
         self.ts = 0
         self.arrived_ms = 0

@@ -21,7 +21,8 @@ from quotepush.quote.tick import BOOK_FIELDS, KNOWN_FIELDS
 from quotepush.wire.frames import BINARY, TEXT, frame_header
 
 __all__ = [
-    "CODECS", "DEFAULT_FIELDS", "DEFAULT_VIEW", "FIRST_FIELDS", "JSON", "MSGPACK", "Codec", "Format", "View",
+    "CODECS", "DEFAULT_FIELDS", "DEFAULT_VIEW", "FIRST_FIELDS", "JSON", "MSGPACK", "Codec", "Format", "JsonCodec",
+    "View",
 ]  # fmt: skip
 
 # They come in every row, whatever the view.
@@ -82,11 +83,13 @@ class Format:
     Attributes:
         codec: in which language.
         is_array: a row is an array in the order of the view's columns, else an object.
+        is_mains: main's own text of a row is one in this format and the default view.
     """
 
     def __init__(self, codec: "Codec", is_array: bool) -> None:
         self.codec = codec
         self.is_array = is_array
+        self.is_mains = not is_array and not codec.is_binary
 
     def encode(self, row: Mapping[str, Any], view: View) -> bytes:
         """Return a whole row as one of ``view`` without ``prev`` (in an array it is null)."""
@@ -166,7 +169,9 @@ class Codec(ABC):
     def array_without_prev(self, text: bytes) -> bytes: ...
 
 
-class _Json(Codec):
+class JsonCodec(Codec):
+    """JSON in text frames."""
+
     subprotocol = "quotes.v1.json"
     language = "JSON"
     is_binary = False
@@ -278,7 +283,7 @@ def _int_size(first: int) -> int:
     return 1 if first < 0x80 else 1 + (1 << (first - 0xCC))
 
 
-JSON = _Json()
+JSON = JsonCodec()
 MSGPACK = _MessagePack()
 
 # In the order of preference.

@@ -6,7 +6,7 @@ Messages are built here and nowhere else. All of it: docs/protocol.md.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from quotepush.errors import PeerError
@@ -61,7 +61,8 @@ class Request:
         fields: the view; None: the default one.
         max_rate: most rows per second and code; None: every row.
         format: ``objects`` or ``rows``.
-        since: from where to resume: canonical code to epoch and seq.
+        since: from where to resume: canonical code to epoch and seq, or to a position (``@`` and the life of
+            main, and an ordinal).
         token: of ``auth``; no ``repr`` shows it.
     """
 
@@ -74,6 +75,10 @@ class Request:
     format: str = "objects"
     since: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     token: str = field(default="", repr=False)
+
+    def behind(self, since: Mapping[str, tuple[str, int]]) -> "Request":
+        """Return the same request as one that resumes."""
+        return replace(self, since=since)
 
 
 def parse_request(said: Any, max_codes: int, extra_fields: Collection[str] = ()) -> Request:
@@ -164,7 +169,7 @@ def _since(said: _Said) -> dict[str, tuple[str, int]]:
     found: dict[str, tuple[str, int]] = {}
     for spelling, place in since.items():
         of, seq = (place.get("epoch"), place.get("seq")) if type(place) is dict else (epoch, place)
-        if type(of) is not str or type(seq) is not int or not 0 <= seq < 1 << 63:
+        if type(of) is not str or of.startswith("@") or type(seq) is not int or not 0 <= seq < 1 << 63:
             raise PeerError(
                 "bad_request", "since has a seq for each code, and epoch or the code itself names the epoch"
             )

@@ -14,15 +14,23 @@ from quotepush.node import bus
 from tests.support.waiting import wait_until
 
 TO_WORKER = [
-    bus.Setup(1, {"port": 8008, "allowed_origins": ["*"], "zones": {"SH": "Asia/Shanghai"}}, "n1", "epoch", "0.1"),
-    bus.Rows([("600519.SH", 7, b'{"code":"600519.SH","seq":7,"name":"\xe8\x8c\x85"}'), ("AAPL", 2**40, b"{}", b"[]")]),
+    bus.Setup(
+        1, {"port": 8008, "allowed_origins": ["*"], "zones": {"SH": "Asia/Shanghai"}}, "n1", "epoch", "0.1", "a1"
+    ),
+    bus.Rows(
+        [("600519.SH", 7, b'{"code":"600519.SH","seq":7,"name":"\xe8\x8c\x85"}'), ("AAPL", 2**40, b"{}", b"[]")], 7
+    ),
     bus.Answered(
         5,
         [("A", 3, b"{}", b"{}", "e1"), ("B", 0, None, None, "e0")],
         {"C": "unknown_code"},
         {"A": [(2, b"{}"), (3, b"{}")]},
         ["A"],
+        {"D": (None, []), "E": (1, [(2, b"{}", 2**40)])},
+        2**40,
     ),
+    bus.Found(6, b"[]"),
+    bus.Found(7, None),
     bus.Freshness(["A"], ["B", "C"]),
     bus.PlacesGranted(6),
     bus.Feed("ok", 1_721_872_800_123, "e1"),
@@ -33,6 +41,9 @@ TO_MAIN = [
     bus.Hello("0.1721872800000000"),
     bus.Ready(),
     bus.Ask(5, ["A", "B"], True, False, {"A": ("e1", 1)}),
+    bus.Ask(6, ["A"], True, False, {"A": ("@a1", 7)}),
+    bus.Find(7, "app", 20),
+    bus.Find(8, None, 10),
     bus.Unwatch(["A"]),
     bus.PlacesWanted(2, 16),
     bus.PlacesBack(3),

@@ -41,7 +41,7 @@ WRITTEN = [README, PROTOCOL, OPERATIONS]  # by hand and about what the code does
 ALL = sorted({README, CHINESE, *(ROOT / "docs").glob("*.md")})
 
 # Words in code spans that belong to other programs.
-FOREIGN = {"proxy_read_timeout", "worker_shutdown_timeout", "stream_close_delay"}
+FOREIGN = {"proxy_read_timeout", "proxy_buffering", "worker_shutdown_timeout", "stream_close_delay"}
 
 
 def name_of(path: Path) -> str:
@@ -314,8 +314,8 @@ def test_the_table_of_http_refusals_is_complete() -> None:
     (table,) = tables_of(PROTOCOL, "HTTP")
     made = {
         (constant(call.args[1], int), constant(call.args[2], str))
-        for call in calls(trees("push"), "_refuse")
-        if len(call.args) > 2
+        for call in calls(trees("push"), "refuse")
+        if len(call.args) > 2 and constant(call.args[2], str)  # else the word of a request's error, as in a message
     }
     assert {(int(row[0]), words_of(row[1])[0]) for row in table[1:]} == made
 

@@ -272,6 +272,96 @@ def test_rows_from_before_are_bounded_as_others_are(bounds: dict[str, int]) -> N
 # Beside a list of everything
 
 
+# Behind an ordinal
+
+
+def behind(bench: Bench, code: str, ordinal: int, life: str = "") -> tuple[int | None, list[int]] | None:
+    """The row that was sent last, and the numbers of those behind the ordinal."""
+    found = bench.ring.behind(code, bench.board.quotes.get(code), life, ordinal)
+    return None if found is None else (found[0], [seq for seq, _, _ in found[1]])
+
+
+def watched(*codes: str, **bounds: int) -> Bench:
+    bench = Bench(**bounds)
+    for code in codes:
+        bench.tick(code, 1)
+        bench.ring.forget([bench.board.quotes[code]])
+        bench.ring.watch(code, 1)
+    return bench
+
+
+def test_one_ordinal_says_of_each_code_what_was_missed() -> None:
+    bench = watched("A", "B")
+    begin = bench.ring.ordinal
+    for code, seq in (("A", 2), ("B", 2), ("A", 3), ("A", 4), ("B", 3)):
+        bench.tick(code, seq)
+    assert [behind(bench, "A", begin + n) for n in range(6)] == [
+        (1, [2, 3, 4]), (2, [3, 4]), (2, [3, 4]), (3, [4]), (4, []), (4, []),
+    ]  # fmt: skip
+    assert behind(bench, "B", begin) == (1, [2, 3])
+    assert behind(bench, "B", begin + 4) == (2, [3])
+    found = bench.ring.behind("B", bench.board.quotes["B"], "", begin)
+    assert found is not None and [ordinal - begin for _, _, ordinal in found[1]] == [2, 5]
+
+
+def test_an_ordinal_of_another_life_or_of_the_future_is_not_served() -> None:
+    bench = watched("A")
+    assert behind(bench, "A", bench.ring.ordinal) == (1, [])
+    assert behind(bench, "A", bench.ring.ordinal + 1) is None
+    assert behind(bench, "A", bench.ring.ordinal, "another") is None
+
+
+def test_an_ordinal_from_before_a_code_was_watched_is_not_served() -> None:
+    bench = watched("A")
+    before = bench.ring.ordinal
+    bench.ring.forget([bench.board.quotes["A"]])
+    assert behind(bench, "A", before) is None
+    bench.ring.watch("A", 1)
+    bench.tick("A", 2)
+    assert behind(bench, "A", before) is None
+    assert behind(bench, "A", before + 1) == (1, [2])
+
+
+def test_a_code_without_any_tick_can_be_gone_on_with() -> None:
+    bench = Bench()
+    bench.ring.watch("A", 0)
+    assert behind(bench, "A", 1) == (0, [])
+    assert behind(bench, "B", 1) is None
+
+
+def test_what_has_gone_from_the_ring_is_not_served_behind_an_ordinal_either() -> None:
+    bench = watched("A", max_code_bytes=100)
+    begin = bench.ring.ordinal
+    for seq in range(2, 9):
+        bench.tick("A", seq)
+    kept = len(bench.board.quotes["A"].recent or ())
+    assert 0 < kept < 7
+    assert [behind(bench, "A", begin + n) is not None for n in range(8)] == [False] * (7 - kept) + [True] * (kept + 1)
+    assert behind(bench, "A", begin + 7 - kept) == (8 - kept, list(range(9 - kept, 9)))
+
+
+def test_behind_a_gap_and_not_before_it() -> None:
+    bench = watched("A")
+    bench.tick("A", 2)
+    before = bench.ring.ordinal
+    bench.tick("A", 5)
+    assert behind(bench, "A", before) is None
+    assert behind(bench, "A", before + 1) == (5, [])
+    bench.tick("A", 6)
+    assert behind(bench, "A", before + 1) == (5, [6])
+
+
+def test_rows_from_before_our_time_are_behind_nobody() -> None:
+    bench = Bench()
+    bench.tick("A", 1)
+    bench.ring.forget([bench.board.quotes["A"]])
+    assert bench.ring.fill(bench.board.quotes["A"], [(1, {"last": 1}, NOW_MS)])
+    bench.ring.watch("A", 1)
+    bench.tick("A", 2)
+    assert behind(bench, "A", bench.ring.ordinal - 1) == (1, [2])
+    assert behind(bench, "A", bench.ring.ordinal - 2) is None
+
+
 class RingMachine(RuleBasedStateMachine):
     """The ring beside a model that keeps every row for ever and knows where each chain began."""
 
@@ -345,7 +435,7 @@ class RingMachine(RuleBasedStateMachine):
         quotes = self.bench.board.quotes.values()
         for quote in quotes:
             kept = quote.recent or ()
-            assert quote.recent_bytes == sum(len(text) for _, text, _ in kept) <= max_code_bytes
+            assert quote.recent_bytes == sum(len(text) for _, text, _, _ in kept) <= max_code_bytes
             assert not kept or kept[-1][2] - kept[0][2] <= max_age_ms
         assert ring.bytes == sum(quote.recent_bytes for quote in quotes) <= max_bytes
 

@@ -435,3 +435,9 @@ def test_a_key_that_is_no_text_is_not_repeated(tmp_path: Path) -> None:
 def test_the_times_of_tokens_have_bounds(name: str, value: int) -> None:
     (fault,) = faults(**{name: value})
     assert name in fault
+
+
+@pytest.mark.parametrize("path", ["/stream", "/quotes", "/codes"])
+def test_the_websocket_is_not_where_something_else_is(path: str) -> None:
+    with pytest.raises(SettingsError, match="something else is there"):
+        load(env={}, flags={"ws_path": path})

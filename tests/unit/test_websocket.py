@@ -421,7 +421,7 @@ async def test_a_close_of_the_server_waits_for_the_answer() -> None:
 @on_uvloop
 async def test_who_does_not_answer_a_close_is_cut_off() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("quotepush.push.websocket._CLOSE_TIMEOUT_S", 0.05)
+        patch.setattr("quotepush.push.link._CLOSE_TIMEOUT_S", 0.05)
         async with served() as bench, RawWebSocket(bench.port) as ws:
             await ws.read_message("hello")
             bench.link.close(1012, "restart")
@@ -710,7 +710,8 @@ class Peer:
             subscribed=lambda fd: None, clock_ms=lambda: 0,
         )  # fmt: skip
         self.link.session = Session("n.0.1", self.link, desk)
-        self.link.attach(self.transport, asyncio.get_running_loop(), 4096)  # type: ignore[arg-type]
+        self.link.attach(self.transport)  # type: ignore[arg-type]
+        self.link.read_with(asyncio.get_running_loop(), 4096)
         self.link.heard_s = 1000.0
 
     def check(self, after_s: float) -> bytes:

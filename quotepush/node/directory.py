@@ -1,0 +1,142 @@
+"""The codes on the board, for people who look for one, and those that have moved most.
+
+Law: main is never held up. The board is read a few codes at a time with rests between, at most once a second and only
+while somebody asks; a search goes through what was read then, some thousands of codes a turn of the loop, one search
+after the other, and only so many may wait.
+"""
+
+import asyncio
+import heapq
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from quotepush.quote.board import Board, Quote
+from quotepush.quote.code import BadCode, parse_code
+
+__all__ = ["MOST_FOUND", "Directory"]
+
+log = logging.getLogger("quotepush.main")
+
+MOST_FOUND = 50
+# Searches that may wait; at their worst, in 200,000 codes, they take 20 ms each.
+_MOST_WAITING = 64
+# A code whose rows nobody watches has a tick to be merged first: some microseconds each.
+_READ_PER_SLICE = 200
+_READ_REST_S = 0.002
+_READ_EVERY_S = 1.0
+_SEARCHED_PER_SLICE = 5_000
+
+_SHOWN = ("code", "name", "last", "prev_close", "change", "change_pct")
+
+Then = Callable[[bytes | None], None]
+
+
+class Directory:
+    """Answers what codes there are.
+
+    Args:
+        is_known: whether a code may be subscribed to; others are not shown.
+    """
+
+    def __init__(self, board: Board, is_known: Callable[[str], bool]) -> None:
+        self._board = board
+        self._is_known = is_known
+        self._waiting: deque[tuple[str | None, int, Then]] = deque()
+        self._has_waiting = asyncio.Event()
+        self._entries: list[tuple[str, str, Quote]] = []  # code, name as it is compared, quote
+        self._up: list[tuple[float, str, Quote]] = []
+        self._down: list[tuple[float, str, Quote]] = []
+        self._read_again_s = float("-inf")
+
+    def ask(self, text: str | None, limit: int, then: Then) -> None:
+        """Find what somebody looks for.
+
+        Args:
+            text: how a code begins, or a part of its name; None: the biggest movers up and down are asked for.
+            limit: how many, at most :data:`MOST_FOUND`.
+            then: gets the answer as JSON text; None: too many ask.
+        """
+        if len(self._waiting) >= _MOST_WAITING:
+            then(None)
+            return
+        self._waiting.append((text, min(limit, MOST_FOUND), then))
+        self._has_waiting.set()
+
+    async def run(self) -> None:
+        """Answer what is asked, until cancelled."""
+        while True:
+            await self._has_waiting.wait()
+            while self._waiting:
+                text, limit, then = self._waiting[0]
+                try:
+                    found = await self._answer(text, limit)
+                except Exception:
+                    # A bug met in one search is that search's end and nobody else's.
+                    log.exception("a search has failed")
+                    found = None
+                self._waiting.popleft()
+                then(found)
+                await asyncio.sleep(0)
+            self._has_waiting.clear()
+
+    async def _answer(self, text: str | None, limit: int) -> bytes:
+        if time.monotonic() >= self._read_again_s:
+            await self._read()
+        if text is None:
+            return orjson.dumps({"up": self._shown(self._up[:limit]), "down": self._shown(self._down[:limit])})
+        return orjson.dumps(self._shown(await self._search(text, limit)))
+
+    async def _read(self) -> None:
+        """Read the board anew."""
+        began_s = time.monotonic()
+        entries: list[tuple[str, str, Quote]] = []
+        moved: list[tuple[float, str, Quote]] = []
+        up: list[tuple[float, str, Quote]] = []
+        down: list[tuple[float, str, Quote]] = []
+        quotes = list(self._board.quotes.values())
+        for start in range(0, len(quotes), _READ_PER_SLICE):
+            moved.clear()
+            for quote in quotes[start : start + _READ_PER_SLICE]:
+                if not self._is_known(quote.code):
+                    continue
+                row = quote.row
+                entries.append((quote.code, str(row.get("name", "")).casefold(), quote))
+                percent = row.get("change_pct")
+                if percent:
+                    moved.append((percent, quote.code, quote))
+            up = heapq.nsmallest(MOST_FOUND, [*up, *(m for m in moved if m[0] > 0)], key=lambda m: (-m[0], m[1]))
+            down = heapq.nsmallest(MOST_FOUND, [*down, *(m for m in moved if m[0] < 0)], key=lambda m: m[:2])
+            await asyncio.sleep(_READ_REST_S)
+        self._entries, self._up, self._down = entries, up, down
+        now_s = time.monotonic()
+        # Long reads, of many codes, are made less often.
+        self._read_again_s = now_s + max(_READ_EVERY_S, 3 * (now_s - began_s))
+
+    async def _search(self, text: str, limit: int) -> list[tuple[int, str, Quote]]:
+        """Return the best matches: codes that begin so, then names that contain it."""
+        wanted = text.casefold()
+        beginnings = [text.upper()]
+        try:
+            beginnings.append(parse_code(text))  # another spelling of a whole code
+        except BadCode:
+            pass
+        prefixes = tuple(beginnings)
+        best: list[tuple[int, str, Quote]] = []
+        entries = self._entries
+        for start in range(0, len(entries), _SEARCHED_PER_SLICE):
+            found = [
+                (0 if code.startswith(prefixes) else 1, code, quote)
+                for code, name, quote in entries[start : start + _SEARCHED_PER_SLICE]
+                if wanted in name or code.startswith(prefixes)
+            ]
+            best = heapq.nsmallest(limit, [*best, *found], key=lambda match: match[:2])
+            await asyncio.sleep(0)
+        return best
+
+    def _shown(self, found: "list[tuple[float, str, Quote]] | list[tuple[int, str, Quote]]") -> list[dict[str, Any]]:
+        return [{name: quote.row[name] for name in _SHOWN if name in quote.row} for _, _, quote in found]
