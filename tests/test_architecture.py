@@ -51,7 +51,8 @@ FLOORS: dict[str, set[str]] = {
     "client_questions": PURE | {"client_errors", "client_messages", "client_state"},
     "client": PURE | CLIENT,
     "client_blocking": PURE | {"client"},
-    "watching": PURE | {"client"},
+    "watching_table": PURE | {"client"},
+    "watching": PURE | {"client", "watching_table"},
     "publishing": PURE | {"feed"},
     "demo": {"errors", "feed", "private_redis"},
     # On top: the package's front door and the command line.
@@ -81,6 +82,7 @@ TESTED_ELSEWHERE = {
     "quotepush.client_events": "tests/unit/test_client.py",
     "quotepush.client_messages": "tests/unit/test_client_state.py",
     "quotepush.client_questions": "tests/unit/test_client.py",
+    "quotepush.watching_table": "tests/unit/test_watching.py",
     "quotepush.cluster.nodes": "tests/unit/test_registry.py",
     "quotepush.cluster.sets": "tests/unit/test_registry.py",
     "quotepush.feed": "tests/unit/test_feed.py",

@@ -246,6 +246,7 @@ def test_every_flag_and_variable_exists(path: Path) -> None:
     names = settings.Settings.__dataclass_fields__.keys()
     variables = {settings.ENV_PREFIX + name.upper() for name in names}
     variables |= {f"{settings.ENV_PREFIX}{role}_REDIS_PASSWORD" for role in ("FEED", "REGISTRY")}
+    variables |= {str(option.envvar) for command in cli.commands.values() for option in command.params if option.envvar}
     for span in spans_of(path):
         if span.startswith("--"):
             assert span.split()[0] in flags, f"{name_of(path)} speaks of {span}, which no command has"
