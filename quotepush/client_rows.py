@@ -45,6 +45,8 @@ class Gap:
         return max(0, self.last - self.first + 1)
 
     def __str__(self) -> str:
+        if self.reason == "epoch":
+            return f"{self.code}: numbered anew, from {self.last + 1} on; rows before it may be missing"
         return f"{self.code}: {self.missing} rows are missing before {self.last + 1} ({self.reason})"
 
 

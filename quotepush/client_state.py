@@ -181,7 +181,7 @@ class ClientState:
     def _due_subscribes(self) -> list[bytes]:
         due: dict[Options, dict[str, list[str]]] = {}  # all spellings of a code in one request: one subscription
         for wish in self._wishes.values():
-            options = self._options[wish.key]
+            options = self._options_of(wish)
             if wish.asked != options:
                 wish.asked = options
                 due.setdefault(options, {}).setdefault(wish.code or wish.key, []).append(wish.spelling)
@@ -330,7 +330,7 @@ class ClientState:
         self.stream.begin(entry.code, entry.resume)
         if options is not None:
             self._granted[wish.key] = options
-        if options == self._options[wish.key]:  # else they were changed since, and the answer is still to come
+        if options == self._options_of(wish):  # else they were changed since, and the answer is still to come
             wish.outcome = entry
 
     def _refuse(self, request: _Request, rejected: Iterable[Rejected]) -> list[Rejected]:
@@ -356,6 +356,9 @@ class ClientState:
             else:
                 lost.append(refusal)
         return lost
+
+    def _options_of(self, wish: Wish) -> Options:
+        return self._options.get(wish.key) or Options()
 
     def _drop(self, wish: Wish) -> None:
         del self._wishes[wish.spelling]

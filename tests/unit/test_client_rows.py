@@ -106,6 +106,7 @@ def test_numbering_starts_anew_with_another_epoch_and_that_is_told() -> None:
     assert taker.take(snapshot(("B", 1), epoch="other"), "e2") == [1]
     assert taker.gaps[1:] == [Gap("B", "epoch", "other", 1, 0)]
     assert taker.gaps[1].missing == 0
+    assert str(taker.gaps[1]) == "B: numbered anew, from 1 on; rows before it may be missing"
 
 
 def test_a_code_without_a_value_is_no_row_and_its_first_one_no_gap() -> None:

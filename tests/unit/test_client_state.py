@@ -4,9 +4,13 @@ from typing import Any
 
 import orjson
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from quotepush.client_messages import Accepted, BadMessage, Rejected, decode_message
 from quotepush.client_state import ClientState, Options
+from quotepush.quote.code import parse_code
 
 
 def hello(epoch: str = "e1", **limits: int) -> dict[str, Any]:
@@ -319,3 +323,101 @@ def test_rows_of_a_question_are_none_of_a_subscription_that_is_not_acknowledged_
     assert state.take(snapshot({"code": "A", "seq": 9})) == ([], [])
     (request,) = said(state)
     assert request["since"] == {"A": 5}
+
+
+# Whatever is asked and answered, in any order
+
+_SPELLINGS = ["A", "a", "600519", "sh600519", "600519.SH", "no such"]
+_VIEWS = [Options(), Options(("last",)), Options(None, 2.0), Options(("price",))]  # the server knows no price
+
+
+class Conversation(RuleBasedStateMachine):
+    """A client's state and a server that answers when it likes, or not before the connection is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = ClientState()
+        self.wanted: dict[str, Options] = {}  # code: as the caller last asked and the server could grant
+        self.inbox: list[dict[str, Any]] = []  # requests that the server has not read
+        self.watched: dict[str, Options] = {}  # on the server
+        self.now_s = 0.0
+
+    def hear(self) -> None:
+        self.inbox += said(self.state, self.now_s)
+
+    def answer(self, request: dict[str, Any]) -> None:
+        if request["action"] == "unsubscribe":
+            removed = [code for code in request["codes"] if self.watched.pop(code, None)]
+            self.state.acknowledge({**ack(request), "removed": removed})
+            return
+        fields, max_rate = request.get("fields"), request.get("max_rate")
+        if fields == ["price"]:
+            error = {"type": "error", "id": request["id"], "error": "unknown_field", "message": "no"}
+            self.state.refuse(error, self.now_s)
+            return
+        options = Options(None if fields is None else tuple(fields), max_rate)
+        good = [spelling for spelling in request["codes"] if spelling != "no such"]
+        self.watched.update((parse_code(spelling), options) for spelling in good)
+        bad = tuple(spelling for spelling in request["codes"] if spelling == "no such")
+        self.state.acknowledge(ack(request, *((parse_code(s), s) for s in good), rejected=bad))
+
+    @rule(spelling=st.sampled_from(_SPELLINGS), options=st.sampled_from(_VIEWS))
+    def subscribe(self, spelling: str, options: Options) -> None:
+        self.settle()  # else it depends on when the server reads which options could be granted
+        self.state.want(spelling, options)
+        self.hear()
+        if spelling != "no such" and options.fields != ("price",):
+            self.wanted[parse_code(spelling)] = options
+
+    @rule(spelling=st.sampled_from([*_SPELLINGS[:-1], "*"]))
+    def unsubscribe(self, spelling: str) -> None:
+        self.state.unwant([spelling])
+        self.hear()
+        if spelling == "*":
+            self.wanted.clear()
+        else:
+            self.wanted.pop(parse_code(spelling), None)
+
+    @rule()
+    def connect(self) -> None:
+        if not self.state.is_greeted:
+            self.state.greet(hello())
+            self.hear()
+
+    @precondition(lambda self: self.state.is_greeted)
+    @rule()
+    def lose(self) -> None:
+        self.state.lose()
+        self.inbox.clear()
+        self.watched.clear()
+
+    @precondition(lambda self: self.inbox)
+    @rule()
+    def the_server_answers(self) -> None:
+        self.answer(self.inbox.pop(0))
+        self.hear()
+
+    @precondition(lambda self: self.inbox)
+    @rule()
+    def the_server_is_asked_too_much(self) -> None:
+        request = self.inbox.pop(0)
+        error = {"type": "error", "id": request["id"], "error": "rate_limited", "retryable": True}
+        self.now_s += self.state.refuse({**error, "retry_after_ms": 500}, self.now_s) + 0.001
+        self.hear()
+
+    @rule()
+    def settle(self) -> None:
+        """In the end, on a connection that lasts, the server holds what is wanted and nothing else."""
+        self.connect()
+        for _ in range(100):
+            if not self.inbox:
+                break
+            self.answer(self.inbox.pop(0))
+            self.hear()
+        assert not self.inbox
+        assert self.watched == self.wanted
+        assert all(self.state.stream.is_flowing(code) for code in self.wanted)
+
+
+Conversation.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+test_in_the_end_the_server_holds_what_is_wanted = Conversation.TestCase
