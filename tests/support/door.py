@@ -124,6 +124,7 @@ async def door_to(server: _HasPort, url: str = "redis://127.0.0.1:{port}/0") -> 
         yield door
     finally:
         listening.close()
+        door.flow()
         door.shut()
         await wait_until(lambda: not door.passing)
         await asyncio.sleep(0)  # the transports close
