@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quotepush.client import QuoteClient
+    from quotepush.client_blocking import BlockingQuoteClient
     from quotepush.publisher import BlockingPublisher, Publisher
 
-__all__ = ["BlockingPublisher", "Publisher", "QuoteClient", "__version__"]
+__all__ = ["BlockingPublisher", "BlockingQuoteClient", "Publisher", "QuoteClient", "__version__"]
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "QuoteClient": "quotepush.client",
+    "BlockingQuoteClient": "quotepush.client_blocking",
     "Publisher": "quotepush.publisher",
     "BlockingPublisher": "quotepush.publisher",
 }

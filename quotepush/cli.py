@@ -84,16 +84,38 @@ def check(config: str | None, **flags: Any) -> None:
 @cli.command()
 @click.argument("codes", metavar="CODE...", nargs=-1, required=True)
 @click.option("--url", default="http://127.0.0.1:8008", show_default=True, help="Address of the server.")
+@click.option("--fields", metavar="NAME,...", help="Only these fields of a row, e.g. last,change_pct,bids.")
+@click.option(
+    "--max-rate", type=click.FloatRange(min=0, min_open=True), metavar="N", help="Most rows a second and code."
+)
+@click.option(
+    "--token",
+    metavar="TOKEN",
+    envvar="QUOTEPUSH_TOKEN",
+    show_envvar=True,
+    help="For a server that wants one. On the command line every user of this machine can read it.",
+)
+@click.option(
+    "--token-file", metavar="FILE", help="Its text is the token, read again before it expires. Wins over --token."
+)
+@click.option("--up", type=click.Choice(["red", "green"]), default="red", show_default=True, help="Rising prices.")
 @click.option("--json", "is_json", is_flag=True, help="One JSON row a line, also on a terminal.")
 @click.option("--seconds", type=click.FloatRange(min=0, min_open=True), metavar="N", help="End after N seconds.")
-def watch(codes: tuple[str, ...], url: str, is_json: bool, seconds: float | None) -> None:
+def watch(codes: tuple[str, ...], fields: str | None, **options: Any) -> None:
     """Show live quotes as a table, or as one JSON row a line when standard output is no terminal.
 
-    Ctrl-C ends it. Exit code 2: the server refuses us or all the codes.
-    """
-    from quotepush.watching import run
+    Every row is shown, also those that were missed while the connection was lost; what cannot be had any more is
+    counted under "gaps", or said on standard error. Ctrl-C ends it.
 
-    sys.exit(run(codes, url, is_json=is_json, seconds=seconds))
+    Exit codes: 0 it was ended: by Ctrl-C, SIGTERM, --seconds or a closed pipe; 1 there was no connection within
+    --seconds; 2 the server refuses us or all the codes, or an option is wrong.
+    """
+    from quotepush.watching import WatchOptions, run
+
+    view = None if fields is None else tuple(name.strip() for name in fields.split(",") if name.strip())
+    if view == ():
+        raise SettingsError(["--fields: name at least one, such as last"])
+    sys.exit(run(codes, WatchOptions(fields=view, **options)))
 
 
 @cli.command()

@@ -7,57 +7,51 @@
         async for row in quotes:
             print(row["code"], row["last"])
 
-It notices a link that is silently dead, comes back with growing, randomly spread pauses, subscribes to everything
-again in one message, and yields no row twice. A row is always complete, so it never has to be merged with the one
-before. What is wanted and known lives in :mod:`quotepush.client_state`, the socket in :mod:`quotepush.client_link`;
-here they meet whoever uses them.
+It notices a link that is silently dead, comes back with growing, randomly spread pauses, resumes all subscriptions
+behind the last row of each, yields no row twice and none out of order, and tells what was lost. A row is always
+complete, so it never has to be merged with the one before. What is wanted lives in :mod:`quotepush.client_state`, what
+rows mean in :mod:`quotepush.client_rows`, the socket in :mod:`quotepush.client_link`; here they meet whoever uses them.
 
 Law: callers change what is wanted and wait for news; they never touch the connection. Whoever is cancelled while
 waiting leaves nothing half done, and a row that was not returned is still there.
 
-::
-
-    ClientError (a QuotepushError)
-    ├── WrongUrl      the URL cannot be one of a server
-    ├── Refused       the server, or what answers in its place, wants none of us: no reconnect
-    ├── ClientClosed  used outside ``async with``, or after ``close()``
-    └── NotAnswered   a question was not answered in time
-
-A request that the server refuses is a :class:`~quotepush.errors.PeerError` with the server's word and sentence.
+What it raises is in :mod:`quotepush.client_errors`. A request that the server refuses is a
+:class:`~quotepush.errors.PeerError` with the server's word and sentence. For programs without asyncio there is
+:class:`~quotepush.client_blocking.BlockingQuoteClient`.
 """
 
 import asyncio
-import inspect
-import re
 import ssl as ssl_module
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from quotepush.client_link import ClientError, ClientLink, Refused, StateChange, WrongUrl
-from quotepush.client_state import (
+from quotepush.client_errors import ClientClosed, ClientError, NotAnswered, Refused, WrongUrl
+from quotepush.client_events import Listeners
+from quotepush.client_frame import frame_of
+from quotepush.client_link import ClientLink, StateChange
+from quotepush.client_messages import (
     Accepted,
     BadMessage,
-    ClientState,
     Message,
     Rejected,
     Row,
-    RowQueue,
     SubscribeResult,
-    read_results,
-    refusal_of,
     results_of,
     retry_after_ms,
 )
-from quotepush.errors import PeerError
+from quotepush.client_questions import Questions, SnapshotResult
+from quotepush.client_rows import Gap, RowQueue
+from quotepush.client_state import ClientState, Options
+from quotepush.client_token import Token, TokenSource
 
 __all__ = [
     "Accepted",
     "ClientClosed",
     "ClientError",
+    "Gap",
     "NotAnswered",
     "QuoteClient",
     "Refused",
@@ -66,47 +60,12 @@ __all__ = [
     "SnapshotResult",
     "StateChange",
     "SubscribeResult",
+    "Token",
     "WrongUrl",
 ]
 
-EVENTS = ("row", "state", "status", "message", "error", "heartbeat")
-
 # A consumer that never waits lets the connection have its turn after so many rows.
 _ROWS_PER_TURN = 256
-
-
-class ClientClosed(ClientError):
-    """The client is not open: it was closed, or is used outside ``async with``."""
-
-    def __str__(self) -> str:
-        return "the client is closed; use it inside 'async with'"
-
-
-class NotAnswered(ClientError):
-    """A question had no answer in time, be it for want of a connection."""
-
-    def __init__(self, action: str, timeout_s: float) -> None:
-        super().__init__(action, timeout_s)
-        self.action = action
-        self.timeout_s = timeout_s
-
-    def __str__(self) -> str:
-        return f"no answer to {self.action} within {self.timeout_s:g} s"
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotResult:
-    """What :meth:`QuoteClient.snapshot` returns.
-
-    Attributes:
-        rows: newest row by canonical code; a code without a value yet is missing.
-        accepted: codes that were understood, in the order in which they were given.
-        rejected: codes that were refused.
-    """
-
-    rows: dict[str, Row]
-    accepted: tuple[Accepted, ...]
-    rejected: tuple[Rejected, ...]
 
 
 class QuoteClient:
@@ -119,7 +78,9 @@ class QuoteClient:
     Args:
         url: of the server, ``http``, ``https``, ``ws`` or ``wss``; ``/ws`` is appended when there is no path.
         headers: sent with the handshake.
-        token: sent with each handshake, for a server that wants one; when it has expired, the server refuses us.
+        token: for a server that wants one: a text, with whose end the client ends (:class:`Refused`); or a function,
+            plain or async, that returns the newest one. It is called for each connection, again before its token
+            expires, so that the connection goes on, and again when the server has refused the last one.
         ssl: how a server's certificate is verified; a context for a private authority.
         max_queued_rows: how many rows wait for the caller before they are merged.
         open_timeout_s: for connecting, until the server's first message.
@@ -138,7 +99,7 @@ class QuoteClient:
         url: str,
         *,
         headers: Mapping[str, str] | None = None,
-        token: str | None = None,
+        token: Token | None = None,
         ssl: ssl_module.SSLContext | bool = True,
         max_queued_rows: int = 10_000,
         open_timeout_s: float = 10.0,
@@ -146,11 +107,10 @@ class QuoteClient:
         min_backoff_s: float = 0.5,
         max_backoff_s: float = 20.0,
     ) -> None:
-        if token is not None and not re.fullmatch(r"[!-~]+", token):  # a line break from a file, most of all
-            raise ValueError("a token is ASCII without blanks and line breaks")
         self._link = ClientLink(
             url,
-            headers={**(headers or {}), **({} if token is None else {"Authorization": f"Bearer {token}"})},
+            headers=headers or {},
+            tokens=TokenSource(token, open_timeout_s),
             ssl=ssl,
             open_timeout_s=open_timeout_s,
             min_backoff_s=min_backoff_s,
@@ -158,11 +118,11 @@ class QuoteClient:
             on_message=self._receive,
             on_lost=self._lose,
             on_state=self._change_state,
+            on_token=self._bring_token,
         )
-        self._request_timeout_s = request_timeout_s
         self._core = ClientState()
         self._queue = RowQueue(max_queued_rows)
-        self._listeners: dict[str, list[Callable[[Any], object]]] = {event: [] for event in EVENTS}
+        self._listeners = Listeners()
         self._feed: str | None = None
         self._feed_age_ms: int | None = None
         self._end: Exception | None = ClientClosed()  # what using the client raises; None: it is alive
@@ -171,8 +131,7 @@ class QuoteClient:
         self._has_rows = asyncio.Event()
         self._news = asyncio.Event()
         self._turn = 0
-        self._answers: dict[int, asyncio.Future[Message | None]] = {}
-        self._awaited_snapshot: tuple[asyncio.Future[Message | None], Message] | None = None
+        self._questions = Questions(self._core, self._link.say, self._until_greeted, request_timeout_s)
 
     # The life of a client
 
@@ -213,12 +172,17 @@ class QuoteClient:
     @property
     def rows(self) -> Mapping[str, Row]:
         """The newest row of each subscribed code that has one, by canonical code."""
-        return self._core.rows
+        return self._core.stream.rows
 
     @property
     def merged(self) -> Counter[str]:
         """Per subscribed code how many rows the server merged into newer ones on their way to us."""
-        return self._core.merged
+        return self._core.stream.merged
+
+    @property
+    def gaps(self) -> Counter[str]:
+        """Per subscribed code how often rows were lost; the ``gap`` event (:class:`Gap`) says which."""
+        return self._core.stream.gaps
 
     @property
     def merged_locally(self) -> int:
@@ -235,10 +199,29 @@ class QuoteClient:
         """Age of the server's newest tick of any code at the last heartbeat; None: unknown."""
         return self._feed_age_ms
 
+    def frame(self) -> Any:
+        """Return :attr:`rows` as a ``pandas.DataFrame``, indexed by code.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return frame_of(self.rows.values())
+
     # What a caller asks for
 
-    async def subscribe(self, codes: str | Iterable[str]) -> SubscribeResult:
+    async def subscribe(
+        self, codes: str | Iterable[str], *, fields: Iterable[str] | None = None, max_rate: float | None = None
+    ) -> SubscribeResult:
         """Subscribe, now and after every reconnect; return what the server made of each code.
+
+        Subscribing again replaces the options of a code, also with none. Its rows go on; :attr:`rows` has the newest
+        in its new form at once. Options that the server refuses leave a subscription as it was.
+
+        Args:
+            codes: in any spelling.
+            fields: the view: names of docs/protocol.md; ``code``, ``seq`` and ``ts`` always come. None: the usual ones.
+            max_rate: most rows a second and code. What was missed while there was no connection is then not made up
+                for. None: every row.
 
         A refused code is forgotten; one that was accepted stays, and should a later connection refuse it, an
         ``error`` event says so. Returns when the server has answered, and as long as there is none it waits: the
@@ -249,7 +232,8 @@ class QuoteClient:
             ClientClosed: closed meanwhile.
         """
         self._require_life()
-        wishes = [self._core.want(spelling) for spelling in _listed(codes)]
+        options = Options(None if fields is None else tuple(_listed(fields)), max_rate)
+        wishes = [self._core.want(spelling, options) for spelling in _listed(codes)]
         self._sync()
         while any(wish.outcome is None for wish in wishes):
             await self._wait_for_news()
@@ -279,7 +263,7 @@ class QuoteClient:
             PeerError: the server refuses to answer.
             NotAnswered, Refused, ClientClosed: there is no answer.
         """
-        answer = await self._ask("list")
+        answer = await self._questions.ask("list")
         found = answer.get("subscriptions")
         return found if isinstance(found, list) else []
 
@@ -289,19 +273,7 @@ class QuoteClient:
         Raises:
             PeerError, NotAnswered, Refused, ClientClosed: as :meth:`list`.
         """
-        self._require_life()
-        rows: dict[str, Row] = {}
-        accepted: tuple[Accepted, ...] = ()
-        rejected = [refusal for code in _listed(codes) if (refusal := refusal_of(code))]
-        sendable = [code for code in _listed(codes) if not refusal_of(code)]
-        await self._until_greeted("snapshot")  # the server's hello says how many codes a request may hold
-        for part in self._core.parts(sendable):
-            answer = await self._ask("snapshot", part)
-            results = read_results(answer)
-            accepted += results.accepted
-            rejected += results.rejected
-            rows |= {row["code"]: row for row in answer.get("data", ()) if row["seq"]}
-        return SnapshotResult(rows, accepted, tuple(rejected))
+        return await self._questions.snapshot(_listed(codes))
 
     async def ping(self) -> float:
         """Return the round trip to the server and back in milliseconds.
@@ -310,28 +282,18 @@ class QuoteClient:
             PeerError, NotAnswered, Refused, ClientClosed: as :meth:`list`.
         """
         begin = time.perf_counter()
-        await self._ask("ping")
+        await self._questions.ask("ping")
         return (time.perf_counter() - begin) * 1000
 
     def on(self, event: str, fn: Callable[[Any], object]) -> Callable[[], None]:
         """Call ``fn`` on each ``event``, with one argument; return what ends that.
 
-        Events: ``row`` (every new row), ``state`` (:class:`StateChange`), and the server's messages ``status``,
-        ``message``, ``error`` and ``heartbeat``. ``fn`` is a plain function and must be quick; when it raises, the
-        loop's exception handler is told and everything goes on.
+        Events: ``row`` (every new row), ``gap`` (:class:`Gap`, before the row behind it), ``state``
+        (:class:`StateChange`), and the server's messages ``status``, ``message``, ``error`` and ``heartbeat``. ``fn``
+        is a plain function and must be quick; when it raises, the loop's exception handler is told and everything
+        goes on.
         """
-        if event not in self._listeners:
-            raise ValueError(f"{event!r} is none of {', '.join(EVENTS)}")
-        if inspect.iscoroutinefunction(fn):
-            raise TypeError("a callback is a plain function; let it start a task")
-        listeners = self._listeners[event]
-        listeners.append(fn)
-
-        def remove() -> None:
-            if fn in listeners:
-                listeners.remove(fn)
-
-        return remove
+        return self._listeners.add(event, fn)
 
     def __aiter__(self) -> AsyncIterator[Row]:
         return self
@@ -389,47 +351,11 @@ class QuoteClient:
         if self._end is not None:
             self._has_rows.set()
 
-    async def _ask(self, action: str, codes: Sequence[str] = ()) -> Message:
-        """Ask a question until it is answered, over lost connections and rate limits, or the time is over."""
-        try:
-            async with asyncio.timeout(self._request_timeout_s):
-                while True:
-                    self._require_life()
-                    while not self._core.is_greeted:
-                        await self._wait_for_news()
-                    answer = await self._exchange(action, codes)
-                    if answer is None:
-                        continue
-                    if answer["type"] != "error":
-                        return answer
-                    if not answer.get("retryable"):
-                        raise PeerError(str(answer.get("error")), str(answer.get("message")))
-                    await asyncio.sleep(retry_after_ms(answer) / 1000)
-        except TimeoutError:
-            raise NotAnswered(action, self._request_timeout_s) from None
-
-    async def _until_greeted(self, action: str) -> None:
-        try:
-            async with asyncio.timeout(self._request_timeout_s):
-                while not self._core.is_greeted:
-                    await self._wait_for_news()
-        except TimeoutError:
-            raise NotAnswered(action, self._request_timeout_s) from None
-
-    async def _exchange(self, action: str, codes: Sequence[str]) -> Message | None:
-        """Send one question; return its answer, or None when the connection is lost before."""
-        answer: asyncio.Future[Message | None] = asyncio.get_running_loop().create_future()
-        self._link.say(self._core.ask(action, codes=codes))
-        request_id = self._core.last_id
-        self._answers[request_id] = answer
-        try:
-            return await answer
-        finally:
-            self._answers.pop(request_id, None)
-
-    def _settle(self, answer: "asyncio.Future[Message | None] | None", message: Message | None) -> None:
-        if answer is not None and not answer.done():
-            answer.set_result(message)
+    async def _until_greeted(self) -> None:
+        """Return when there is a connection; whoever asks has a timeout."""
+        self._require_life()
+        while not self._core.is_greeted:
+            await self._wait_for_news()
 
     # What the server says
 
@@ -437,12 +363,10 @@ class QuoteClient:
         """Forget what belonged to the connection; who waits for an answer on it hears that there is none."""
         self._core.lose()
         self._feed = self._feed_age_ms = None
-        self._awaited_snapshot = None
         if self._resync is not None:
             self._resync.cancel()
             self._resync = None
-        for answer in self._answers.values():
-            self._settle(answer, None)
+        self._questions.lose()
         self._tell_news()
 
     def _receive(self, message: Message) -> None:
@@ -454,49 +378,38 @@ class QuoteClient:
 
     def _receive_hello(self, message: Message) -> None:
         self._core.greet(message)
-        self._link.greeted(message["heartbeat_ms"])
+        self._link.greeted(message)
         self._sync()
 
     def _receive_rows(self, message: Message) -> None:  # hot
-        fresh = self._core.take(message)
-        if self._awaited_snapshot is not None and message["type"] == "snapshot":
-            self._answer_snapshot(message)
+        fresh, gaps = self._core.take(message)
+        for gap in gaps:
+            self._listeners.tell("gap", gap)
+        if message["type"] == "snapshot":
+            self._questions.take_snapshot(message)
         put = self._queue.put
         for row in fresh:
             put(row)
         if fresh:
             self._has_rows.set()
-            if self._listeners["row"]:
-                for row in fresh:
-                    self._emit("row", row)
-
-    def _answer_snapshot(self, message: Message) -> None:
-        assert self._awaited_snapshot is not None
-        answer, ack = self._awaited_snapshot
-        wanted = dict.fromkeys(entry["code"] for entry in ack["accepted"])
-        if [row["code"] for row in message["data"]] == list(wanted):
-            self._awaited_snapshot = None
-            self._settle(answer, {**ack, "data": message["data"]})
+            for row in fresh:
+                self._listeners.tell("row", row)
 
     def _receive_ack(self, message: Message) -> None:
-        answer = self._answers.get(self._core.request_id(message))
+        self._questions.take_answer(message, self._core.request_id(message))
         for refusal in self._core.acknowledge(message):
-            self._emit(
+            self._listeners.tell(
                 "error",
                 {
                     "type": "error", "action": "subscribe", "error": refusal.error, "message": refusal.message,
                     "codes": [refusal.spelling],
                 },
             )  # fmt: skip
-        if answer is not None and message.get("action") == "snapshot" and read_results(message).accepted:
-            self._awaited_snapshot = answer, message
-        else:
-            self._settle(answer, message)
         self._sync()
         self._tell_news()
 
     def _receive_error(self, message: Message) -> None:
-        self._settle(self._answers.get(self._core.request_id(message)), message)
+        self._questions.take_answer(message, self._core.request_id(message))
         loop = asyncio.get_running_loop()
         retry_after_s = self._core.refuse(message, loop.time())
         if retry_after_s:
@@ -504,7 +417,7 @@ class QuoteClient:
                 self._resync.cancel()
             # A little later than the core allows it again, or rounding would make it too early.
             self._resync = loop.call_later(retry_after_s + 0.001, self._sync)
-        self._emit("error", message)
+        self._listeners.tell("error", message)
         self._tell_news()
 
     def _receive_heartbeat(self, message: Message) -> None:
@@ -512,40 +425,31 @@ class QuoteClient:
         feed, age_ms = message.get("feed"), message.get("feed_age_ms")
         self._feed = feed if isinstance(feed, str) else None
         self._feed_age_ms = age_ms if isinstance(age_ms, int) else None
-        self._emit("heartbeat", message)
+        self._listeners.tell("heartbeat", message)
 
     def _receive_status(self, message: Message) -> None:
         if message.get("state") == "closing":
             self._link.stay_away(retry_after_ms(message) / 1000)
-        self._emit("status", message)
+        self._listeners.tell("status", message)
 
     def _receive_message(self, message: Message) -> None:
-        self._emit("message", message)
+        self._listeners.tell("message", message)
 
     # What we say
+
+    def _bring_token(self, token: str) -> None:
+        self._link.say(self._core.ask("auth", token=token))
 
     def _sync(self) -> None:
         """Say what is due to bring the connection's subscriptions to what is wanted."""
         for request in self._core.due_requests(asyncio.get_running_loop().time()):
             self._link.say(request)
 
-    # Events
-
     def _change_state(self, change: StateChange) -> None:
         if change.state == "closed" and self._end is None:
             self._end = self._link.failure or ClientClosed()
         self._tell_news()
-        self._emit("state", change)
-
-    def _emit(self, event: str, payload: Any) -> None:
-        for fn in tuple(self._listeners[event]):
-            try:
-                fn(payload)
-            except Exception as e:
-                # A listener's bug is told like any other of the loop, and keeps nothing from anybody else.
-                asyncio.get_running_loop().call_exception_handler(
-                    {"message": f"a listener of {event!r} failed", "exception": e}
-                )
+        self._listeners.tell("state", change)
 
 
 _RECEIVERS: dict[str, Callable[[QuoteClient, Message], None]] = {

@@ -20,18 +20,20 @@ from urllib.parse import urlsplit, urlunsplit
 
 import aiohttp
 
-from quotepush.client_state import BadMessage, Message, decode_message
-from quotepush.errors import QuotepushError
+from quotepush.client_errors import Refused, WrongUrl
+from quotepush.client_messages import BadMessage, Message, decode_message
+from quotepush.client_token import NoToken, TokenSource, renewal_in_s
 from quotepush.wire.formats import JSON
 
-__all__ = ["ClientError", "ClientLink", "Refused", "StateChange", "WrongUrl"]
+__all__ = ["ClientLink", "StateChange", "pause_s"]
 
 log = logging.getLogger("quotepush.client")
 
 _Socket: TypeAlias = "aiohttp.ClientWebSocketResponse[Literal[False]]"
 
 # Close codes after which coming back is pointless: not authenticated, kicked or forbidden, replaced by a newer one.
-_PERMANENT_CLOSES = frozenset((4401, 4403, 4409))
+_NO_TOKEN = 4401
+_PERMANENT_CLOSES = frozenset((_NO_TOKEN, 4403, 4409))
 _PERMANENT_STATUSES = frozenset((400, 401, 403))
 _BUSY_STATUSES = frozenset((429, 503))
 _PASSING_STATUSES = frozenset((408, 425, 429))
@@ -44,47 +46,6 @@ _CLOSE_TIMEOUT_S = 1.0
 _MAX_MESSAGE_BYTES = 32 << 20
 # No server can keep us away for longer than this by a number in a header.
 _MAX_TOLD_S = 300.0
-
-
-class ClientError(QuotepushError):
-    """The root of what the client raises."""
-
-
-class WrongUrl(ClientError):
-    """The URL cannot be one of a server."""
-
-    def __init__(self, url: str, reason: str) -> None:
-        super().__init__(url, reason)
-        self.url = url
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.url!r} is not the address of a server: {self.reason}; write http://HOST:PORT"
-
-
-class Refused(ClientError):
-    """The connection is refused for good; trying again cannot help.
-
-    Attributes:
-        url: of the WebSocket.
-        status: of the HTTP answer to the handshake; None if there was a connection.
-        close_code: of the WebSocket; None if there was none.
-        reason: what was said to it.
-    """
-
-    def __init__(self, url: str, reason: str, *, status: int | None = None, close_code: int | None = None) -> None:
-        super().__init__(url, reason)
-        self.url = url
-        self.reason = reason
-        self.status = status
-        self.close_code = close_code
-
-    def __str__(self) -> str:
-        if self.status is not None:
-            return f"{self.url} refuses this client: HTTP {self.status} {self.reason}".rstrip()
-        if self.close_code is not None:
-            return f"{self.url} refuses this client: close code {self.close_code} {self.reason}".rstrip()
-        return f"{self.url} cannot be reached at all: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +77,7 @@ class ClientLink:
         on_message: takes each message; what it raises as :class:`BadMessage` costs the connection.
         on_lost: a connection is over.
         on_state: takes each change of state.
+        on_token: takes each token that the open connection is to be renewed with.
 
     Raises:
         WrongUrl: the URL cannot be one of a server.
@@ -126,6 +88,7 @@ class ClientLink:
         url: str,
         *,
         headers: Mapping[str, str],
+        tokens: TokenSource,
         ssl: ssl_module.SSLContext | bool,
         open_timeout_s: float,
         min_backoff_s: float,
@@ -133,9 +96,12 @@ class ClientLink:
         on_message: Callable[[Message], None],
         on_lost: Callable[[], None],
         on_state: Callable[[StateChange], None],
+        on_token: Callable[[str], None],
     ) -> None:
         self._url = _websocket_url(url)
         self._headers = dict(headers)
+        self._tokens = tokens
+        self._token: str | None = None  # the one that this connection brought, or was given later
         self._ssl = ssl
         self._open_timeout_s = open_timeout_s
         self._min_backoff_s = min_backoff_s
@@ -143,6 +109,7 @@ class ClientLink:
         self._on_message = on_message
         self._on_lost = on_lost
         self._on_state = on_state
+        self._on_token = on_token
         self.state = StateChange("closed")
         self.failure: Exception | None = None  # why it has ended by itself
         self._task: asyncio.Task[None] | None = None
@@ -151,6 +118,7 @@ class ClientLink:
         self._attempt = 0
         self._told_s = 0.0  # how long the server asked us to stay away
         self._outgoing: asyncio.Queue[bytes] | None = None
+        self._greeted: asyncio.Future[float] | None = None  # done with what the server's clock is ahead of ours
         self._silent_checks = 0
         self._silence_limit_s = open_timeout_s
 
@@ -180,9 +148,21 @@ class ClientLink:
         assert self._outgoing is not None, "there is a hello only where there is a connection"
         self._outgoing.put_nowait(request)
 
-    def greeted(self, heartbeat_ms: int) -> None:
-        """The server has said hello: from now on its heartbeats are expected."""
-        self._silence_limit_s = _SILENT_HEARTBEATS * heartbeat_ms / 1000
+    def greeted(self, hello: Message) -> None:
+        """The server has said ``hello``: from now on its heartbeats are expected.
+
+        Raises:
+            Refused: it wants a token, and there is none.
+        """
+        assert self._greeted is not None
+        if hello.get("auth") == "required":
+            if self._token is None:
+                raise Refused(self.url, "auth_failed: it wants a token", close_code=_NO_TOKEN)
+            self._on_token(self._token)  # something on the way has taken it out of the handshake
+        told_ms = hello.get("time")
+        now_ms = time.monotonic() * 1000
+        self._greeted.set_result((told_ms if isinstance(told_ms, int) else time.time() * 1000) - now_ms)
+        self._silence_limit_s = _SILENT_HEARTBEATS * hello["heartbeat_ms"] / 1000
         self._was_open = True
         self._change_state(StateChange("open", attempt=self._attempt))
 
@@ -202,12 +182,10 @@ class ClientLink:
                 self._told_s = 0.0
                 self._change_state(StateChange("connecting", reason, self._attempt))
                 reason = await self._live()
-                # Full jitter: clients that lost one server together must not come back together.
-                bound_s = min(self._max_backoff_s, self._min_backoff_s * 2 ** min(self._attempt, 16))
+                wait_s = pause_s(self._attempt, self._told_s, self._min_backoff_s, self._max_backoff_s, random.random())
                 self._attempt += 1
-                pause_s = self._told_s + random.uniform(0, bound_s)
-                self._change_state(StateChange("waiting", reason, self._attempt, pause_s))
-                await asyncio.sleep(pause_s)
+                self._change_state(StateChange("waiting", reason, self._attempt, wait_s))
+                await asyncio.sleep(wait_s)
         except asyncio.CancelledError:
             reason = "closed by the client"
             raise
@@ -229,8 +207,11 @@ class ClientLink:
             Refused: it must not be tried again.
         """
         try:
+            self._token = await self._tokens.next()
             async with asyncio.timeout(self._open_timeout_s):
                 socket = await self._connect()
+        except NoToken as e:
+            return str(e)
         except aiohttp.WSServerHandshakeError as e:
             return self._turned_away(e)
         except aiohttp.InvalidURL:
@@ -240,6 +221,7 @@ class ClientLink:
         except (aiohttp.ClientError, OSError) as e:
             return _reason_of(e)
         self._outgoing = asyncio.Queue()
+        self._greeted = asyncio.get_running_loop().create_future()
         self._silent_checks = 0
         self._silence_limit_s = self._open_timeout_s
         reason = ""
@@ -249,12 +231,14 @@ class ClientLink:
                 tasks.create_task(self._read(socket), name="quotepush client: read")
                 tasks.create_task(self._send(socket, self._outgoing), name="quotepush client: send")
                 tasks.create_task(self._watch(), name="quotepush client: watchdog")
+                if self._tokens.can_renew:
+                    tasks.create_task(self._renew(self._greeted), name="quotepush client: token")
         except* _Lost as group:
             reason = str(group.exceptions[0])
         except* Refused as group:
             refusal = next(e for e in group.exceptions if isinstance(e, Refused))
         finally:
-            self._outgoing = None
+            self._outgoing = self._greeted = None
             self._on_lost()
             await _hang_up(socket)
         if refusal is not None:
@@ -266,7 +250,9 @@ class ClientLink:
         return await self._http.ws_connect(
             self._url,
             protocols=(JSON.subprotocol,),
-            headers=self._headers,
+            headers=self._headers
+            if self._token is None
+            else {**self._headers, "Authorization": f"Bearer {self._token}"},
             ssl=self._ssl,
             compress=0,
             autoping=True,
@@ -286,7 +272,7 @@ class ClientLink:
                     raise _Lost(f"the server does not speak {JSON.subprotocol}: {e}") from None
             elif frame.type is aiohttp.WSMsgType.CLOSE:
                 code, said = frame.data, str(frame.extra or "")
-                if code in _PERMANENT_CLOSES:
+                if code in _PERMANENT_CLOSES and not (code == _NO_TOKEN and self._tokens.can_renew):
                     raise Refused(self.url, said, close_code=code)
                 raise _Lost(f"closed by the server: {code} {said}".rstrip())
             elif frame.type is aiohttp.WSMsgType.BINARY:
@@ -303,6 +289,20 @@ class ClientLink:
             except (aiohttp.ClientError, OSError) as e:
                 raise _Lost(_reason_of(e)) from None
 
+    async def _renew(self, greeted: "asyncio.Future[float]") -> None:
+        """Bring a new token before the old one ends; when there is none, the server ends the connection."""
+        ahead_ms = await greeted  # no timeout: the watchdog ends a connection without hello
+        assert self._token is not None
+        while (due_s := renewal_in_s(self._token, time.monotonic() * 1000 + ahead_ms)) is not None:
+            await asyncio.sleep(due_s)
+            try:
+                token = await self._tokens.next()
+            except NoToken:
+                continue
+            if token is not None and token != self._token:
+                self._token = token
+                self._on_token(token)
+
     async def _watch(self) -> None:
         while self._silent_checks < _SILENT_CHECKS:
             await asyncio.sleep(self._silence_limit_s / _SILENT_CHECKS)
@@ -315,8 +315,8 @@ class ClientLink:
         phrase = HTTPStatus(status).phrase if status in HTTPStatus._value2member_map_ else ""
         # Before there ever was a connection an answer like 404 or 200 says that the address is wrong;
         # later it is a proxy whose server is away.
-        is_wrong_address = not self._was_open and status < 500 and status not in _PASSING_STATUSES
-        if status in _PERMANENT_STATUSES:
+        is_wrong_address = not self._was_open and status < 500 and status not in (401, *_PASSING_STATUSES)
+        if status in _PERMANENT_STATUSES and not (status == 401 and self._tokens.can_renew):
             raise Refused(self.url, phrase, status=status)
         if is_wrong_address:
             raise Refused(self.url, f"{phrase}: no quotepush server there", status=status)
@@ -327,6 +327,21 @@ class ClientLink:
     def _change_state(self, change: StateChange) -> None:
         self.state = change
         self._on_state(change)
+
+
+def pause_s(attempt: int, told_s: float, min_backoff_s: float, max_backoff_s: float, chance: float) -> float:
+    """Return how long to wait before an attempt: what the server asks for, and then full jitter.
+
+    Clients that lost one server together must not come back together: each waits a time that chance spreads evenly
+    between 0 and a bound, which doubles with each failure.
+
+    Args:
+        attempt: attempts before this one.
+        told_s: what the server asks for.
+        chance: at least 0, below 1.
+    """
+    bound_s: float = min(max_backoff_s, min_backoff_s * 2 ** min(attempt, 16))
+    return told_s + chance * bound_s
 
 
 async def _hang_up(socket: _Socket) -> None:

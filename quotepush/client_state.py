@@ -1,108 +1,61 @@
 """What a client wants, what it knows and what it still has to say: the Python client without its socket.
 
-Laws:
+Law: what is asked of the server follows from what is wanted and what the server has acknowledged on this connection,
+never from the order in which callers came, so a new connection needs nothing of the old one but the place of each code.
 
-1. Within an epoch a code's ``seq`` only rises on its way out of here, whatever connection a row came by.
-2. What is asked of the server follows from what is wanted and what the server has acknowledged on this connection,
-   never from the order in which callers came, so a new connection needs no memory of the old one.
-3. A queue that is full merges, newest row per code; no code loses its last row.
-
-No asyncio, no socket; time is an argument. :mod:`quotepush.client` does the rest.
+No asyncio, no socket; time is an argument. What the rows mean is in :mod:`quotepush.client_rows`, the rest in
+:mod:`quotepush.client`.
 """
 
-from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
+from quotepush.client_messages import (
+    Accepted,
+    BadMessage,
+    Message,
+    Rejected,
+    Row,
+    read_results,
+    refusal_of,
+    retry_after_ms,
+)
+from quotepush.client_rows import Gap, RowStream
 from quotepush.quote.code import BadCode, parse_code
 
-__all__ = [
-    "Accepted",
-    "BadMessage",
-    "ClientState",
-    "Message",
-    "Rejected",
-    "Row",
-    "RowQueue",
-    "SubscribeResult",
-    "Wish",
-    "decode_message",
-    "read_results",
-    "refusal_of",
-    "results_of",
-    "retry_after_ms",
-]
+__all__ = ["ClientState", "Options", "Wish"]
 
-Row = dict[str, Any]
-"""A row as the server sent it; its fields are in docs/protocol.md, and publishers may add more."""
+_Item = TypeVar("_Item")
 
-Message = dict[str, Any]
-"""One message of the server, with its ``type``."""
-
-# No server understands a longer code, and an endless one would cost the connection.
-_MAX_SPELLING = 128
-# What stands in a request beside its codes.
+# What stands in a request beside its codes and options.
 _REQUEST_OVERHEAD_BYTES = 200
-_DEFAULT_RETRY_MS = 1000
-
-
-class BadMessage(ValueError):
-    """The server said something that is not quotes.v1. Its argument says what."""
+# What stands in ``since`` beside a code and its epoch.
+_SINCE_OVERHEAD_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Accepted:
-    """A code that the server understood.
+class Options:
+    """How the rows of a code are wanted.
 
     Attributes:
-        code: canonical; this is what rows carry.
-        spelling: what was asked for.
+        fields: the view; None: the usual fields.
+        max_rate: most rows a second; None: every row.
     """
 
-    code: str
-    spelling: str
+    fields: tuple[str, ...] | None = None
+    max_rate: float | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A code that the server refused.
-
-    Attributes:
-        spelling: what was asked for.
-        error: the word on the wire, e.g. ``bad_code``, ``unknown_code``, ``code_limit``.
-        message: one sentence.
-    """
-
-    spelling: str
-    error: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.spelling}: {self.error}: {self.message}"
-
-
-@dataclass(frozen=True, slots=True)
-class SubscribeResult:
-    """What became of each code, in the order in which they were given."""
-
-    accepted: tuple[Accepted, ...]
-    rejected: tuple[Rejected, ...]
-
-    @property
-    def codes(self) -> tuple[str, ...]:
-        """The canonical codes that were accepted, each once."""
-        return tuple(dict.fromkeys(entry.code for entry in self.accepted))
-
-
-def results_of(outcomes: Iterable[Accepted | Rejected | None]) -> SubscribeResult:
-    """Return outcomes as a result; those that are still open are left out."""
-    known = list(outcomes)
-    return SubscribeResult(
-        tuple(o for o in known if isinstance(o, Accepted)), tuple(o for o in known if isinstance(o, Rejected))
-    )
+    def words(self) -> Message:
+        """Return the options that are not the usual ones, as a request has them."""
+        words: Message = {}
+        if self.fields is not None:
+            words["fields"] = self.fields
+        if self.max_rate is not None:
+            words["max_rate"] = self.max_rate
+        return words
 
 
 class Wish:
@@ -110,23 +63,25 @@ class Wish:
 
     Attributes:
         outcome: what the server last said to it; None: nothing yet.
-        is_asked: asked for on this connection.
-        was_accepted: the server took it once, so it is asked for on every connection.
+        code: what the server took it for once, so it is asked for on every connection.
+        asked: with which options it was asked for on this connection; None: it was not.
     """
 
-    __slots__ = ("is_asked", "outcome", "spelling", "was_accepted")
+    __slots__ = ("asked", "code", "key", "outcome", "spelling")
 
     def __init__(self, spelling: str) -> None:
         self.spelling = spelling
+        self.key = _canonical(spelling)
         self.outcome: Accepted | Rejected | None = None
-        self.is_asked = False
-        self.was_accepted = False
+        self.code: str | None = None
+        self.asked: Options | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
     action: str
     codes: tuple[str, ...]
+    options: Options | None
 
 
 class ClientState:
@@ -135,18 +90,17 @@ class ClientState:
     Attributes:
         hello: the server's first message on this connection, or on the last one while there is none.
         is_greeted: there is a connection and the server has said hello.
-        rows: newest row per subscribed code.
-        merged: per subscribed code how many rows the server merged into newer ones (``seq - prev - 1``).
+        stream: the rows.
     """
 
     def __init__(self) -> None:
         self.hello: Message = {}
         self.is_greeted = False
-        self.rows: dict[str, Row] = {}
-        self.merged: Counter[str] = Counter()
+        self.stream = RowStream()
         self._wishes: dict[str, Wish] = {}  # by spelling
+        self._options: dict[str, Options] = {}  # by canonical spelling: one instrument is one subscription
+        self._granted: dict[str, Options] = {}  # the same, as the server last took them
         self._wanted: dict[str, set[str]] = {}  # code, once acknowledged: the spellings it is wanted by
-        self._numbered: dict[str, tuple[str, int]] = {}  # code: the epoch that numbers it, newest seq
         self._held: set[str] = set()  # codes that the server sends on this connection
         self._leaving: set[str] = set()  # codes whose unsubscribe has no answer yet
         self._requests: dict[int, _Request] = {}  # without an answer yet, oldest first
@@ -155,8 +109,8 @@ class ClientState:
 
     # What the caller wants
 
-    def want(self, spelling: str) -> Wish:
-        """Want a code from now on; return the wish, whose outcome the server will tell."""
+    def want(self, spelling: str, options: Options | None = None) -> Wish:
+        """Want a code from now on, with these options; return the wish, whose outcome the server will tell."""
         wish = self._wishes.get(spelling)
         if wish is None:
             wish = Wish(spelling)
@@ -164,9 +118,12 @@ class ClientState:
                 wish.outcome = refusal
                 return wish
             self._wishes[spelling] = wish
-        elif isinstance(wish.outcome, Rejected):
+        options = options or Options()
+        self._options[wish.key] = options
+        if isinstance(wish.outcome, Rejected):
+            wish.asked = None
+        if wish.asked != options:
             wish.outcome = None
-            wish.is_asked = False
         return wish
 
     def unwant(self, codes: Iterable[str]) -> tuple[str, ...]:
@@ -175,14 +132,14 @@ class ClientState:
         for text in codes:
             for wish in self._wishes_like(text):
                 del self._wishes[wish.spelling]
+                self._options.pop(wish.key, None)
+                self._granted.pop(wish.key, None)
                 if wish.outcome is None:
                     wish.outcome = Rejected(wish.spelling, "unsubscribed", "it was unsubscribed before the answer came")
             for code in self._codes_like(text):
                 del self._wanted[code]
                 removed[code] = None
-                self.rows.pop(code, None)
-                self._numbered.pop(code, None)
-                self.merged.pop(code, None)
+                self.stream.forget(code)
         return tuple(removed)
 
     def is_leaving(self, codes: Iterable[str]) -> bool:
@@ -203,9 +160,7 @@ class ClientState:
         return [
             wish
             for wish in self._wishes.values()
-            if text in ("*", wish.spelling)
-            or (isinstance(wish.outcome, Accepted) and wish.outcome.code in codes)
-            or (wish.outcome is None and _canonical(wish.spelling) == canonical)
+            if text in ("*", wish.spelling) or wish.code in codes or (wish.code is None and wish.key == canonical)
         ]
 
     # What has to be said
@@ -221,20 +176,47 @@ class ClientState:
             self._held.difference_update(unwanted)
             self._leaving.update(unwanted)
             requests += [self.ask("unsubscribe", codes=part) for part in self.parts(unwanted)]
-        fresh = [wish for wish in self._wishes.values() if not wish.is_asked]
-        for wish in fresh:
-            wish.is_asked = True
-        requests += [self.ask("subscribe", codes=part) for part in self.parts([wish.spelling for wish in fresh])]
+        return requests + self._due_subscribes()
+
+    def _due_subscribes(self) -> list[bytes]:
+        due: dict[Options, dict[str, list[str]]] = {}  # all spellings of a code in one request: one subscription
+        for wish in self._wishes.values():
+            options = self._options_of(wish)
+            if wish.asked != options:
+                wish.asked = options
+                due.setdefault(options, {}).setdefault(wish.code or wish.key, []).append(wish.spelling)
+        requests: list[bytes] = []
+        for options, spellings in due.items():
+            for part in self._packed(spellings.items(), self._size_with_place, len(orjson.dumps(options.words())) - 2):
+                since = self._since(code for code, _ in part)
+                codes = [spelling for _, like in part for spelling in like]
+                requests.append(self.ask("subscribe", codes=codes, options=options, **since))
         return requests
 
-    def ask(self, action: str, *, codes: Collection[str] = ()) -> bytes:
+    def _size_with_place(self, item: tuple[str, list[str]]) -> tuple[int, int]:
+        code, spellings = item
+        place = self.stream.place(code)
+        size = 0 if place is None else _size_of(code) + _size_of(place[0]) + _SINCE_OVERHEAD_BYTES
+        return len(spellings), size + sum(map(_size_of, spellings))
+
+    def _since(self, codes: Iterable[str]) -> Message:
+        """Return the words that resume those codes whose place is known and whose rows do not come yet."""
+        usual = self.hello["epoch"]
+        since: dict[str, Any] = {}
+        for code in codes:
+            place = self.stream.place(code)
+            if place is not None and not self.stream.is_flowing(code):
+                since[code] = place[1] if place[0] == usual else {"epoch": place[0], "seq": place[1]}
+        return {"epoch": usual, "since": since} if since else {}
+
+    def ask(self, action: str, *, codes: Collection[str] = (), options: Options | None = None, **words: Any) -> bytes:
         """Return a request with a new ``id``, which :attr:`last_id` tells."""
         self._last_id += 1
-        self._requests[self._last_id] = _Request(action, tuple(codes))
+        self._requests[self._last_id] = _Request(action, tuple(codes), options)
         request: Message = {"action": action, "id": self._last_id}
         if codes:
             request["codes"] = list(codes)
-        return orjson.dumps(request)
+        return orjson.dumps(request | (options.words() if options else {}) | words)
 
     @property
     def last_id(self) -> int:
@@ -243,17 +225,24 @@ class ClientState:
 
     def parts(self, codes: Iterable[str]) -> Iterator[list[str]]:
         """Yield codes in parts that one request may hold on this connection."""
-        limits = self.hello.get("limits") or {}
+        return self._packed(codes, lambda code: (1, _size_of(code)))
+
+    def _packed(
+        self, items: Iterable[_Item], size_of: Callable[[_Item], tuple[int, int]], more_bytes: int = 0
+    ) -> Iterator[list[_Item]]:
+        """Yield items in parts that fit into a request; ``size_of`` tells codes and bytes of one."""
+        limits: Mapping[str, Any] = self.hello.get("limits") or {}
         most = max(1, limits.get("codes_per_request") or 1000)
-        room = max(1, (limits.get("message_bytes") or 65_536) - _REQUEST_OVERHEAD_BYTES)
-        part: list[str] = []
-        size = 0
-        for code in codes:
-            length = len(orjson.dumps(code)) + 1
-            if part and (len(part) >= most or size + length > room):
+        room = max(1, (limits.get("message_bytes") or 65_536) - _REQUEST_OVERHEAD_BYTES - more_bytes)
+        part: list[_Item] = []
+        count = size = 0
+        for item in items:
+            codes, length = size_of(item)
+            if part and (count + codes > most or size + length > room):
                 yield part
-                part, size = [], 0
-            part.append(code)
+                part, count, size = [], 0, 0
+            part.append(item)
+            count += codes
             size += length
         if part:
             yield part
@@ -265,9 +254,6 @@ class ClientState:
         epoch = hello.get("epoch")
         if type(epoch) is not str or type(hello.get("heartbeat_ms")) is not int or hello["heartbeat_ms"] <= 0:
             raise BadMessage("a hello without epoch or heartbeat_ms")
-        before = self.hello.get("epoch")
-        if epoch != before:
-            self._numbered = {code: known for code, known in self._numbered.items() if known[0] != before}
         self.hello = hello
         self.is_greeted = True
 
@@ -278,44 +264,13 @@ class ClientState:
         self._held.clear()
         self._leaving.clear()
         self._requests.clear()
+        self.stream.cut()
         for wish in self._wishes.values():
-            wish.is_asked = False
+            wish.asked = None
 
-    def take(self, message: Message) -> list[Row]:  # hot
-        """Return the rows of a ``snapshot`` or ``tick`` message that are new, in order.
-
-        Left out are codes that are not subscribed, rows that are not newer than what is known in
-        the same epoch, and snapshot rows without a value (``seq`` 0).
-        """
-        is_snapshot = message["type"] == "snapshot"
-        numbered = self._numbered
-        epoch: str = self.hello["epoch"]
-        fresh: list[Row] = []
-        for row in _rows_in(message):
-            code, seq = row["code"], row["seq"]
-            if code not in self._wanted:
-                continue
-            known = numbered.get(code)
-            if is_snapshot:
-                # A code with an epoch of its own says so in each snapshot row, and nowhere else.
-                row_epoch = row.get("epoch") or epoch
-                if known is not None and known[0] == row_epoch and seq <= known[1]:
-                    continue
-                numbered[code] = (row_epoch, seq)
-                if seq == 0:
-                    continue
-            else:
-                if known is None:
-                    known = (epoch, 0)
-                if seq <= known[1]:
-                    continue
-                numbered[code] = (known[0], seq)
-                prev = row.get("prev")
-                if prev is not None and seq - prev > 1:
-                    self.merged[code] += seq - prev - 1
-            self.rows[code] = row
-            fresh.append(row)
-        return fresh
+    def take(self, message: Message) -> tuple[list[Row], list[Gap]]:
+        """Return what is new in a ``snapshot`` or ``tick`` message, as :meth:`RowStream.take` does."""
+        return self.stream.take(message, self.hello["epoch"])
 
     def acknowledge(self, message: Message) -> list[Rejected]:
         """Take an ``ack`` or ``pong``; return refusals of codes that had been accepted on an earlier connection."""
@@ -332,8 +287,8 @@ class ClientState:
             self._held.add(entry.code)
             wish = self._wishes.get(entry.spelling)
             if wish is not None:
-                self._accept(wish, entry)
-        return self._refuse(request.codes, results.rejected)
+                self._accept(wish, entry, request.options)
+        return self._refuse(request, results.rejected)
 
     def refuse(self, message: Message, now_s: float) -> float:
         """Take an ``error``; return after how many seconds :meth:`due_requests` has something to say again, or 0."""
@@ -348,12 +303,12 @@ class ClientState:
                 self._held.update(request.codes)
             for spelling in request.codes:
                 if request.action == "subscribe" and spelling in self._wishes:
-                    self._wishes[spelling].is_asked = False
+                    self._wishes[spelling].asked = None
             return retry_after_s
         self._leaving.difference_update(request.codes)
         if request.action == "subscribe":
             word, text = str(message.get("error")), str(message.get("message"))
-            self._refuse(request.codes, [Rejected(spelling, word, text) for spelling in request.codes])
+            self._refuse(request, [Rejected(spelling, word, text) for spelling in request.codes])
         return 0.0
 
     def request_id(self, message: Message) -> int:
@@ -364,161 +319,55 @@ class ClientState:
             return next(iter(self._requests), 0)
         return answered if type(answered) is int else 0
 
-    def _accept(self, wish: Wish, entry: Accepted) -> None:
-        before = wish.outcome
-        if isinstance(before, Accepted) and before.code != entry.code:
-            spellings = self._wanted.get(before.code, set())
+    def _accept(self, wish: Wish, entry: Accepted, options: Options | None) -> None:
+        if wish.code is not None and wish.code != entry.code:
+            spellings = self._wanted.get(wish.code, set())
             spellings.discard(wish.spelling)
-            if not spellings:
-                self._wanted.pop(before.code, None)
-        wish.outcome = entry
-        wish.was_accepted = True
+            if not spellings and self._wanted.pop(wish.code, None) is not None:
+                self.stream.forget(wish.code)
+        wish.code = entry.code
         self._wanted.setdefault(entry.code, set()).add(wish.spelling)
+        self.stream.begin(entry.code, entry.resume)
+        if options is not None:
+            self._granted[wish.key] = options
+        if options == self._options_of(wish):  # else they were changed since, and the answer is still to come
+            wish.outcome = entry
 
-    def _refuse(self, spellings: Iterable[str], rejected: Iterable[Rejected]) -> list[Rejected]:
+    def _refuse(self, request: _Request, rejected: Iterable[Rejected]) -> list[Rejected]:
         by_spelling = {entry.spelling: entry for entry in rejected}
         lost: list[Rejected] = []
-        for spelling in spellings:
+        for spelling in request.codes:
             wish = self._wishes.get(spelling)
-            if wish is None:
-                continue
+            if wish is None or wish.asked != request.options:
+                continue  # not wanted any more, or in another way: the answer is still to come
             refusal = by_spelling.get(spelling)
             if refusal is None and wish.outcome is None:
                 refusal = Rejected(spelling, "internal", "the server did not say what became of it")
             if refusal is None:
                 continue
             wish.outcome = refusal
-            if wish.was_accepted:
-                lost.append(refusal)
+            granted = self._granted.get(wish.key)
+            if wish.code is None:
+                self._drop(wish)
+            elif granted is not None and granted != request.options:
+                # What was refused are the new options; the old ones stand, or are asked for again.
+                self._options[wish.key] = granted
+                wish.asked = granted if self.stream.is_flowing(wish.code) else None
             else:
-                del self._wishes[spelling]
+                lost.append(refusal)
         return lost
 
+    def _options_of(self, wish: Wish) -> Options:
+        return self._options.get(wish.key) or Options()
 
-class RowQueue:
-    """Rows that the caller has not taken, in order and in bounded memory.
-
-    It holds every row until there are ``max_rows``. Then, and only then, it is merged: one newest
-    row per code stays, in its place, with the ``prev`` of the first row merged into it, so that
-    ``seq - prev - 1`` still counts all rows that the caller did not get. With so many codes that
-    merging does not halve it, it may grow to twice the number of codes.
-
-    Attributes:
-        merged: rows that were merged into newer ones here.
-    """
-
-    def __init__(self, max_rows: int) -> None:
-        if max_rows < 1:
-            raise ValueError(f"a queue holds at least one row, not {max_rows}")
-        self.merged = 0
-        self._max_rows = max_rows
-        self._limit = max_rows
-        self._rows: deque[Row] = deque()
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def put(self, row: Row) -> None:  # hot
-        """Add the newest row of a code."""
-        if len(self._rows) >= self._limit:
-            self._merge()
-        self._rows.append(row)
-
-    def take(self) -> Row:
-        """Return the oldest row and forget it."""
-        return self._rows.popleft()
-
-    def drop(self, codes: Collection[str]) -> None:
-        """Forget the rows of these codes."""
-        if codes:
-            self._rows = deque(row for row in self._rows if row["code"] not in codes)
-
-    def clear(self) -> None:
-        """Forget all rows."""
-        self._rows.clear()
-
-    def _merge(self) -> None:
-        newest: dict[str, Row] = {}
-        prevs: dict[str, int | None] = {}
-        for row in self._rows:
-            code = row["code"]
-            prev = row.get("prev")
-            # A row without prev begins a new chain: nothing before it can be counted.
-            if prev is None or code not in prevs:
-                prevs[code] = prev
-            newest.pop(code, None)
-            newest[code] = row
-        self.merged += len(self._rows) - len(newest)
-        self._rows = deque(_with_prev(row, prevs[code]) for code, row in newest.items())
-        # Half of it must be free again, or a merge would be due at almost every row.
-        self._limit = max(self._max_rows, 2 * len(newest))
+    def _drop(self, wish: Wish) -> None:
+        del self._wishes[wish.spelling]
+        if not any(other.key == wish.key for other in self._wishes.values()):
+            self._options.pop(wish.key, None)
 
 
-def decode_message(text: bytes | str) -> Message:
-    """Return one message of the server.
-
-    Raises:
-        BadMessage: not a JSON object with a ``type``.
-    """
-    try:
-        message = orjson.loads(text)
-    except orjson.JSONDecodeError as e:
-        raise BadMessage(f"not JSON: {e}") from None
-    if type(message) is not dict or type(message.get("type")) is not str:
-        raise BadMessage("not an object with a type")
-    return message
-
-
-def read_results(message: Message) -> SubscribeResult:
-    """Return what an ``ack`` says about each code."""
-    accepted, rejected = message.get("accepted") or [], message.get("rejected") or []
-    try:
-        return SubscribeResult(
-            tuple(Accepted(entry["code"], entry["as"]) for entry in accepted),
-            tuple(Rejected(entry["as"], entry["error"], str(entry.get("message", ""))) for entry in rejected),
-        )
-    except (KeyError, TypeError, AttributeError):
-        raise BadMessage("an ack without its results") from None
-
-
-def retry_after_ms(message: Message) -> float:
-    """Return how long the server asks us to wait."""
-    told = message.get("retry_after_ms")
-    return max(0.0, told) if isinstance(told, int | float) else _DEFAULT_RETRY_MS
-
-
-def _rows_in(message: Message) -> list[Row]:
-    rows = message.get("data")
-    if type(rows) is not list:
-        raise BadMessage("rows that are no list")
-    for row in rows:
-        if (
-            type(row) is not dict
-            or type(row.get("code")) is not str
-            or type(row.get("seq")) is not int
-            or type(row.get("prev", 0)) is not int
-        ):
-            raise BadMessage("a row without code or seq")
-    return rows
-
-
-def _with_prev(row: Row, prev: int | None) -> Row:
-    """Return ``row`` with this ``prev``; a copy when it differs, because others hold the row too."""
-    if row.get("prev") == prev:
-        return row
-    bare = {name: value for name, value in row.items() if name != "prev"}
-    return bare if prev is None else {"prev": prev, **bare}
-
-
-def refusal_of(spelling: str) -> Rejected | None:
-    """Return why a code cannot even be sent, None if it can."""
-    if len(spelling) > _MAX_SPELLING:
-        return Rejected(spelling, "bad_code", "too long to be a code")
-    try:
-        spelling.encode()
-    except UnicodeEncodeError:
-        return Rejected(spelling, "bad_code", "not text in UTF-8")
-    return None
+def _size_of(code: str) -> int:
+    return len(orjson.dumps(code)) + 1
 
 
 def _canonical(text: str) -> str:

@@ -37,6 +37,7 @@ ENV_PREFIX = "QUOTEPUSH_"
 _NODE = re.compile(r"[A-Za-z0-9-]{1,32}\Z")
 _URLS = ("feed_redis", "registry_redis")
 _PASSWORDS = tuple(f"{name}_password" for name in _URLS)
+_OF_COMMANDS = ("config", "token")  # read by click: where the file is, and what `watch` shows to a server
 _MOST_LEEWAY_S = 60
 # What else is at the public port, below base_path.
 _OTHER_PATHS = ("/stream", "/quotes", "/codes")
@@ -307,7 +308,7 @@ def _read_env(env: Mapping[str, str], kinds: Mapping[str, Any], faults: list[str
     found: dict[str, Any] = {}
     for key, text in env.items():
         name = key[len(ENV_PREFIX) :].lower()
-        if not key.startswith(ENV_PREFIX) or name in _PASSWORDS or name == "config":
+        if not key.startswith(ENV_PREFIX) or name in _PASSWORDS or name in _OF_COMMANDS:
             continue
         if name not in kinds:
             faults.append(f"environment: there is no setting called {key}{_nearest(name, kinds)}")

@@ -4,36 +4,72 @@ Law: whatever a publisher or a server says reaches the terminal as plain text: n
 """
 
 import asyncio
-import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import orjson
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
-from rich.text import Text
 
-from quotepush.client import QuoteClient, Refused, Rejected, Row, StateChange, WrongUrl
+from quotepush.client import QuoteClient, Refused, Row, StateChange, SubscribeResult, Token, WrongUrl
 from quotepush.errors import OperatorError, SettingsError
+from quotepush.watching_table import QuoteTable, plain
 
-__all__ = ["ConnectionRefused", "NeverConnected", "QuoteTable", "Rate", "RowLines", "run"]
+__all__ = ["ConnectionRefused", "NeverConnected", "RowLines", "WatchOptions", "run"]
 
 _FRAME_S = 0.2
-_FLASH_S = 0.8
-_RATE_WINDOW_S = 3.0
 # A pipe that says it is writable takes this much without making us wait (POSIX: PIPE_BUF).
 _PIPE_BYTES = 4096
 _MAX_LINES_PER_WRITE = 256
-_UP, _DOWN = "green", "red"
-_COLUMNS = ("code", "name", "last", "change", "change %", "bid", "ask", "volume", "age", "rows/s", "merged")
-_FIRST_TO_GO = ("merged", "rows/s", "name", "age", "volume", "ask", "bid", "change", "change %")
-_MAX_NAME_CELLS = 20
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """What ``quotepush watch`` was asked for.
+
+    Attributes:
+        url: of the server.
+        is_json: one row a line on standard output, everything else on standard error; so it is too when standard
+            output is no terminal.
+        seconds: end after so long; None: never.
+        fields: the view; None: the usual fields.
+        max_rate: most rows a second and code; None: every row.
+        token: for a server that wants one.
+        token_file: whose text is the token; read again for each connection, and when the token is about to expire.
+        up: the colour of rising prices in the table.
+    """
+
+    url: str
+    is_json: bool = False
+    seconds: float | None = None
+    fields: tuple[str, ...] | None = None
+    max_rate: float | None = None
+    token: str | None = None
+    token_file: str | None = None
+    up: Literal["red", "green"] = "red"
+
+    def tokens(self) -> Token | None:
+        """Return where tokens come from.
+
+        Raises:
+            SettingsError: the file cannot be read.
+        """
+        if self.token_file is None:
+            return self.token
+        path = Path(self.token_file)
+        try:
+            path.read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError) as e:
+            why = e.strerror if isinstance(e, OSError) else "it is not ASCII"
+            raise SettingsError([f"--token-file: {plain(path)} cannot be read: {why}"]) from None
+        return lambda: path.read_text(encoding="ascii").strip()
 
 
 class ConnectionRefused(OperatorError):
@@ -46,7 +82,8 @@ class ConnectionRefused(OperatorError):
         self.refusal = refusal
 
     def __str__(self) -> str:
-        return f"{_plain(str(self.refusal))}; check --url"
+        remedy = "--token-file or QUOTEPUSH_TOKEN" if self.refusal.is_about_token else "--url"
+        return f"{plain(str(self.refusal))}; check {remedy}"
 
 
 class NeverConnected(OperatorError):
@@ -59,33 +96,30 @@ class NeverConnected(OperatorError):
         self.reason = reason
 
     def __str__(self) -> str:
-        why = f" ({_plain(self.reason)})" if self.reason else ""
+        why = f" ({plain(self.reason)})" if self.reason else ""
         return f"no connection to {self.url} within {self.seconds:g} s{why}; start the server or set --url"
 
 
-def run(codes: Sequence[str], url: str, *, is_json: bool, seconds: float | None) -> int:
+def run(codes: Sequence[str], options: WatchOptions) -> int:
     """Watch codes until Ctrl-C, SIGTERM or the end of the time; return the exit status.
 
-    Args:
-        is_json: one row a line on standard output, everything else on standard error; so it is too
-            when standard output is no terminal.
-        seconds: end after so long; None: never.
-
     Raises:
-        SettingsError: the URL cannot be one of a server.
+        SettingsError: the URL cannot be one of a server, or the token none.
         ConnectionRefused: the server wants none of us.
-        NeverConnected: ``seconds`` were over before there was a connection.
+        NeverConnected: the time was over before there was a connection.
     """
     console = Console()
-    is_table = not is_json and console.is_terminal and not console.is_dumb_terminal
-    return asyncio.run(_watch(list(dict.fromkeys(codes)), url, console if is_table else None, seconds))
+    is_table = not options.is_json and console.is_terminal and not console.is_dumb_terminal
+    return asyncio.run(_watch(list(dict.fromkeys(codes)), options, console if is_table else None))
 
 
-async def _watch(codes: list[str], url: str, console: Console | None, seconds: float | None) -> int:
+async def _watch(codes: list[str], options: WatchOptions, console: Console | None) -> int:
     try:
-        quotes = QuoteClient(url)
+        quotes = QuoteClient(options.url, token=options.tokens())
     except WrongUrl as e:
-        raise SettingsError([f"--url: {_plain(str(e))}"]) from None
+        raise SettingsError([f"--url: {plain(str(e))}"]) from None
+    except ValueError as e:
+        raise SettingsError([f"--token: {e}"]) from None
     was_open = False
     reason = ""
 
@@ -97,21 +131,24 @@ async def _watch(codes: list[str], url: str, console: Console | None, seconds: f
     quotes.on("state", note)
     with _stop_on_signals() as stop:
         async with quotes:
-            show = _show_table(quotes, codes, console) if console is not None else _print_lines(quotes, codes)
+            asked = quotes.subscribe(codes, fields=options.fields, max_rate=options.max_rate)
+            subscribing = asyncio.create_task(asked)
+            if console is not None:
+                show = _show_table(quotes, subscribing, options, console)
+            else:
+                show = _print_lines(quotes, subscribing)
             shown, stopped = asyncio.create_task(show), asyncio.create_task(stop.wait())
             try:
-                await asyncio.wait({shown, stopped}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({shown, stopped}, timeout=options.seconds, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                stopped.cancel()
-                shown.cancel()
-                await asyncio.wait({shown, stopped})
+                await _end(shown, stopped, subscribing)
             if not shown.cancelled():
                 try:
                     return shown.result()
                 except Refused as e:
                     raise ConnectionRefused(e) from None
-            if seconds is not None and not was_open and not stop.is_set():
-                raise NeverConnected(quotes.url, seconds, reason)
+            if options.seconds is not None and not was_open and not stop.is_set():
+                raise NeverConnected(quotes.url, options.seconds, reason)
             return 0
 
 
@@ -133,11 +170,10 @@ def _stop_on_signals() -> Iterator[asyncio.Event]:
 # JSON lines
 
 
-async def _print_lines(quotes: QuoteClient, codes: list[str]) -> int:
+async def _print_lines(quotes: QuoteClient, subscribing: "asyncio.Task[SubscribeResult]") -> int:
     """Print rows as they come; return 2 when all codes are refused, 0 when the reader has gone."""
     _complain_about(quotes)
     lines = RowLines(sys.stdout.fileno())
-    subscribing = asyncio.create_task(quotes.subscribe(codes))
     pouring = asyncio.create_task(_pour(quotes, lines))
     leaving = asyncio.create_task(lines.gone.wait())
     try:
@@ -145,7 +181,7 @@ async def _print_lines(quotes: QuoteClient, codes: list[str]) -> int:
         if subscribing.done():
             result = subscribing.result()
             for refusal in result.rejected:
-                _complain(_plain(str(refusal)))
+                _complain(plain(str(refusal)))
             if not result.accepted:
                 return 2
         await asyncio.wait({pouring, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -233,13 +269,14 @@ def _complain_about(quotes: QuoteClient) -> None:
         nonlocal told
         if change.state == "waiting" and change.reason != told:
             told = change.reason
-            _complain(f"{quotes.url}: {_plain(change.reason)}; trying again until it works")
+            _complain(f"{quotes.url}: {plain(change.reason)}; trying again until it works")
         elif change.state == "open" and told:
             told = ""
             _complain(f"{quotes.url}: connected")
 
     quotes.on("state", state)
-    quotes.on("error", lambda message: _complain(_plain(f"{message.get('error')}: {message.get('message')}")))
+    quotes.on("gap", lambda gap: _complain(plain(gap)))
+    quotes.on("error", lambda message: _complain(plain(f"{message.get('error')}: {message.get('message')}")))
 
 
 def _complain(line: str) -> None:
@@ -250,11 +287,13 @@ def _complain(line: str) -> None:
 # The table
 
 
-async def _show_table(quotes: QuoteClient, codes: list[str], console: Console) -> int:
+async def _show_table(
+    quotes: QuoteClient, subscribing: "asyncio.Task[SubscribeResult]", options: WatchOptions, console: Console
+) -> int:
     """Draw the table until cancelled; return 2 when all codes are refused."""
-    table = QuoteTable(quotes)
+    table = QuoteTable(quotes, fields=options.fields, up=options.up)
     quotes.on("state", table.take_state)
-    subscribing = asyncio.create_task(quotes.subscribe(codes))
+    quotes.on("gap", table.take_gap)
     reading = asyncio.create_task(table.read())
     live = Live(console=console, auto_refresh=False, transient=False)
     try:
@@ -272,172 +311,3 @@ async def _show_table(quotes: QuoteClient, codes: list[str], console: Console) -
     finally:
         await _end(subscribing, reading)
     return 0
-
-
-class Rate:
-    """Events per second, as a mean that forgets: what is ``window_s`` old counts for a third."""
-
-    def __init__(self, window_s: float = _RATE_WINDOW_S) -> None:
-        self._window_s = window_s
-        self._value = 0.0
-        self._at_s = 0.0
-
-    def count(self, now_s: float) -> None:
-        """One event now."""
-        self._value = self.at(now_s) + 1 / self._window_s
-        self._at_s = now_s
-
-    def at(self, now_s: float) -> float:
-        """Return the rate."""
-        return self._value * math.exp(min(0.0, self._at_s - now_s) / self._window_s)
-
-
-class _Line:
-    """What the table knows of one code beside its newest row."""
-
-    __slots__ = ("changed_s", "direction", "rate")
-
-    def __init__(self) -> None:
-        self.rate = Rate()
-        self.direction = 0
-        self.changed_s = -math.inf
-
-
-class QuoteTable:
-    """The rows of a client as a table, with a line on the connection below.
-
-    Attributes:
-        codes: in which order the codes are shown; empty: as their rows come.
-        refused: codes that the server refused, shown with their reason.
-    """
-
-    def __init__(self, quotes: QuoteClient) -> None:
-        self.codes: tuple[str, ...] = ()
-        self._quotes = quotes
-        self._lines: dict[str, _Line] = {}
-        self._rows: dict[str, Row] = {}
-        self._state = StateChange("connecting")
-        self._retry_at_s = 0.0
-        self._clock_offset_ms = 0.0
-        self.refused: tuple[Rejected, ...] = ()
-
-    async def read(self) -> None:
-        """Take rows for ever."""
-        async for row in self._quotes:
-            self.take(row, time.monotonic())
-
-    def take(self, row: Row, now_s: float) -> None:
-        """Take a new row."""
-        code = row["code"]
-        line = self._lines.setdefault(code, _Line())
-        before, after = self._rows.get(code, {}).get("last"), row.get("last")
-        if _is_number(before) and _is_number(after) and before != after:
-            line.direction = 1 if after > before else -1
-            line.changed_s = now_s
-        line.rate.count(now_s)
-        self._rows[code] = row
-
-    def take_state(self, change: StateChange) -> None:
-        """Take a change of the connection's state."""
-        self._state = change
-        if change.retry_in_s is not None:
-            self._retry_at_s = time.monotonic() + change.retry_in_s
-        told_ms = (self._quotes.hello or {}).get("time")
-        if change.state == "open" and _is_number(told_ms):
-            # Ages are told by the server's clock: ours may be minutes off.
-            self._clock_offset_ms = told_ms - time.time() * 1000
-
-    def render(self, now_s: float, now_ms: float, width: int) -> RenderableType:
-        """Return the table as it is now, with as many of its columns as fit into ``width``."""
-        rows = [
-            self._cells(code, self._rows.get(code, {}), now_s, now_ms + self._clock_offset_ms)
-            for code in self.codes or self._rows
-        ]
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        shown = _columns_in(width, rows)
-        for column in shown:
-            is_text = column in ("code", "name")
-            table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
-        for cells in rows:
-            table.add_row(*(cells[column] for column in shown))
-        refused = [Text(_plain(f"refused: {refusal}"), style="yellow") for refusal in self.refused]
-        return Group(table, *refused, self._connection(now_s))
-
-    def _cells(self, code: str, row: Row, now_s: float, now_ms: float) -> dict[str, Text]:
-        line = self._lines.get(code) or _Line()
-        change = row.get("change")
-        tone = "" if not _is_number(change) or not change else _UP if change > 0 else _DOWN
-        last, mark = tone, " "
-        if now_s - line.changed_s < _FLASH_S:
-            last = f"bold reverse {_UP if line.direction > 0 else _DOWN}"
-            mark = "▲" if line.direction > 0 else "▼"  # not by colour alone
-        ts = row.get("ts")
-        name = Text(_plain(row.get("name", "")))
-        name.truncate(_MAX_NAME_CELLS, overflow="ellipsis")
-        return {
-            "code": Text(_plain(code), style="bold"),
-            "name": name,
-            "last": Text(mark + _number(row.get("last")), style=last),
-            "change": Text(_number(change, sign=True), style=tone),
-            "change %": Text(_number(row.get("change_pct"), sign=True, decimals=2), style=tone),
-            "bid": Text(_number(row.get("bid"))),
-            "ask": Text(_number(row.get("ask"))),
-            "volume": Text(_number(row.get("volume"))),
-            "age": Text(_age((now_ms - ts) / 1000) if _is_number(ts) else ""),
-            "rows/s": Text(f"{line.rate.at(now_s):.1f}"),
-            "merged": Text(str(self._quotes.merged[code] or "")),
-        }
-
-    def _connection(self, now_s: float) -> Text:
-        state = self._state
-        url = self._quotes.url
-        if state.state == "open":
-            feed = self._quotes.feed
-            age_ms = self._quotes.feed_age_ms
-            text = Text(f"● {url}", style="green")
-            if feed is not None:
-                age = f", last tick {_age(age_ms / 1000)} ago" if age_ms is not None else ""
-                text.append(f"  feed {_plain(feed)}{age}", style="default" if feed == "ok" else "yellow")
-            if self._quotes.merged_locally:
-                text.append(f"  {self._quotes.merged_locally} merged here", style="yellow")
-            return text
-        if state.state == "waiting":
-            left_s = max(0.0, self._retry_at_s - now_s)
-            return Text(f"○ {url}: {_plain(state.reason)}; next attempt in {left_s:.0f} s", style="yellow")
-        reason = f" (before: {_plain(state.reason)})" if state.reason else ""
-        return Text(f"○ {url}: {state.state}{reason}", style="yellow")
-
-
-def _columns_in(width: int, rows: Sequence[dict[str, Text]]) -> list[str]:
-    """Return the columns that fit into ``width``: a price that is cut short is worse than none."""
-    widths = {name: max(len(name), *(cells[name].cell_len for cells in rows), 0) for name in _COLUMNS}
-    shown = list(_COLUMNS)
-    for name in _FIRST_TO_GO:
-        if sum(widths[column] + 2 for column in shown) - 2 <= width:
-            break
-        shown.remove(name)
-    return shown
-
-
-def _is_number(value: Any) -> TypeGuard[int | float]:
-    return type(value) is int or type(value) is float
-
-
-def _number(value: Any, *, sign: bool = False, decimals: int | None = None) -> str:
-    if not _is_number(value):
-        return ""
-    places = f".{decimals}f" if decimals is not None else ""
-    return format(value, ("+" if sign and value else "") + "," + places)
-
-
-def _age(seconds: float) -> str:
-    seconds = max(0.0, seconds)
-    for size_s, unit in ((86_400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size_s:
-            return f"{seconds / size_s:.0f} {unit}"
-    return f"{seconds:.1f} s"
-
-
-def _plain(text: Any) -> str:
-    """Return text that a terminal shows and never obeys."""
-    return "".join(c if c.isprintable() else "�" for c in str(text))

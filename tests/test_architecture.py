@@ -20,6 +20,10 @@ MODULES = {
 # What each wing may import besides itself: only what stands below it. ingest, push and cluster do not know each other.
 GROUND = {"errors", "auth", "settings", "metrics"}
 PURE = {"errors", "quote", "wire"}
+CLIENT = {
+    "client_errors", "client_events", "client_frame", "client_link", "client_messages", "client_questions",
+    "client_rows", "client_state", "client_token",
+}  # fmt: skip
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
     "metrics": set(),
@@ -36,14 +40,23 @@ FLOORS: dict[str, set[str]] = {
     "publisher": {"errors", "ingest", "batches"},
     "feed": PURE | {"publisher"},
     "private_redis": {"errors"},
-    "client_state": PURE,
-    "client_link": PURE | {"client_state"},
-    "client": PURE | {"client_state", "client_link"},
-    "watching": PURE | {"client"},
+    "client_errors": PURE,
+    "client_events": PURE,
+    "client_messages": PURE,
+    "client_token": PURE,
+    "client_rows": PURE | {"client_messages"},
+    "client_frame": PURE | {"client_messages"},
+    "client_state": PURE | {"client_messages", "client_rows"},
+    "client_link": PURE | {"client_errors", "client_messages", "client_token"},
+    "client_questions": PURE | {"client_errors", "client_messages", "client_state"},
+    "client": PURE | CLIENT,
+    "client_blocking": PURE | {"client"},
+    "watching_table": PURE | {"client"},
+    "watching": PURE | {"client", "watching_table"},
     "publishing": PURE | {"feed"},
     "demo": {"errors", "feed", "private_redis"},
     # On top: the package's front door and the command line.
-    "quotepush": {"client", "publisher"},
+    "quotepush": {"client", "client_blocking", "publisher"},
     "cli": GROUND | {"quotepush", "node", "demo", "watching", "publishing"},
     "__main__": {"cli"},
 }
@@ -53,6 +66,7 @@ SANS_IO = (
     "quotepush.errors", "quotepush.auth", "quotepush.quote.", "quotepush.wire.", "quotepush.ingest.probe",
     "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.desk", "quotepush.push.results",
     "quotepush.push.watchlist", "quotepush.push.session", "quotepush.batches", "quotepush.client_state",
+    "quotepush.client_messages", "quotepush.client_rows", "quotepush.client_errors",
 )  # fmt: skip
 NOT_SANS_IO = {"asyncio", "aiohttp", "redis", "uvloop", "socket", "threading", "time", "os"}
 
@@ -64,7 +78,11 @@ TESTED_ELSEWHERE = {
     "quotepush": "tests/unit/test_docs.py",  # the names it offers, as the documents use them
     "quotepush.__main__": "tests/support/server.py",  # every server of the tests starts through it
     "quotepush.errors": "tests/unit/test_lock.py",  # classes without behaviour; their texts where they are raised
-    "quotepush.client_link": "tests/unit/test_client.py",
+    "quotepush.client_errors": "tests/unit/test_client.py",
+    "quotepush.client_events": "tests/unit/test_client.py",
+    "quotepush.client_messages": "tests/unit/test_client_state.py",
+    "quotepush.client_questions": "tests/unit/test_client.py",
+    "quotepush.watching_table": "tests/unit/test_watching.py",
     "quotepush.cluster.nodes": "tests/unit/test_registry.py",
     "quotepush.cluster.sets": "tests/unit/test_registry.py",
     "quotepush.feed": "tests/unit/test_feed.py",

@@ -416,3 +416,40 @@ def test_a_token_that_cannot_be_one_is_told_at_once_and_not_repeated(token: str)
     with pytest.raises(ValueError) as wrong:
         QuoteClient("http://127.0.0.1:1", token=token)
     assert "secret" not in str(wrong.value)
+
+
+async def test_a_token_that_was_lost_on_the_way_is_sent_before_anything_else() -> None:
+    said: list[dict[str, Any]] = []
+
+    async def answer(socket: web.WebSocketResponse, request: dict[str, Any]) -> None:
+        said.append(request)
+        accepted = [{"code": "A", "as": "A"}]
+        await socket.send_json({"type": "ack", "id": request["id"], "action": request["action"], "accepted": accepted})
+
+    async with peer(greeting({**_HELLO, "auth": "required"}, answer)) as url, QuoteClient(url, token="a.b.c") as quotes:
+        assert (await quotes.subscribe("A")).codes == ("A",)
+    assert [(request["action"], request.get("token")) for request in said] == [("auth", "a.b.c"), ("subscribe", None)]
+
+
+async def test_without_a_token_a_server_that_wants_one_ends_the_client_at_once() -> None:
+    async with peer(greeting({**_HELLO, "auth": "required"})) as url, QuoteClient(url, **_QUICK) as quotes:
+        with pytest.raises(Refused, match="it wants a token"):
+            await quotes.subscribe("A")
+        assert quotes.state == "closed"
+
+
+@pytest.mark.parametrize("code", [4403, 4409])
+async def test_another_token_is_no_remedy_for_being_kicked_or_replaced(code: int) -> None:
+    asked: list[str] = []
+
+    def newest() -> str:
+        asked.append("a.b.c")
+        return asked[-1]
+
+    async def close(socket: web.WebSocketResponse, request: dict[str, Any]) -> None:
+        await socket.close(code=code)
+
+    async with peer(greeting(_HELLO, close)) as url, QuoteClient(url, token=newest, **_QUICK) as quotes:
+        with pytest.raises(Refused) as refused:
+            await quotes.subscribe("A")
+        assert (refused.value.close_code, refused.value.is_about_token, len(asked)) == (code, False, 1)

@@ -1,13 +1,16 @@
-"""What a client wants, knows and says, message by message; and the queue that merges when it is full."""
+"""What a client wants and says, message by message."""
 
 from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from quotepush.client_state import Accepted, BadMessage, ClientState, Rejected, RowQueue, decode_message
+from quotepush.client_messages import Accepted, BadMessage, Rejected, decode_message
+from quotepush.client_state import ClientState, Options
+from quotepush.quote.code import parse_code
 
 
 def hello(epoch: str = "e1", **limits: int) -> dict[str, Any]:
@@ -44,7 +47,9 @@ def subscribed(*codes: str) -> ClientState:
     return state
 
 
-def seqs(rows: list[dict[str, Any]]) -> list[int]:
+def seqs(state: ClientState, message: dict[str, Any]) -> list[int]:
+    """Let it take a message; the numbers of the rows that are new."""
+    rows, _ = state.take(message)
     return [row["seq"] for row in rows]
 
 
@@ -123,42 +128,6 @@ def test_a_request_over_the_rate_is_made_again_when_the_server_says(named: dict[
     assert [request["codes"] for request in said(state, 10.4)] == [["A"]]
 
 
-def test_a_row_is_new_once_within_an_epoch_whatever_connection_it_comes_by():
-    state = subscribed("A")
-    assert seqs(state.take(snapshot({"code": "A", "seq": 5}))) == [5]
-    assert seqs(state.take(tick((5, "A", 6), (6, "A", 7)))) == [6, 7]
-    state.lose()
-    state.greet(hello())
-    said(state)
-    assert state.take(snapshot({"code": "A", "seq": 7})) == []
-    assert seqs(state.take(tick((7, "A", 8)))) == [8]
-
-
-def test_numbering_starts_anew_with_another_epoch():
-    state = subscribed("A", "B")
-    state.take(snapshot({"code": "A", "seq": 5}, {"code": "B", "seq": 9, "epoch": "own"}))
-    state.lose()
-    state.greet(hello("e2"))
-    assert seqs(state.take(snapshot({"code": "A", "seq": 2}, {"code": "B", "seq": 9, "epoch": "own"}))) == [2]
-    assert seqs(state.take(tick((9, "B", 10)))) == [10]
-    assert seqs(state.take(snapshot({"code": "B", "seq": 1, "epoch": "other"}))) == [1]
-
-
-def test_a_code_without_a_value_is_no_row():
-    state = subscribed("A")
-    assert state.take(snapshot({"code": "A", "seq": 0})) == []
-    assert state.rows == {}
-    assert seqs(state.take(tick((0, "A", 1)))) == [1]
-    assert state.rows["A"]["seq"] == 1
-
-
-def test_rows_merged_by_the_server_are_counted_per_code():
-    state = subscribed("A")
-    state.take(snapshot({"code": "A", "seq": 5}))
-    state.take(tick((5, "A", 9), (9, "A", 10)))
-    assert state.merged == {"A": 3}
-
-
 def test_unsubscribing_takes_any_spelling_and_drops_what_is_on_its_way():
     state = ClientState()
     state.greet(hello())
@@ -166,7 +135,7 @@ def test_unsubscribing_takes_any_spelling_and_drops_what_is_on_its_way():
     (request,) = said(state)
     state.acknowledge(ack(request, ("600519.SH", "sh600519")))
     assert state.unwant(["600519.SS"]) == ("600519.SH",)
-    assert state.take(tick((1, "600519.SH", 2))) == []
+    assert state.take(tick((1, "600519.SH", 2))) == ([], [])
     (request,) = said(state)
     assert (request["action"], request["codes"]) == ("unsubscribe", ["600519.SH"])
     assert state.is_leaving(["600519.SH"])
@@ -195,7 +164,7 @@ def test_a_code_dropped_and_wanted_again_in_another_spelling_stays():
     state.acknowledge({"type": "ack", "id": requests[0]["id"], "action": "unsubscribe", "removed": ["A"]})
     state.acknowledge(ack(requests[1], ("A", "a")))
     assert said(state) == []
-    assert seqs(state.take(snapshot({"code": "A", "seq": 1}))) == [1]
+    assert seqs(state, snapshot({"code": "A", "seq": 1})) == [1]
 
 
 @pytest.mark.parametrize(
@@ -219,74 +188,236 @@ def test_messages_that_are_none_are_said_to_be_so(text: str | bytes):
         decode_message(text)
 
 
-# The queue
+# Options
 
 
-def test_a_queue_that_is_not_full_keeps_every_row():
-    queue = RowQueue(3)
-    rows = [{"prev": n - 1, "code": "A", "seq": n} for n in (1, 2, 3)]
-    for row in rows:
-        queue.put(row)
-    assert [queue.take() for _ in range(len(queue))] == rows
-    assert queue.merged == 0
-
-
-def test_a_full_queue_keeps_the_newest_row_per_code_with_the_prev_of_the_first():
-    queue = RowQueue(4)
-    rows = [(1, "A", 2), (4, "B", 6), (2, "A", 3), (3, "A", 5), (5, "A", 6)]
-    for prev, code, seq in rows:
-        queue.put({"prev": prev, "code": code, "seq": seq})
-    assert [queue.take() for _ in range(len(queue))] == [
-        {"prev": 4, "code": "B", "seq": 6},
-        {"prev": 1, "code": "A", "seq": 5},
-        {"prev": 5, "code": "A", "seq": 6},
+def test_options_go_with_each_code_and_requests_are_grouped_by_them():
+    state = ClientState()
+    state.greet(hello())
+    view = Options(("last",), 2.0)
+    state.want("A", view)
+    state.want("B")
+    state.want("C", view)
+    assert said(state) == [
+        {"action": "subscribe", "id": 1, "codes": ["A", "C"], "fields": ["last"], "max_rate": 2.0},
+        {"action": "subscribe", "id": 2, "codes": ["B"]},
     ]
-    assert queue.merged == 2
+    state.lose()
+    state.greet(hello())
+    assert [(r["codes"], r.get("fields")) for r in said(state)] == [(["A", "C"], ["last"]), (["B"], None)]
 
 
-def test_merging_leaves_the_rows_of_others_as_they_were():
-    queue = RowQueue(2)
-    newest = {"prev": 2, "code": "A", "seq": 3}
-    for row in ({"prev": 1, "code": "A", "seq": 2}, newest, {"prev": 0, "code": "B", "seq": 1}):
-        queue.put(row)
-    assert newest["prev"] == 2
+def test_changed_options_are_said_at_once_and_the_outcome_is_theirs():
+    state = subscribed("A")
+    wish = state.want("A", Options(max_rate=5.0))
+    assert wish.outcome is None
+    (request,) = said(state)
+    assert (request["codes"], request["max_rate"], "since" in request) == (["A"], 5.0, False)
+    state.acknowledge(ack(request, ("A", "A")))
+    assert wish.outcome == Accepted("A", "A")
+    assert state.want("A", Options(max_rate=5.0)).outcome == Accepted("A", "A")
+    assert said(state) == []
 
 
-@given(
-    st.integers(1, 12),
-    st.lists(st.one_of(st.sampled_from("ABCDE"), st.just("take"), st.sampled_from(["+A", "+B"])), max_size=200),
-)
-def test_whatever_comes_and_goes_no_code_loses_its_last_row_and_every_row_is_accounted_for(
-    max_rows: int, steps: list[str]
-):
-    queue = RowQueue(max_rows)
-    newest: dict[str, int] = {}
-    taken: dict[str, int] = {}
-    put = 0
+def test_options_that_are_refused_leave_the_subscription_as_it_was():
+    state = subscribed("A")
+    wish = state.want("A", Options(("price",)))
+    (request,) = said(state)
+    state.refuse({"type": "error", "id": request["id"], "error": "unknown_field", "message": "no"}, 0.0)
+    assert wish.outcome == Rejected("A", "unknown_field", "no")
+    assert said(state) == []
+    assert seqs(state, snapshot({"code": "A", "seq": 1})) == [1]
+    state.lose()
+    state.greet(hello())
+    (request,) = said(state)
+    assert "fields" not in request
 
-    def take() -> None:
-        row = queue.take()
-        code, before = row["code"], taken.get(row["code"], 0)
-        assert row["seq"] > before
-        if "prev" in row:
-            assert row["prev"] == before  # the chain that the consumer sees has no hole
-        taken[code] = row["seq"]
 
-    took = 0
-    for step in steps:
-        if step == "take":
-            if queue:
-                take()
-                took += 1
-            continue
-        code = step[-1]
-        seq = newest.get(code, 0) + 1
-        row = {"code": code, "seq": seq}
-        queue.put(row if step[0] == "+" else {"prev": seq - 1, **row})
-        newest[code] = seq
-        put += 1
-        assert len(queue) <= max(max_rows, 2 * len(newest))
-        assert put == took + len(queue) + queue.merged
-    while queue:
-        take()
-    assert taken == newest
+def test_an_answer_to_former_options_is_not_taken_for_one_to_the_new_ones():
+    state = ClientState()
+    state.greet(hello())
+    wish = state.want("A")
+    (first,) = said(state)
+    state.want("A", Options(("price",)))
+    (second,) = said(state)
+    state.acknowledge(ack(first, ("A", "A")))
+    assert wish.outcome is None
+    assert state.acknowledge(ack(second, rejected=("A",))) == []
+    assert isinstance(wish.outcome, Rejected)
+    assert said(state) == []  # the server still has the first ones
+
+
+def test_two_spellings_of_a_code_have_the_same_options_and_stand_in_one_request():
+    state = ClientState()
+    state.greet(hello(codes_per_request=2))
+    for code in ("600519", "A", "sh600519"):
+        state.want(code)
+    assert [r["codes"] for r in said(state)] == [["600519", "sh600519"], ["A"]]
+    state.want("600519", Options(max_rate=1.0))
+    assert [(r["codes"], r["max_rate"]) for r in said(state)] == [(["600519", "sh600519"], 1.0)]
+
+
+# Resuming
+
+
+def test_a_new_connection_resumes_each_code_behind_its_last_row():
+    state = subscribed("A", "B", "C")
+    state.take(snapshot({"code": "A", "seq": 5}, {"code": "B", "seq": 9, "epoch": "own"}))
+    state.lose()
+    state.greet(hello())
+    (request,) = said(state)
+    assert request["codes"] == ["A", "B", "C"]
+    assert (request["epoch"], request["since"]) == ("e1", {"A": 5, "B": {"epoch": "own", "seq": 9}})
+    state.lose()
+    state.greet(hello("e2"))
+    (request,) = said(state)
+    assert request["since"]["A"] == {"epoch": "e1", "seq": 5}
+
+
+def test_a_request_over_the_rate_resumes_when_it_is_made_again():
+    state = subscribed("A")
+    state.take(snapshot({"code": "A", "seq": 5}))
+    state.lose()
+    state.greet(hello())
+    (request,) = said(state)
+    state.refuse({"type": "error", "id": request["id"], "error": "rate_limited", "retryable": True}, 0.0)
+    (again,) = said(state, 60.0)
+    assert again["since"] == {"A": 5}
+    state.acknowledge({**ack(again), "accepted": [{"code": "A", "as": "A", "resume": "replay"}]})
+    assert seqs(state, tick((5, "A", 6))) == [6]
+    assert said(state, 60.0) == []
+
+
+def test_a_resuming_request_keeps_to_the_size_the_server_takes():
+    state = ClientState()
+    state.greet(hello(message_bytes=2000))
+    codes = [f"CODE{n:04}" for n in range(100)]
+    for code in codes:
+        state.want(code)
+    for request in said(state):
+        state.acknowledge(ack(request, *((code, code) for code in request["codes"])))
+    state.take(snapshot(*({"code": code, "seq": 10**12, "epoch": "0123456789abcdef.1"} for code in codes)))
+    state.lose()
+    state.greet(hello(message_bytes=2000))
+    requests = state.due_requests(0.0)
+    assert max(map(len, requests)) <= 2000
+    assert sum(len(orjson.loads(request)["since"]) for request in requests) == 100
+
+
+def test_what_was_unsubscribed_is_not_resumed():
+    state = subscribed("A")
+    state.take(snapshot({"code": "A", "seq": 5}))
+    state.unwant("A")
+    state.lose()
+    state.want("A")
+    state.greet(hello())
+    (request,) = said(state)
+    assert "since" not in request
+
+
+def test_rows_of_a_question_are_none_of_a_subscription_that_is_not_acknowledged_yet():
+    state = subscribed("A")
+    state.take(snapshot({"code": "A", "seq": 5}))
+    state.lose()
+    state.greet(hello())
+    assert state.take(snapshot({"code": "A", "seq": 9})) == ([], [])
+    (request,) = said(state)
+    assert request["since"] == {"A": 5}
+
+
+# Whatever is asked and answered, in any order
+
+_SPELLINGS = ["A", "a", "600519", "sh600519", "600519.SH", "no such"]
+_VIEWS = [Options(), Options(("last",)), Options(None, 2.0), Options(("price",))]  # the server knows no price
+
+
+class Conversation(RuleBasedStateMachine):
+    """A client's state and a server that answers when it likes, or not before the connection is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = ClientState()
+        self.wanted: dict[str, Options] = {}  # code: as the caller last asked and the server could grant
+        self.inbox: list[dict[str, Any]] = []  # requests that the server has not read
+        self.watched: dict[str, Options] = {}  # on the server
+        self.now_s = 0.0
+
+    def hear(self) -> None:
+        self.inbox += said(self.state, self.now_s)
+
+    def answer(self, request: dict[str, Any]) -> None:
+        if request["action"] == "unsubscribe":
+            removed = [code for code in request["codes"] if self.watched.pop(code, None)]
+            self.state.acknowledge({**ack(request), "removed": removed})
+            return
+        fields, max_rate = request.get("fields"), request.get("max_rate")
+        if fields == ["price"]:
+            error = {"type": "error", "id": request["id"], "error": "unknown_field", "message": "no"}
+            self.state.refuse(error, self.now_s)
+            return
+        options = Options(None if fields is None else tuple(fields), max_rate)
+        good = [spelling for spelling in request["codes"] if spelling != "no such"]
+        self.watched.update((parse_code(spelling), options) for spelling in good)
+        bad = tuple(spelling for spelling in request["codes"] if spelling == "no such")
+        self.state.acknowledge(ack(request, *((parse_code(s), s) for s in good), rejected=bad))
+
+    @rule(spelling=st.sampled_from(_SPELLINGS), options=st.sampled_from(_VIEWS))
+    def subscribe(self, spelling: str, options: Options) -> None:
+        self.settle()  # else it depends on when the server reads which options could be granted
+        self.state.want(spelling, options)
+        self.hear()
+        if spelling != "no such" and options.fields != ("price",):
+            self.wanted[parse_code(spelling)] = options
+
+    @rule(spelling=st.sampled_from([*_SPELLINGS[:-1], "*"]))
+    def unsubscribe(self, spelling: str) -> None:
+        self.state.unwant([spelling])
+        self.hear()
+        if spelling == "*":
+            self.wanted.clear()
+        else:
+            self.wanted.pop(parse_code(spelling), None)
+
+    @rule()
+    def connect(self) -> None:
+        if not self.state.is_greeted:
+            self.state.greet(hello())
+            self.hear()
+
+    @precondition(lambda self: self.state.is_greeted)
+    @rule()
+    def lose(self) -> None:
+        self.state.lose()
+        self.inbox.clear()
+        self.watched.clear()
+
+    @precondition(lambda self: self.inbox)
+    @rule()
+    def the_server_answers(self) -> None:
+        self.answer(self.inbox.pop(0))
+        self.hear()
+
+    @precondition(lambda self: self.inbox)
+    @rule()
+    def the_server_is_asked_too_much(self) -> None:
+        request = self.inbox.pop(0)
+        error = {"type": "error", "id": request["id"], "error": "rate_limited", "retryable": True}
+        self.now_s += self.state.refuse({**error, "retry_after_ms": 500}, self.now_s) + 0.001
+        self.hear()
+
+    @rule()
+    def settle(self) -> None:
+        """In the end, on a connection that lasts, the server holds what is wanted and nothing else."""
+        self.connect()
+        for _ in range(100):
+            if not self.inbox:
+                break
+            self.answer(self.inbox.pop(0))
+            self.hear()
+        assert not self.inbox
+        assert self.watched == self.wanted
+        assert all(self.state.stream.is_flowing(code) for code in self.wanted)
+
+
+Conversation.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+test_in_the_end_the_server_holds_what_is_wanted = Conversation.TestCase

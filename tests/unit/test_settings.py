@@ -68,6 +68,7 @@ def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch)
             monkeypatch.delenv(name)
     monkeypatch.setenv("QUOTEPUSH_PORT", "4321")
     monkeypatch.setenv("QUOTEPUSH_CONFIG", "read by the command line")
+    monkeypatch.setenv("QUOTEPUSH_TOKEN", "what watch shows to a server")
     assert load().port == 4321
 
 

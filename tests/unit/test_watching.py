@@ -9,19 +9,23 @@ import signal
 import struct
 import sys
 import termios
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 from rich.console import Console
 
-from quotepush.client import QuoteClient, Rejected, StateChange
-from quotepush.watching import QuoteTable, Rate, RowLines
+from quotepush.client import Gap, QuoteClient, Rejected, StateChange
+from quotepush.watching import RowLines
+from quotepush.watching_table import QuoteTable, Rate
 from tests.support.command import run_quotepush
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
+from tests.support.tokens import KEY, token
 from tests.support.waiting import wait_until
 
 _ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("QUOTEPUSH_") and k != "NO_COLOR"}
@@ -33,10 +37,12 @@ async def publish(server: RedisServer, code: str, **fields: Any) -> None:
 
 
 @asynccontextmanager
-async def watching(*arguments: str, stdout: int = asyncio.subprocess.PIPE) -> AsyncIterator[asyncio.subprocess.Process]:
+async def watching(
+    *arguments: str, stdout: int = asyncio.subprocess.PIPE, **environment: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "quotepush", "watch", *arguments, stdout=stdout, stderr=asyncio.subprocess.PIPE,
-        env=_ENVIRONMENT,
+        env={**_ENVIRONMENT, **environment},
     )  # fmt: skip
     try:
         yield process
@@ -108,6 +114,38 @@ async def test_what_is_wrong_with_the_address_is_said_in_one_line(arguments: lis
     assert outcome.status == status
     assert words in outcome.stderr.splitlines()[-1]
     assert "Traceback" not in outcome.stderr
+
+
+async def test_options_and_a_token_from_the_environment_or_a_file_reach_the_server(
+    start_server: Callable[..., Awaitable[QuotepushServer]], redis_server: RedisServer, tmp_path: Path
+):
+    server = await start_server(workers=1, token_key=KEY)
+    good = token(sub="ann", exp=int(time.time()) + 3600)
+    (tmp_path / "token").write_text(good + "\n")
+    await publish(redis_server, "A", last=1, volume=5)
+    await wait_until(lambda: server.metric("ticks_accepted"))
+    arguments = ("A", "--url", server.url, "--fields", "last, change_pct", "--max-rate", "50")
+    for more, environment in (([], {"QUOTEPUSH_TOKEN": good}), (["--token-file", str(tmp_path / "token")], {})):
+        async with watching(*arguments, *more, **environment) as process:
+            row = await line_of(process)
+            assert row.keys() == {"code", "seq", "ts", "last"}
+            command = Path(f"/proc/{process.pid}/cmdline").read_text()
+            assert good not in command
+
+    outcome = await run_quotepush("watch", "A", "--url", server.url)
+    assert (outcome.status, outcome.stdout) == (2, "")
+    assert outcome.stderr.endswith("check --token-file or QUOTEPUSH_TOKEN\n")
+    outcome = await run_quotepush("watch", "A", "--url", server.url, "--token-file", str(tmp_path / "none"))
+    assert (outcome.status, len(outcome.stderr.splitlines())) == (2, 1)
+    outcome = await run_quotepush("watch", "A", "--url", server.url, "--token", "two words")
+    assert (outcome.status, len(outcome.stderr.splitlines())) == (2, 1)
+    assert "two words" not in outcome.stderr
+
+
+async def test_its_help_tells_the_exit_codes():
+    outcome = await run_quotepush("watch", "--help")
+    assert outcome.status == 0
+    assert "Exit codes: 0" in outcome.stdout and "QUOTEPUSH_TOKEN" in outcome.stdout
 
 
 async def test_all_codes_refused_or_a_wrong_path_end_it_with_2(quotepush_server: QuotepushServer):
@@ -191,12 +229,50 @@ def test_a_row_is_shown_with_its_change_in_colour_and_a_mark():
     text = drawn(table)
     for shown in ("Acme", "10.5", "-0.25", "-2.33", "10.4", "10.6", "1,234,567", "5.0 s"):
         assert shown in text
-    assert "\x1b[31m" in text  # red: below yesterday's close
+    assert "\x1b[32m" in text  # green: below yesterday's close, as on the page
     assert "▲" not in text and "▼" not in text
 
     table.take({**row, "last": 10.75}, 99.9)
-    assert "▲10.75" in drawn(table)
+    text = drawn(table)
+    assert "▲10.75" in text and "▁█" in text
+    assert "\x1b[1;7;31m" in text  # red: it rises
     assert "▲" not in drawn(table, now_s=102.0)
+
+
+def test_rising_prices_are_green_where_that_is_usual():
+    table = QuoteTable(QuoteClient("http://h"), up="green")
+    table.take({"code": "A", "seq": 1, "last": 1, "change": 0.5}, 90.0)
+    assert "\x1b[32m" in drawn(table) and "\x1b[31m" not in drawn(table)
+    table.take({"code": "A", "seq": 2, "last": 0.5, "change": -0.5}, 99.9)
+    assert "\x1b[1;7;31m" in drawn(table)
+
+
+def test_the_last_prices_are_drawn_as_bars_and_the_oldest_go():
+    table = QuoteTable(QuoteClient("http://h"))
+    for n, last in enumerate([50, 0, 0, 7, 1, 2, 3, 4, 5, 6, 7, 6, 5, 4], 1):
+        table.take({"code": "A", "seq": n, "last": last}, 90.0)
+    assert "▁█▂▃▄▅▆▇█▇▆▅" in drawn(table)
+
+
+def test_gaps_are_counted_where_they_happened():
+    table = QuoteTable(QuoteClient("http://h"))
+    for code in "AB":
+        table.take({"code": code, "seq": 1, "last": 1}, 90.0)
+    table.take_gap(Gap("B", "away", "e", 2, 5))
+    lines = drawn(table).splitlines()
+    assert ["✗1" in line for line in lines[1:3]] == [False, True]
+
+
+def test_the_fields_of_a_view_are_the_columns_in_its_order():
+    table = QuoteTable(QuoteClient("http://h"), fields=("bids", "change_pct", "last", "ts"))
+    table.take(
+        {"code": "A", "seq": 1, "ts": 5, "last": 2.5, "change_pct": 1.0, "bids": [[1.5, 100], [1.25, 7], [1, 1]]}, 90.0
+    )
+    header, line = drawn(table).splitlines()[:2]
+    order = [header.index(name) for name in ("code", "bids", "change %", "last", "trend", "age", "gaps")]
+    assert order == sorted(order)
+    assert "volume" not in header
+    assert "[[1.5, 100], [1.25, 7],…" in line
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 100, 140])
