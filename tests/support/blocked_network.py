@@ -1,20 +1,14 @@
-"""A network that lets HTTP through to a server and no WebSocket, and a stream for those behind it.
-
-The stream says in Server-Sent Events what a WebSocket of the server says; its own number of each event is the
-position from which ``Last-Event-ID`` resumes.
-"""
+"""A network that lets HTTP through to a server, streams too, and no WebSocket."""
 
 import asyncio
 import contextlib
-import json
 from types import TracebackType
-from typing import Any
 
-from aiohttp import ClientSession, ClientWebSocketResponse, WSMsgType, web
+from aiohttp import ClientError, ClientSession, ClientTimeout, ClientWebSocketResponse, web
 
 __all__ = ["BlockedNetwork"]
 
-_MOST_CODES = 300
+_NO_TIMEOUT = ClientTimeout(total=None)
 
 
 class BlockedNetwork:
@@ -28,8 +22,8 @@ class BlockedNetwork:
 
     def __init__(self, server_url: str) -> None:
         self._server_url = server_url
-        self._positions: list[dict[str, Any]] = []
         self._open: set[ClientWebSocketResponse] = set()
+        self._streaming: set[asyncio.Task[object]] = set()
         self.is_blocked = True
         self.sockets_refused = 0
         self.streams: list[dict[str, str]] = []
@@ -58,6 +52,8 @@ class BlockedNetwork:
 
     async def cut(self) -> None:
         """End every stream and every WebSocket."""
+        for streaming in self._streaming:
+            streaming.cancel()
         await asyncio.gather(*(ws.close() for ws in list(self._open)))
 
     async def _pass_on(self, request: web.Request) -> web.StreamResponse:
@@ -96,46 +92,20 @@ class BlockedNetwork:
         return here
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
+        """Pass the server's stream on, byte by byte."""
         query = dict(request.query)
+        headers = {}
         if "Last-Event-ID" in request.headers:
-            query["Last-Event-ID"] = request.headers["Last-Event-ID"]
+            query["Last-Event-ID"] = headers["Last-Event-ID"] = request.headers["Last-Event-ID"]
         self.streams.append(query)
-        position = query.get("Last-Event-ID") or query.get("last_event_id")
-        codes = query["codes"].split(",")
-        assert len(codes) <= _MOST_CODES
-        places: dict[str, Any] = dict(self._positions[int(position)]) if position else {}
-        params = {"token": query["token"]} if "token" in query else {}
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"})
-        await response.prepare(request)
-        await response.write(b"retry: 100\n\n")
-        async with self._http.ws_connect(self._server_url + "/ws", params=params, max_msg_size=0) as ws:
-            self._open.add(ws)
-            with contextlib.suppress(ConnectionError):
-                async for message in ws:
-                    if message.type is not WSMsgType.TEXT:
-                        break
-                    said = json.loads(message.data)
-                    if said["type"] == "hello":
-                        epoch = said["epoch"]
-                        await ws.send_json(_subscribe(query, codes, {c: p for c, p in places.items() if c in codes}))
-                    if said["type"] in ("snapshot", "tick"):
-                        for row in said["data"]:
-                            known = places.get(row["code"], {}).get("epoch", epoch)
-                            of = row.get("epoch", epoch) if said["type"] == "snapshot" else known
-                            places[row["code"]] = {"epoch": of, "seq": row["seq"]}
-                    self._positions.append(dict(places))
-                    number = len(self._positions) - 1
-                    await response.write(f"event: {said['type']}\nid: {number}\ndata: {message.data}\n\n".encode())
-            self._open.discard(ws)
+        async with self._http.get(self._server_url + request.path_qs, headers=headers, timeout=_NO_TIMEOUT) as answer:
+            response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
+            await response.prepare(request)
+            passing = asyncio.current_task()
+            assert passing is not None
+            self._streaming.add(passing)
+            with contextlib.suppress(ConnectionError, ClientError, asyncio.CancelledError):
+                async for chunk in answer.content.iter_any():
+                    await response.write(chunk)
+            self._streaming.discard(passing)
         return response
-
-
-def _subscribe(query: dict[str, str], codes: list[str], since: dict[str, Any]) -> dict[str, Any]:
-    request: dict[str, Any] = {"action": "subscribe", "codes": codes}
-    if since:
-        request["since"] = since
-    if "fields" in query:
-        request["fields"] = query["fields"].split(",")
-    if "max_rate" in query:
-        request["max_rate"] = float(query["max_rate"])
-    return request
