@@ -199,10 +199,11 @@ class Quotes {
   }
 
   #take(row, { type, gap }) {
-    const { code, seq, prev } = row;
+    const { code, seq } = row;
     const line = this.#lines.get(code);
     if (!line) return; // unsubscribed while it was on its way
     const { epoch, seq: from, awaits } = line;
+    const { prev = from } = row; // a stream that goes on may not know it
     let merged = seq - prev - 1;
     let reason = prev !== from && "chain"; // why rows before it are lost
     if (type === "snapshot") {
