@@ -11,7 +11,7 @@ const SILENT_CHECKS = 10;
 const STREAM_CODES = 300; // the most of one stream
 const STREAM_EVENTS = ["hello", "ack", "snapshot", "tick", "heartbeat", "status", "message", "error"];
 
-// Not every place where scripts run knows globalThis.
+// Mini-programs know no globalThis.
 const home = typeof globalThis === "undefined" ? {} : globalThis;
 
 export function connect(url, options) {
@@ -203,7 +203,7 @@ class Quotes {
     const line = this.#lines.get(code);
     if (!line) return; // unsubscribed while it was on its way
     const { epoch, seq: from, awaits } = line;
-    const { prev = from } = row; // a stream that goes on may not know it
+    const { prev = from } = row; // some streams do not know
     let merged = seq - prev - 1;
     let reason = prev !== from && "chain"; // why rows before it are lost
     if (type === "snapshot") {
