@@ -24,6 +24,11 @@ class Gate:
         self._desk = desk
         self._origins = frozenset(origin.rstrip("/").lower() for origin in settings.allowed_origins)
 
+    def let_in(self, request: web.Request) -> Identity | web.Response | None:
+        """Return whom a request without a handshake names, as :meth:`identify` does, or why it is refused."""
+        refusal = self.refusal(request)
+        return refusal if refusal is not None else self.identify(request, is_needed=True)
+
     def refusal(self, request: web.Request) -> web.Response | None:
         """Return what a page of an origin that may not come in is told; None: it may."""
         if self._is_allowed(request):

@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import struct
 import termios
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -40,7 +41,7 @@ class Floor(Protocol):
         """It is gone; called exactly once."""
 
 
-class SocketLink(asyncio.Protocol):
+class SocketLink(asyncio.Protocol, ABC):
     """The socket of one session; what is spoken on it is for those who inherit from it.
 
     Attributes:
@@ -102,16 +103,16 @@ class SocketLink(asyncio.Protocol):
         if not self._is_sealed:
             self._transport.write(data)
 
+    @abstractmethod
     def close(self, code: int, reason: str) -> None:
         """Say goodbye and close; nothing is written afterwards."""
-        raise NotImplementedError
 
     def hold_requests(self, hold: bool) -> None:
         """Stop, or go on, reading from the client."""
 
+    @abstractmethod
     def check(self, now_s: float, stall_timeout_s: float, ping_interval_s: float, ping_timeout_s: float) -> bytes:
         """Look after the peer; return what is due to be sent to it, or nothing."""
-        raise NotImplementedError
 
     def abort(self, reason: str) -> None:
         """Cut the connection: closing would first try to flush the very bytes that this peer does not read."""

@@ -45,10 +45,7 @@ class Queries:
         return await self._answer(request, self._found_codes)
 
     async def _answer(self, request: web.Request, find: Callable[[web.Request], Any]) -> web.StreamResponse:
-        refusal = self._gate.refusal(request)
-        if refusal is not None:
-            return refusal
-        identity = self._gate.identify(request, is_needed=True)
+        identity = self._gate.let_in(request)
         if isinstance(identity, web.Response):
             return identity
         try:

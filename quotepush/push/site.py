@@ -120,10 +120,7 @@ class _Door:
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Answer ``GET`` of the stream, or refuse it before the response has begun."""
-        refusal = self._gate.refusal(request)
-        if refusal is not None:
-            return refusal
-        identity = self._gate.identify(request, is_needed=True)
+        identity = self._gate.let_in(request)
         if isinstance(identity, web.Response):
             return identity
         try:

@@ -348,7 +348,8 @@ async def test_rows_come_by_a_stream_where_websockets_are_blocked(
         await network.cut()
         await client.until(lambda: len(network.streams) > asked)  # it, or EventSource by itself, comes back
         again = network.streams[-1]
-        assert again.get("Last-Event-ID", again.get("last_event_id")) != network.streams[1]["last_event_id"]
+        place = again.get("Last-Event-ID", again.get("last_event_id"))
+        assert place and place != network.streams[1]["last_event_id"]
         seen = len(client.rows("AAPL"))
         await client.until(lambda: len(client.rows("AAPL")) > seen + 20)
         await feed.stop()
