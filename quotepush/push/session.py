@@ -191,7 +191,7 @@ class Session:
         # An array has the columns that its ack names, and no field that nobody knows.
         fields = DEFAULT_FIELDS if spelled.is_array and request.fields is None else request.fields
         shape = Shape(View.of(fields), spelled, request.max_rate)
-        channels = self._desk.subscriptions.channels
+        subscriptions = self._desk.subscriptions
         # Kept rows have no books; with a rate nobody wants every row; who is subscribed has missed nothing.
         since: dict[str, tuple[str, int]] = {}
         if not shape.view.has_book and shape.max_rate is None:
@@ -199,7 +199,7 @@ class Session:
         missing = [
             code
             for code in results.codes
-            if (channel := channels.get(code)) is None
+            if (channel := subscriptions.get(code)) is None
             or (shape.view.has_book and channel.book is None)
             or code in since
         ]
@@ -275,8 +275,8 @@ class Session:
 
     def _snapshot(self, request: Request, now_ms: int) -> None:
         results = understand(request.codes)
-        channels = self._desk.subscriptions.channels
-        missing = [code for code in results.codes if code not in channels]
+        subscriptions = self._desk.subscriptions
+        missing = [code for code in results.codes if subscriptions.get(code) is None]
         self._answer(
             results, missing,
             lambda then: self._desk.look(missing, then),
@@ -287,7 +287,7 @@ class Session:
         now_ms = self._desk.clock_ms()
         shown: list[tuple[Channel, View]] = []
         for code in results.codes:
-            channel = self._desk.subscriptions.channels.get(code) or Channel(code, *_found(answer, code))
+            channel = self._desk.subscriptions.get(code) or Channel(code, *_found(answer, code))
             before = self.watchlist.subscriptions.get(code)
             view = DEFAULT_VIEW
             if before is not None:
