@@ -6,13 +6,17 @@ main comes in the stream of ticks, so that between the rows in it and the next t
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from quotepush.auth import Identity, Verifier
 from quotepush.push.outbox import Outbox
 from quotepush.push.subscriptions import Lane, Subscriptions
+from quotepush.quote.delay import suffix_of
 
-__all__ = ["Answer", "Desk", "Gone", "Limits", "Link"]
+__all__ = ["Answer", "DelayedDesk", "Desk", "Gone", "Limits", "Link"]
+
+_T = TypeVar("_T")
+Then = Callable[["Answer"], None]
 
 
 class Link(Protocol):
@@ -139,3 +143,52 @@ class Desk:
             PeerError: ``auth_failed``, with the close code.
         """
         return None if self.verifier is None else self.verifier.verify(token, self.clock_ms())
+
+
+class DelayedDesk:
+    """The desk of those who are shown everything later; all else is as at the desk behind it.
+
+    Law: no row that is asked for here, or sent to somebody who sits here, is younger than the delay; for main knows it
+    by another name, in another epoch.
+    """
+
+    def __init__(self, behind: Desk, delay_s: int) -> None:
+        self._behind = behind
+        self._suffix = suffix_of(delay_s)
+        self.subscriptions = behind.subscriptions.delayed(self._suffix)
+
+    @property
+    def epoch(self) -> str:
+        return self._behind.epoch + self._suffix
+
+    def watch(self, codes: Sequence[str], books: bool, since: Mapping[str, tuple[str, int]], then: Then) -> None:
+        self._behind.watch(self._names(codes), books, self._named(since), self._answering(then))
+
+    def look(self, codes: Sequence[str], then: Then) -> None:
+        self._behind.look(self._names(codes), self._answering(then))
+
+    def read(self, codes: Sequence[str], books: bool, then: Then) -> None:
+        self._behind.read(self._names(codes), books, self._answering(then))
+
+    def _names(self, codes: Iterable[str]) -> list[str]:
+        return [code + self._suffix for code in codes]
+
+    def _named(self, facts: Mapping[str, _T]) -> dict[str, _T]:
+        return {code + self._suffix: fact for code, fact in facts.items()}
+
+    def _answering(self, then: Then) -> Then:
+        def of_codes(facts: Mapping[str, _T]) -> dict[str, _T]:
+            return {name.removesuffix(self._suffix): fact for name, fact in facts.items()}
+
+        return lambda answer: then(
+            Answer(
+                of_codes(answer.rows),
+                of_codes(answer.refused),
+                of_codes(answer.missed),
+                {name.removesuffix(self._suffix) for name in answer.stale},
+                of_codes(answer.behind),
+            )
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._behind, name)

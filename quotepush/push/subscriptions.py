@@ -331,6 +331,10 @@ class Subscriptions:
         self._all = self if behind is None else behind
         self._suffix = suffix
 
+    def delayed(self, suffix: str) -> "Subscriptions":
+        """Return a view of the same channels, in which each code stands for the one with ``suffix`` behind it."""
+        return Subscriptions(self, suffix)
+
     def get(self, code: str) -> Channel | None:
         """Return the channel of ``code``; None: nobody here watches or claims it."""
         return self.channels.get(code + self._suffix)
