@@ -32,6 +32,8 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "rows_merged_main": ("counter", "Rows that main merged because it, or a worker, lagged.", ()),
     "codes_watched": ("gauge", "Codes that somebody here watches.", ()),
     "codes_stale": ("gauge", "Watched codes without a tick for too long.", ()),
+    "delay_bytes": ("gauge", "What waits to be shown as delayed quotes.", ()),
+    "delay_interval_seconds": ("gauge", "For how long one row of a delayed quote stands.", ()),
     "workers_ready": ("gauge", "Workers that accept connections.", ()),
     "worker_restarts": ("counter", "Workers that ended and were replaced.", ("worker",)),
     "connections": ("gauge", "Open connections.", ("worker",)),

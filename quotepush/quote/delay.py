@@ -158,20 +158,18 @@ class DelayLine:
     Args:
         delays_s: at least one, each above 0.
         max_bytes: of what waits to be shown.
-        books_watched: names of delayed quotes whose book somebody watches.
 
     Attributes:
+        books_watched: names of delayed quotes whose book somebody watches.
         interval_s: how often the board is to be looked at.
         bytes: about what waits to be shown.
     """
 
-    def __init__(
-        self, delays_s: Collection[int], *, max_bytes: int, books_watched: Container[str] = frozenset()
-    ) -> None:
+    def __init__(self, delays_s: Collection[int], *, max_bytes: int) -> None:
         self._markets = {delay_s: _Market(delay_s) for delay_s in sorted(delays_s)}
         self._longest_interval_s = min(delays_s) / _LEAST_ROUNDS
         self._max_bytes = max_bytes
-        self._books_watched = books_watched
+        self.books_watched: Container[str] = frozenset()
         self._rounds: list[_Round] = []
         self._open: dict[str, Sample] = {}  # of the round that is being made
         self._newest: dict[str, Sample] = {}
@@ -248,7 +246,7 @@ class DelayLine:
                     quote = market.quotes.get(code)
                     if quote is None:
                         quote = market.quotes[code] = DelayedQuote(code, market.suffix)
-                    if quote.show(sample, now_ms, is_book_news=quote.code in self._books_watched):
+                    if quote.show(sample, now_ms, is_book_news=quote.code in self.books_watched):
                         yield quote
                     if not number % _SHOWN_PER_SLICE:
                         yield None

@@ -16,7 +16,8 @@ class Bench:
 
     def __init__(self, *delays_s: int, max_bytes: int = 1 << 20, books: frozenset[str] = frozenset()) -> None:
         self.board = Board(epoch="e", days=TradingDays({}), watched=())
-        self.line = DelayLine(delays_s or (10,), max_bytes=max_bytes, books_watched=books)
+        self.line = DelayLine(delays_s or (10,), max_bytes=max_bytes)
+        self.line.books_watched = books
         self.now_ms = 1_000_000
         self.seen: list[tuple[str, int, int]] = []  # name, seq, when it was shown
         self.restated: list[int] = []  # of the same rows
