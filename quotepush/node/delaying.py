@@ -115,15 +115,13 @@ class Delaying:
             await self._show(line.release(_now_ms()))
 
     async def _show(self, released: Iterator[Quote | None]) -> None:
-        waiting = 0
         for quote in released:
             if quote is not None:
                 self._publish(quote)
-                waiting += 1
-            if quote is None or waiting >= _PER_SLICE:
+            else:
                 self._on_batch()
-                waiting = 0
                 await asyncio.sleep(0)
+        self._on_batch()
 
 
 def _now_ms() -> int:

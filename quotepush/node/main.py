@@ -96,7 +96,7 @@ class _Main:
             life=self._epoch[:8],
         )
         is_known = _symbol_check(settings.symbol_file)
-        self._delays = _delay_line(settings)
+        self._delays = _delay_line(settings, self._epoch)
         self._relay = Relay(
             is_known,
             self._ring,
@@ -475,11 +475,11 @@ def _raise_file_limit(wanted: int) -> int:
     return min(wanted, room) if wanted else room
 
 
-def _delay_line(settings: Settings) -> DelayLine | None:
+def _delay_line(settings: Settings, epoch: str) -> DelayLine | None:
     """Return what keeps the board for delayed quotes; None where nobody can be entitled to any."""
     if not settings.delays or not settings.has_tokens:
         return None
-    return DelayLine(settings.delays, max_bytes=settings.delay_bytes)
+    return DelayLine(settings.delays, epoch=epoch, max_bytes=settings.delay_bytes)
 
 
 def _symbol_check(path: str) -> Callable[[str], bool]:

@@ -86,8 +86,8 @@ class DelayedQuote(Quote):
 
     __slots__ = ("_gaps", "_suffix")
 
-    def __init__(self, code: str, suffix: str) -> None:
-        super().__init__(code + suffix, 0, suffix)
+    def __init__(self, code: str, epoch: str, suffix: str) -> None:
+        super().__init__(code + suffix, 0, epoch + suffix)
         self._suffix = suffix
         self._gaps = 0
 
@@ -157,6 +157,7 @@ class DelayLine:
 
     Args:
         delays_s: at least one, each above 0.
+        epoch: of plain ticks, which is that of a code without any.
         max_bytes: of what waits to be shown.
 
     Attributes:
@@ -165,7 +166,8 @@ class DelayLine:
         bytes: about what waits to be shown.
     """
 
-    def __init__(self, delays_s: Collection[int], *, max_bytes: int) -> None:
+    def __init__(self, delays_s: Collection[int], *, epoch: str, max_bytes: int) -> None:
+        self._epoch = epoch
         self._markets = {delay_s: _Market(delay_s) for delay_s in sorted(delays_s)}
         self._longest_interval_s = min(delays_s) / _LEAST_ROUNDS
         self._max_bytes = max_bytes
@@ -245,7 +247,7 @@ class DelayLine:
                 for number, (code, sample) in enumerate(made.samples.items(), 1):
                     quote = market.quotes.get(code)
                     if quote is None:
-                        quote = market.quotes[code] = DelayedQuote(code, market.suffix)
+                        quote = market.quotes[code] = DelayedQuote(code, self._epoch, market.suffix)
                     if quote.show(sample, now_ms, is_book_news=quote.code in self.books_watched):
                         yield quote
                     if not number % _SHOWN_PER_SLICE:
