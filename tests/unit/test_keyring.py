@@ -9,47 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 
 from quotepush.node import keyring as keyring_module
 from quotepush.node.keyring import CannotFetch, Keyring, fetch_key_set
 from quotepush.settings import Settings, load
+from tests.support.key_site import KeySite, key_site
 from tests.support.tokens import KEY, KeyPair
 from tests.support.waiting import wait_until
 
 FIRST, SECOND = KeyPair("ES256"), KeyPair("EdDSA")
 
 
-class KeySite:
-    """A server of key sets that answers as the test says."""
-
-    def __init__(self) -> None:
-        self.text = FIRST.jwks(kid="1")
-        self.status = 200
-        self.headers: dict[str, str] = {}
-        self.asked = 0
-        self.may_answer = asyncio.Event()
-        self.may_answer.set()
-        self.url = ""
-
-    async def handle(self, request: web.Request) -> web.Response:
-        self.asked += 1
-        await self.may_answer.wait()
-        return web.Response(status=self.status, text=self.text, headers=self.headers)
-
-
 @pytest.fixture
 async def site() -> AsyncIterator[KeySite]:
-    found = KeySite()
-    app = web.Application()
-    app.router.add_get("/{path:.*}", found.handle)
-    runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=0.1)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}/keys?secret=s3cret"
-    yield found
-    found.may_answer.set()
-    await runner.cleanup()
+    async with key_site(FIRST.jwks(kid="1")) as found:
+        yield found
 
 
 def settings(**flags: Any) -> Settings:
