@@ -1,6 +1,7 @@
 """``quotepush token``: tokens and their keys by hand, and what a server would say to a token.
 
-Law: nothing is signed that a server would refuse for what it entitles to; no key and no token is repeated but the one asked for.
+Law: nothing is signed that a server would refuse for what it entitles to; no key is repeated, and no token but the one
+that was asked for.
 """
 
 import asyncio
