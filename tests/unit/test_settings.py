@@ -457,13 +457,15 @@ def test_what_the_anonymous_may_have_is_checked() -> None:
     found = load(env={}, flags={"token_key": KEY, **few}).anonymous_entitlement
     assert found == Entitlement(codes=Codes(["*.SH", "AAPL"]), max_rate=2.0, max_codes=5)
     assert load(env={}, flags={"token_key": KEY, "anonymous": True}).anonymous_entitlement == UNLIMITED
+    late = load(env={}, flags={"token_key": KEY, "anonymous": True, "anonymous_delay_s": 900})
+    assert late.anonymous_entitlement == Entitlement(delay_s=900)
     assert load(env={}, flags={"token_key": KEY, "anonymous": True, "anonymous_codes": ""}).anonymous_entitlement == (
         Entitlement(codes=Codes([]))
     )
     for flags in (
         few, {"token_key": KEY, **few, "anonymous": False}, {"token_key": KEY, **few, "anonymous_codes": "no such"},
         {"token_key": KEY, **few, "anonymous_max_rate": 1001}, {"token_key": KEY, **few, "anonymous_delay_s": 60},
-        {"token_key": KEY, **few, "anonymous_delay_s": 900}, {"anonymous": True},
+        {"anonymous": True},
     ):  # fmt: skip
         assert all(fault.startswith("anonymous") for fault in faults(**flags))
 
