@@ -13,10 +13,12 @@ PROXY = "127.0.0.1"
 
 addresses = st.ip_addresses().map(str)
 strangers = addresses.filter(
-    lambda text: not any(
-        ip in ip_network(net)
-        for net in TRUSTED
-        for ip in (ip_address(text), getattr(ip_address(text), "ipv4_mapped", None) or ip_address(text))
+    lambda text: (
+        not any(
+            ip in ip_network(net)
+            for net in TRUSTED
+            for ip in (ip_address(text), getattr(ip_address(text), "ipv4_mapped", None) or ip_address(text))
+        )
     )
 )
 own = st.sampled_from(["10.0.0.1", "10.255.255.255", "127.0.0.1", "2001:db8:1::7", "::ffff:10.1.2.3"])
@@ -111,8 +113,10 @@ def test_a_forwarded_hop_may_be_written_in_many_ways(element: str, client: str) 
     assert forwarded(PROXY, f"for=203.0.113.9, {element}") == client
 
 
-HIDDEN = ["unknown", "_hidden", "_SEVKISEK", "", " ", "garbage", "999.1.1.1", "1.2.3", "[::1", "::1]", "1.2.3.4:", "a b",
-          "1.2.3.4:123456", "fe80::1%eth0", "[fe80::1%eth0]", "01.2.3.4", "1.2.3.4/8", "\u0661.2.3.4", "[1.2.3.4"]  # fmt: skip
+HIDDEN = [
+    "unknown", "_hidden", "_SEVKISEK", "", " ", "garbage", "999.1.1.1", "1.2.3", "[::1", "::1]", "1.2.3.4:", "a b",
+    "1.2.3.4:123456", "fe80::1%eth0", "[fe80::1%eth0]", "01.2.3.4", "1.2.3.4/8", "\u0661.2.3.4", "[1.2.3.4",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("hop", HIDDEN)
@@ -124,8 +128,8 @@ def test_behind_what_cannot_be_read_the_client_is_the_last_address_that_is_known
 
 @pytest.mark.parametrize(
     "element",
-    ["by=192.0.2.7", "for=192.0.2.7;for=192.0.2.8", "for", "for 192.0.2.7", "192.0.2.7", 'for="192.0.2.7', ";", "for=;x",
-     "for=192.0.2.7 x", "=192.0.2.7", 'for="192.0.2.7"x'],
+    ["by=192.0.2.7", "for=192.0.2.7;for=192.0.2.8", "for", "for 192.0.2.7", "192.0.2.7", 'for="192.0.2.7', ";",
+     "for=;x", "for=192.0.2.7 x", "=192.0.2.7", 'for="192.0.2.7"x'],
 )  # fmt: skip
 def test_a_forwarded_element_that_does_not_say_exactly_one_client_says_nobody(element: str) -> None:
     assert forwarded(PROXY, f"for=203.0.113.9, {element}, for=10.0.0.3") == "10.0.0.3"

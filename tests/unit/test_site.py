@@ -310,7 +310,9 @@ async def test_an_address_with_as_many_connections_as_it_may_have_is_told_when_t
 # Rates
 
 
-async def test_an_address_that_connects_too_often_is_held_back_before_its_token_is_looked_at_and_others_are_not() -> None:
+async def test_an_address_that_connects_too_often_is_held_back_before_its_token_is_looked_at_and_others_are_not() -> (
+    None
+):
     async with site(trusted_proxies=["127.0.0.1"], connects_per_ip_s=0.001, key=KEY) as s:
         assert (await s.upgrade(**names_of("192.0.2.1")))[0] == 299
         for brought in ({}, {"path": "/ws?token=bad"}):
@@ -381,8 +383,8 @@ async def test_the_log_says_when_a_proxy_that_is_held_back_may_not_be_trusted_ye
         for _ in range(3):
             await s.upgrade(X_Forwarded_For="192.0.2.1")
         assert [record.getMessage() for record in caplog.records] == [
-            "rate_limited: 1 refused, the newest from 127.0.0.1, which sends x-forwarded-for: list it in trusted_proxies "
-            "if it is a proxy of yours"
+            "rate_limited: 1 refused, the newest from 127.0.0.1, which sends x-forwarded-for: list it in "
+            "trusted_proxies if it is a proxy of yours"
         ]
 
 
