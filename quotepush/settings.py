@@ -41,6 +41,7 @@ _PASSWORDS = tuple(f"{name}_password" for name in _URLS)
 _OF_COMMANDS = ("config", "token")  # read by click: where the file is, and what `watch` shows to a server
 _MOST_LEEWAY_S = 60
 _LEAST_REFRESH_S = 10
+_PROXY_HEADERS = ("x-forwarded-for", "forwarded")
 # What else is at the public port, below base_path.
 _OTHER_PATHS = ("/stream", "/quotes", "/codes")
 
@@ -65,6 +66,19 @@ class Settings:
     allowed_origins: list[str] = _setting(
         [], 'Origins of pages that may connect; empty: only pages of the server\'s own host; ["*"]: all.'
     )
+    trusted_proxies: list[str] = _setting(
+        [],
+        "Addresses and networks of proxies whose word for a client's address is taken, e.g. 127.0.0.1 or 10.0.0.0/8; "
+        "empty: nobody's, and the client is whoever is at the other end.",
+    )
+    proxy_header: str = _setting(
+        "x-forwarded-for", "Where trusted_proxies name their clients: x-forwarded-for or forwarded; only one is read."
+    )
+    request_timeout_s: float = _setting(
+        30.0,
+        "A connection that has sent no whole request so long after it came, or after its last answer, is closed.",
+        unit="s", at_least=0.1,
+    )  # fmt: skip
     backlog: int = _setting(4096, "Connections the kernel holds until a worker accepts them.", at_least=1)
     tls_cert: str = _setting("", "PEM file with the certificate chain; with tls_key the public listener speaks TLS.")
     tls_key: str = _setting("", "PEM file with the private key of tls_cert.")
@@ -182,6 +196,23 @@ class Settings:
     max_connections: int = _setting(
         0, "Connections of this machine; more get HTTP 503. 0: the open-file limit less a reserve.", at_least=0
     )
+    max_connections_per_ip: int = _setting(
+        0,
+        "Connections of one address to this machine (IPv6: of its /64); more get HTTP 429. 0: any number.",
+        at_least=0,
+    )
+    connects_per_ip_s: float = _setting(
+        0.0,
+        "Attempts of one address to open a connection, in each worker; more get HTTP 429. As many as in 10 s may come "
+        "at once; 0: any number.",
+        unit="1/s", at_least=0,
+    )  # fmt: skip
+    questions_per_ip_s: float = _setting(
+        100.0,
+        "Questions of one address over HTTP (/quotes, /codes, the look at the WebSocket's path), in each worker; more "
+        "get HTTP 429. As many as in 10 s may come at once; 0: any number.",
+        unit="1/s", at_least=0,
+    )  # fmt: skip
     max_codes: int = _setting(1000, "Codes of one connection; more are rejected with code_limit.", at_least=1)
     codes_per_request: int = _setting(1000, "Codes in one request; more get bad_request.", at_least=1)
     requests_per_s: float = _setting(
@@ -502,6 +533,13 @@ def _faults(s: Settings) -> list[str]:
     if s.ws_path in _OTHER_PATHS:
         found.append(f"ws_path must not be {s.ws_path}: something else is there")
     found += _token_faults(s)
+    for text in s.trusted_proxies:
+        try:
+            ipaddress.ip_network(text)
+        except ValueError as e:
+            found.append(f"trusted_proxies: {e}")
+    if s.proxy_header not in _PROXY_HEADERS:
+        found.append(f"proxy_header must be {' or '.join(_PROXY_HEADERS)}, not {s.proxy_header!r}")
     if bool(s.tls_cert) != bool(s.tls_key):
         found.append("tls_cert and tls_key go together")
     for name in ("tls_cert", "tls_key", "symbol_file"):

@@ -343,7 +343,7 @@ class _Main:
             "log": self._follower.state,
             "workers": supervisor.ready,
             "connections": supervisor.connections,
-            "max_connections": supervisor.max_connections,
+            "max_connections": supervisor.places.most,
             "codes": len(self._board.quotes),
             "registry_lag_ms": round(1000 * max([s.figures.get("registry_lag_seconds", 0) for s in supervisor.slots])),
         }
@@ -370,7 +370,7 @@ class _Main:
             "codes_watched": [(self._relay.watched, nothing)],
             "codes_stale": [(self._relay.stale, nothing)],
             "workers_ready": [(supervisor.ready, nothing)],
-            "connections_refused": [(supervisor.refused, nothing)],
+            "client_addresses": [(supervisor.places.addresses, nothing)],
             "worker_restarts": [(s.restarts, {"worker": str(s.index)}) for s in supervisor.slots],
         }
         if self._delays is not None:

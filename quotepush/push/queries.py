@@ -49,7 +49,11 @@ class Queries:
     async def _answer(
         self, request: web.Request, find: Callable[[web.Request, Entitlement], Any]
     ) -> web.StreamResponse:
-        identity = await self._gate.let_in(request)
+        request = self._gate.seen(request)
+        return self._gate.note(request, await self._found(request, find), is_connection=False)
+
+    async def _found(self, request: web.Request, find: Callable[[web.Request, Entitlement], Any]) -> web.StreamResponse:
+        identity = await self._gate.let_in(request, is_connection=False)
         if isinstance(identity, web.Response):
             return identity
         try:

@@ -11,6 +11,7 @@ from pathlib import Path
 from aiohttp import web
 
 from quotepush.errors import PeerError
+from quotepush.push.addresses import UNKNOWN, counted_by
 from quotepush.push.gate import Gate, cross_origin, refuse
 from quotepush.push.link import Detached
 from quotepush.push.queries import Queries
@@ -21,8 +22,9 @@ from quotepush.wire.formats import CODECS
 
 __all__ = ["Admit", "make_app"]
 
-# Asks main for a place: True takes it, False only looks. Answers whether there is one.
-Admit = Callable[[bool], Awaitable[bool]]
+# Asks main for a place for a connection of an address (as ``counted_by`` says it): True takes it, False only looks.
+# Answers why there is none, as a word; empty: there is one.
+Admit = Callable[[str, bool], Awaitable[str]]
 
 STATIC = Path(__file__).parent.parent / "static"
 _FILES = {f"/{name}": name for name in ("quotepush.js", "page.js", "page.css")}
@@ -38,14 +40,14 @@ _PAGE_HEADERS = {
 }
 
 
-def make_app(settings: Settings, worker: PushWorker, admit: Admit, leave: Callable[[], None]) -> web.Application:
+def make_app(settings: Settings, worker: PushWorker, admit: Admit, leave: Callable[[str], None]) -> web.Application:
     """Return the application of the public listener.
 
     Args:
         admit: asks main whether this machine takes one more connection.
-        leave: gives a place back that was taken and not used.
+        leave: gives a place of an address back that was taken and not used.
     """
-    gate = Gate(settings, worker.desk)
+    gate = Gate(settings, worker.desk, worker.refusals)
     door = _Door(gate, worker, admit, leave)
     queries = Queries(gate, worker.desk)
     app = web.Application()
@@ -89,7 +91,7 @@ def _slash_handler(target: str) -> Callable[[web.Request], Awaitable[web.StreamR
 class _Door:
     """The paths at which a connection begins: the WebSocket's and the stream's."""
 
-    def __init__(self, gate: Gate, worker: PushWorker, admit: Admit, leave: Callable[[], None]) -> None:
+    def __init__(self, gate: Gate, worker: PushWorker, admit: Admit, leave: Callable[[str], None]) -> None:
         self._worker = worker
         self._admit = admit
         self._leave = leave
@@ -97,8 +99,14 @@ class _Door:
         self._handshake = web.WebSocketResponse(protocols=_SUBPROTOCOLS)  # only says whether a request is one
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer ``GET`` of the WebSocket's path, with an upgrade or without."""
+        request = self._gate.seen(request)
         wants_upgrade = request.headers.get("Upgrade", "").strip().lower() == "websocket"
-        refusal = self._gate.refusal(request)
+        said = await self._open_websocket(request, wants_upgrade)
+        return self._gate.note(request, said, is_connection=True) if wants_upgrade else said
+
+    async def _open_websocket(self, request: web.Request, wants_upgrade: bool) -> web.StreamResponse:
+        refusal = self._gate.refusal(request, is_connection=wants_upgrade)
         if refusal is not None:
             return refusal
         if wants_upgrade and not self._handshake.can_prepare(request).ok:
@@ -116,43 +124,52 @@ class _Door:
         if not wants_upgrade:
             headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
             return refuse(request, 426, "upgrade_required", "connect with a WebSocket", headers=headers)
-        return self._hand_over(lambda: self._worker.accept(request, subprotocol, identity))
+        return self._hand_over(request, lambda: self._worker.accept(request, subprotocol, identity))
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Answer ``GET`` of the stream, or refuse it before the response has begun."""
-        identity = await self._gate.let_in(request)
+        request = self._gate.seen(request)
+        is_wanted = request.method == "GET"
+        return self._gate.note(request, await self._open_stream(request, is_wanted), is_connection=is_wanted)
+
+    async def _open_stream(self, request: web.Request, is_wanted: bool) -> web.StreamResponse:
+        identity = await self._gate.let_in(request, is_connection=is_wanted)
         if isinstance(identity, web.Response):
             return identity
         try:
             asked = asked_of(request, self._worker.desk)
         except PeerError as e:
             return refuse(request, 400, e.error, e.message)
-        is_wanted = request.method == "GET"
         refusal = await self._find_place(request, is_wanted)
         if refusal is not None:
             return refusal
         headers = cross_origin(request) | {"X-Accel-Buffering": "no"}  # nginx would hold the events back
         if not is_wanted:
             return web.Response(headers=headers, content_type="text/event-stream", charset="utf-8")
-        return self._hand_over(lambda: self._worker.accept_stream(request, asked, identity, headers))
+        return self._hand_over(request, lambda: self._worker.accept_stream(request, asked, identity, headers))
 
     async def _find_place(self, request: web.Request, take: bool) -> web.Response | None:
         """Return why there is no place for one more connection; None: there is, and with ``take`` it is taken."""
-        if not await self._admit(take):
+        address = counted_by(request.remote or UNKNOWN)
+        error = await self._admit(address, take)
+        if error == "too_many_connections":
+            message = "this address has as many connections as one may have"
+            return refuse(request, 429, "too_many_connections", message, retry_after_s=_RETRY_AFTER_S)
+        if error:
             return refuse(request, 503, "overloaded", "this server holds all it can", retry_after_s=_RETRY_AFTER_S)
         if self._worker.is_draining:  # asked last: it may have begun while main was asked
             if take:
-                self._leave()
+                self._leave(address)
             return refuse(request, 503, "restart", "this server is about to restart", retry_after_s=1)
         return None
 
-    def _hand_over(self, accept: Callable[[], Detached]) -> Detached:
+    def _hand_over(self, request: web.Request, accept: Callable[[], Detached]) -> Detached:
         """Make a connection of a request that has a place, or give the place back."""
         try:
             return accept()
         except ConnectionResetError:  # it went away while main was asked: nobody is left to answer
-            self._leave()
+            self._leave(counted_by(request.remote or UNKNOWN))
             return Detached()
         except BaseException:
-            self._leave()
+            self._leave(counted_by(request.remote or UNKNOWN))
             raise

@@ -15,11 +15,13 @@ from dataclasses import dataclass, replace
 from aiohttp import web
 
 from quotepush.auth import Identity
+from quotepush.push.addresses import UNKNOWN
 from quotepush.push.desk import Desk
 from quotepush.push.freshness import Freshness
 from quotepush.push.hub import Hub
 from quotepush.push.link import Detached, SocketLink
 from quotepush.push.outbox import Outbox
+from quotepush.push.refusals import Refusals
 from quotepush.push.session import Session
 from quotepush.push.stream import MAX_STREAM_CODES, Asked, StreamLink, begin_stream
 from quotepush.push.subscriptions import Subscriptions
@@ -73,11 +75,11 @@ class Outside:
 
     Attributes:
         opened: a session is there, with the live collection of its codes.
-        closed: it is gone.
+        closed: it is gone; with the address of its peer.
     """
 
     opened: Callable[[str, Collection[str]], None]
-    closed: Callable[[str], None]
+    closed: Callable[[str, str], None]
 
 
 class PushWorker:
@@ -86,6 +88,7 @@ class PushWorker:
     Attributes:
         links: by fd.
         desk: what its sessions are offered.
+        refusals: who never became one.
     """
 
     def __init__(self, settings: Settings, fd_prefix: str, first_fd: int, desk: Desk, outside: Outside) -> None:
@@ -99,6 +102,7 @@ class PushWorker:
         self.is_draining = False
         self.opened_total = 0
         self.closed_total: dict[str, int] = {}
+        self.refusals = Refusals()
         self.subscriptions: Subscriptions = desk.subscriptions
         self.hub = Hub(
             desk.subscriptions,
@@ -127,7 +131,7 @@ class PushWorker:
             identity: whom the token of the request names, if it brought one.
         """
         codec = next((codec for codec in CODECS if codec.subprotocol == subprotocol), JSON)
-        link = WebSocketLink(self, request.remote or "?")
+        link = WebSocketLink(self, request.remote or UNKNOWN)
         fd = f"{self._fd_prefix}{self._next_fd}"
         link.session = Session(fd, link, self.desk, codec, identity)
         response = upgrade(request, link, subprotocol, self._settings.message_bytes, lambda: self.opened(link))
@@ -142,7 +146,7 @@ class PushWorker:
         Args:
             headers: of the response, besides those that every stream has.
         """
-        link = StreamLink(self, request.remote or "?", self.hub, self.desk.life, asked.selection)
+        link = StreamLink(self, request.remote or UNKNOWN, self.hub, self.desk.life, asked.selection)
         fd = f"{self._fd_prefix}{self._next_fd}"
         limits = replace(self.desk.limits, codes=min(MAX_STREAM_CODES, self.desk.limits.codes))
         link.session = Session(fd, link, self.desk, EVENTS, identity, limits)
@@ -186,7 +190,7 @@ class PushWorker:
             lambda: self.hub.forget([session.outbox]),
             lambda: self.freshness.forget(session),
             lambda: self._wheel[hash(fd) % len(self._wheel)].discard(link),
-            lambda: self._outside.closed(fd),
+            lambda: self._outside.closed(fd, link.peer),
         ):
             try:
                 leave()

@@ -41,6 +41,7 @@ TO_WORKER = [
     bus.Found(7, None),
     bus.Freshness(["A"], ["B", "C"]),
     bus.PlacesGranted(6),
+    bus.PlacesGranted(0, ["", "overloaded"]),
     bus.Feed("ok", 1_721_872_800_123, "e1"),
     bus.Lend(1, True),
     bus.Drain(10.5, 1000),
@@ -56,6 +57,8 @@ TO_MAIN = [
     bus.Unwatch(["A"]),
     bus.PlacesWanted(2, 16),
     bus.PlacesBack(3),
+    bus.PlacesWanted(0, 0, ["192.0.2.1", ""]),
+    bus.PlacesBack(0, ["192.0.2.1"]),
     bus.RegistryClient(17),
     bus.Figures({"connections": 3, "connections_closed": {"closed": 2}, "lag": 0.5}),
 ]

@@ -83,7 +83,8 @@ class Served:
         self.runner: web.AppRunner
         self.port = 0
 
-    def _closed(self, fd: str) -> None:
+    def _closed(self, fd: str, peer: str) -> None:
+        assert peer == "127.0.0.1"
         self.closed.append(fd)
         self.places -= 1
 
@@ -94,11 +95,11 @@ class Served:
         else:
             self.questions.append(question)
 
-    async def admit(self, take: bool) -> bool:
+    async def admit(self, address: str, take: bool) -> str:
         self.places += take
-        return True
+        return ""
 
-    def leave(self) -> None:
+    def leave(self, address: str) -> None:
         self.places -= 1
 
     @property
