@@ -37,6 +37,8 @@ log = logging.getLogger("quotepush.session")
 
 _SLOT_S = 0.1
 _CLOSE_BATCH = 200
+# They are told to come back one behind the other, at a rate that a starting worker takes beside its other work.
+_RETURNS_PER_S = 2000
 
 
 def clock_ms() -> int:
@@ -244,15 +246,22 @@ class PushWorker:
     # The end
 
     async def drain(self, timeout_s: float, retry_after_ms: int) -> None:
-        """Close every session, a batch at a time; cut off who has not gone after ``timeout_s``."""
+        """Close every session, a batch at a time; cut off who has not gone after ``timeout_s``.
+
+        Args:
+            retry_after_ms: the least time that a client is told to stay away; each is told a little more than the
+                one before it, for a browser's stream comes back at that very moment.
+        """
         self.is_draining = True
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         leaving = list(self.links.values())
+        said = 0
         for start in range(0, len(leaving), _CLOSE_BATCH):
             for link in leaving[start : start + _CLOSE_BATCH]:
                 if not link.session.is_closed:
-                    link.session.say_closing(retry_after_ms)
+                    link.session.say_closing(retry_after_ms + said * 1000 // _RETURNS_PER_S)
+                    said += 1
                     link.close(messages.CLOSE_CODES["restart"], "restart")
             await asyncio.sleep(0)
         try:
