@@ -1,10 +1,12 @@
 """Examples of the documents: taken out of their Markdown, and run as a reader would."""
 
 import asyncio
+import os
 import re
+import signal
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -59,11 +61,14 @@ def blocks_of(path: Path) -> tuple[Block, ...]:
 @asynccontextmanager
 async def running(program: str, *arguments: str, cwd: Path | None = None) -> AsyncIterator[asyncio.StreamReader]:
     """A program of the reader's; yields what it prints."""
-    process = await asyncio.create_subprocess_exec(program, *arguments, stdin=DEVNULL, stdout=PIPE, cwd=cwd)
+    process = await asyncio.create_subprocess_exec(
+        program, *arguments, stdin=DEVNULL, stdout=PIPE, cwd=cwd, start_new_session=True
+    )
     assert process.stdout is not None
     try:
         yield process.stdout
     finally:
-        if process.returncode is None:
-            process.kill()
+        # The whole group: what `go run` has started does not end with it.
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         await process.communicate()
