@@ -166,7 +166,7 @@ class Quotes {
     this.#renewal();
     for (const line of this.#lines.values()) line.awaits = "resume";
     if (hello.auth === "ok") this.#isRefused = false;
-    this.#isHeld = hello.auth === "required" && this.#env.token;
+    this.#isHeld = /req|opt/.test(hello.auth) && this.#env.token;
     this.#link.opened(hello.heartbeat_ms);
     this.#renew(hello);
     if (this.#isHeld) this.#authenticate();
