@@ -7,11 +7,6 @@ The market runs some hundred times faster than a clock until it is half past two
 """
 
 import asyncio
-import contextlib
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
@@ -20,14 +15,15 @@ from typing import Any
 
 import click
 import orjson
-from playwright.async_api import Browser, Page, async_playwright, expect
+from bench.page_stage import page_stage
+from playwright.async_api import Browser, Page, expect
 from redis.asyncio import Redis
 
 from quotepush.feed.simulate import Market
-from quotepush.private_redis import private_redis
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 LIST = "600519.SH,300750.SZ,601318.SH,002594.SZ,600036.SH,688981.SH,000001.SZ,AAPL,MSFT,NVDA,TSLA,AMZN,GOOGL"
+NAMES = {"en-US": (None, "Banks", "US tech"), "zh-CN": (None, "银行", "美股科技")}
 CODES = 300
 DAY_MS = 4 * 3_600_000
 SEEN_PART = 0.8  # of the day
@@ -43,26 +39,6 @@ PICTURES: dict[str, dict[str, Any]] = {
     "page-phone": {"viewport": {"width": 375, "height": 812}, "locale": "en-US", "is_mobile": True, "has_touch": True,
                    "device_scale_factor": 2},
 }  # fmt: skip
-
-
-@contextlib.asynccontextmanager
-async def server(redis_url: str) -> AsyncIterator[str]:
-    """A quotepush server of its own; yields its address."""
-    with tempfile.TemporaryDirectory(prefix="quotepush-pictures-") as directory:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "quotepush", "serve", f"--redis={redis_url}", "--port=0", "--admin-port=0", "--workers=1",
-            "--node=pictures", f"--lock-file={Path(directory) / 'lock'}", "--log-level=warning", "--heartbeat-ms=1000",
-            stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert process.stdout is not None
-        try:
-            async with asyncio.timeout(30):
-                while not (words := (await process.stdout.readline()).decode().split())[:2] == ["quotepush", "ready"]:
-                    pass
-            yield words[2]
-        finally:
-            process.terminate()
-            await process.wait()
 
 
 async def play(redis_url: str) -> AsyncIterator[float]:
@@ -95,6 +71,9 @@ def timezone() -> str:
 
 async def visit(browser: Browser, url: str, name: str) -> Page:
     context = await browser.new_context(**{"timezone_id": timezone(), "device_scale_factor": 1, **PICTURES[name]})
+    lists = [{"codes": LIST.split(","), "name": name} for name in NAMES[PICTURES[name]["locale"]]]
+    kept = orjson.dumps({"lists": lists, "current": 0}).decode()
+    await context.add_init_script(f"localStorage.setItem('quotepush.lists', {orjson.dumps(kept).decode()})")
     page = await context.new_page()
     opened = "" if name == "page-phone" else "&open=600519.SH"
     await page.goto(f"{url}#{LIST}{opened}")
@@ -103,27 +82,20 @@ async def visit(browser: Browser, url: str, name: str) -> Page:
 
 
 async def take(images: Path) -> None:
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        raise click.ClickException("no Chromium on PATH: apt-get install chromium")
-    async with private_redis() as redis, server(redis.url) as url, async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=program, args=["--no-sandbox", "--hide-scrollbars"])
-        pages = {name: await visit(browser, url, name) for name in PICTURES}
+    async with page_stage() as stage:
+        pages = {name: await visit(stage.browser, stage.url, name) for name in PICTURES}
         live_from_s = None
-        async for part in play(redis.url):
+        async for part in play(stage.redis_url):
             if part < 0.998:
-                print(f"\r{part:4.0%}", end="", flush=True)
                 continue
             live_from_s = live_from_s or time.monotonic()
             if time.monotonic() - live_from_s > LIVE_S:
                 break
-        print()
         for name, page in pages.items():
             await page.screenshot(path=images / f"{name}.png")
         await pages["page-phone"].get_by_role("button", name="600519.SH", exact=True).click()
         await pages["page-phone"].wait_for_timeout(600)
         await pages["page-phone"].screenshot(path=images / "page-phone-detail.png")
-        await browser.close()
 
 
 @click.command()

@@ -12,7 +12,7 @@ const VOLUME_PART = 0.2;
 const TOLD_EVERY_MS = 15_000;
 const LEAST_SPAN_MS = 60_000;
 const STEPS_MS = [15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14_400].map((s) => s * 1000);
-const LABEL_PX = 84;
+const LABEL_PX = 64;
 
 export class Chart {
   #canvas;
@@ -133,7 +133,7 @@ export class Chart {
 
   #drawPrices(pen, { low, high, y, right, bottom, prevClose }) {
     const { rule, muted, up, down } = this.#colours;
-    const step = niceStep((high - low) / 4);
+    const step = niceStep((high - low) / 5);
     pen.textAlign = "left";
     for (let value = Math.ceil(low / step) * step; value <= high; value += step) {
       const at_y = y(value);

@@ -10,6 +10,7 @@ const MOST_DAYS = 600; // codes
 const MOST_LETTERS = 1_500_000; // of what is stored, for all codes
 const LETTERS_A_POINT = 24;
 const HOLE_MS = 300_000;
+const RESTS = ["break", "closed"]; // no price is made in these phases
 const OLD_MS = 18 * 3_600_000;
 const KEY = "quotepush.days";
 
@@ -34,11 +35,11 @@ export class Day {
 
   /** A pause of this length is drawn as one: the market rested, or nobody looked. */
   get holeMs() {
-    return Math.max(HOLE_MS, 12 * this.slotMs);
+    return Math.max(HOLE_MS, 4 * this.slotMs);
   }
 
-  take({ last, ts, prev, volume, prev_close: prevClose }, nowMs) {
-    if (last == null) return;
+  take({ last, ts, prev, volume, phase, prev_close: prevClose }, nowMs) {
+    if (last == null || (RESTS.includes(phase) && this.#points.length)) return;
     const isOther = prevClose != null && this.prevClose != null && prevClose !== this.prevClose;
     if (isOther || volume < this.#total / 2) {
       this.#points = []; // another day
