@@ -70,10 +70,11 @@ export class Line {
   refusal = null;
   isStale = false; // the server says that this code alone is stale
   isNear = true; // on the screen, or nearly
+  paintedAt = -Infinity; // by the clock of frames
 
   #cells = {};
   #texts = {};
-  #flashed = {}; // cell → value and time of its last flash
+  #flashed = null; // value and time of the last flash
   #decimals = 2;
   #shown = null; // the row on the screen
   #trend;
@@ -109,7 +110,8 @@ export class Line {
     this.heardAt = row.prev == null ? Math.min(row.ts ?? nowMs, nowMs) : nowMs;
   }
 
-  paint() {
+  paint(now = performance.now()) {
+    this.paintedAt = now;
     const row = this.row ?? {};
     const { last, prev_close: previousClose, bid, ask, change, change_pct: percent, ts } = row;
     this.#decimals = Math.max(this.#decimals, ...[last, previousClose, bid, ask].map(figures.decimalsOf));
@@ -130,7 +132,7 @@ export class Line {
     this.element.toggleAttribute("data-refused", this.refusal !== null);
     this.element.toggleAttribute("data-empty", !row.name);
     if (row === this.#shown || last == null) return;
-    for (const name of ["last", "bid", "ask"]) this.#flash(name, row[name]);
+    this.#flash(last, now);
     this.#trend.add(last, Date.now());
     this.#shown = row;
   }
@@ -164,16 +166,15 @@ export class Line {
     this.#cells[name].textContent = text;
   }
 
-  /** Flash a cell in the direction in which it went since its last flash. */
-  #flash(name, value) {
-    const before = this.#flashed[name];
-    const now = performance.now();
-    if (value == null || value === before?.value) return;
+  /** Flash the price in the direction in which it went since its last flash. */
+  #flash(value, now) {
+    const before = this.#flashed;
+    if (value === before?.value) return;
     if (before && (!this.isNear || now - before.at < FLASH_EVERY_MS)) return;
-    this.#flashed[name] = { value, at: before ? now : -Infinity };
+    this.#flashed = { value, at: before ? now : -Infinity };
     if (!before) return;
     // Two names for one animation: the other one starts it again without a forced layout.
-    const cell = this.#cells[name];
+    const cell = this.#cells.last;
     const side = value > before.value ? "up" : "down";
     cell.dataset.flash = cell.dataset.flash === `${side}-a` ? `${side}-b` : `${side}-a`;
   }

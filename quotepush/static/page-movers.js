@@ -44,6 +44,7 @@ export class Movers {
     for (const [way, places] of Object.entries(this.#places)) {
       places.forEach(({ button, label, pct }, n) => {
         const { code = "", name, change_pct: changed } = this.#answer[way]?.[n] ?? {};
+        button.dataset.move = changed > 0 ? "up" : changed < 0 ? "down" : "flat";
         button.disabled = !code;
         button.dataset.code = code;
         button.title = code && name ? `${code} ${name}` : code;

@@ -1,11 +1,15 @@
 /**
  * The lines of a list, in their order on the page.
  *
- * Law: rows only mark their line as changed; lines are painted once per frame, those out of sight once a second. Sorting
+ * Law: rows only mark their line as changed. A line is painted in the next frame, but at most eight times a second, once a
+ * second when it is out of sight, and never with many others: lines that tick all the time share the frames. Sorting
  * never changes the list's own order, and nothing moves under a pointer or the focus unless it was asked to.
  */
 import { Line } from "./page-line.js";
 
+const PAINT_EVERY_MS = 125; // more often nobody reads
+const PAINT_FAR_EVERY_MS = 1000;
+const MOST_A_FRAME = 8;
 const SORT_EVERY_MS = 3000;
 
 // What a column is sorted by, and how it begins when its header is pressed for the first time.
@@ -27,8 +31,8 @@ export class Table {
   #lines = []; // in the list's own order
   #bySpelling = new Map();
   #ofElement = new WeakMap();
-  #dirty = new Set(); // to be painted in the next frame
-  #far = new Set(); // out of sight: to be painted with the next second
+  #dirty = new Set(); // to be painted as soon as it is their turn
+  #frame = 0;
   #sight;
   #sort = null; // { column, direction }
   #sortedAt = 0;
@@ -90,18 +94,13 @@ export class Table {
     this.#lines.splice(place, 1);
     this.#bySpelling.delete(line.spelling);
     this.#dirty.delete(line);
-    this.#far.delete(line);
     this.#sight.unobserve(line.element);
     line.element.remove();
     return place;
   }
 
   touch(line) {
-    if (!line.isNear) {
-      this.#far.add(line);
-      return;
-    }
-    if (!this.#dirty.size) requestAnimationFrame(() => this.#paint(this.#dirty));
+    this.#frame ||= requestAnimationFrame((now) => this.#paintDue(now));
     this.#dirty.add(line);
   }
 
@@ -109,9 +108,8 @@ export class Table {
     for (const line of this.#lines) this.touch(line);
   }
 
-  /** What is due once a second: lines out of sight, ages, the order of a sorted table. */
+  /** What is due once a second: ages, the order of a sorted table. */
   tick() {
-    this.#paint(this.#far);
     const now = Date.now();
     for (const line of this.#lines) if (line.isNear) line.paintAge(now);
     const isBusy = this.#body.matches(":hover") || this.#body.contains(document.activeElement);
@@ -127,6 +125,7 @@ export class Table {
   /** Mark the line whose details are open. */
   mark(line) {
     for (const other of this.#lines) {
+      other.element.toggleAttribute("data-open", other === line);
       if (other === line) other.openButton.setAttribute("aria-current", "true");
       else other.openButton.removeAttribute("aria-current");
     }
@@ -138,10 +137,16 @@ export class Table {
     return this.#ofElement.get(step > 0 ? element.nextElementSibling : element.previousElementSibling);
   }
 
-  #paint(set) {
-    const lines = [...set];
-    set.clear();
-    for (const line of lines) line.paint();
+  #paintDue(now) {
+    this.#frame = 0;
+    let painted = 0;
+    for (const line of this.#dirty) {
+      if (now - line.paintedAt < (line.isNear ? PAINT_EVERY_MS : PAINT_FAR_EVERY_MS)) continue;
+      this.#dirty.delete(line); // who waits longest stands first
+      line.paint(now);
+      if (++painted === MOST_A_FRAME) break;
+    }
+    if (this.#dirty.size) this.#frame = requestAnimationFrame((then) => this.#paintDue(then));
   }
 
   #see(entries) {
@@ -149,7 +154,6 @@ export class Table {
     for (const { target, isIntersecting } of entries) {
       const line = this.#ofElement.get(target);
       line.isNear = isIntersecting;
-      if (this.#far.delete(line)) this.touch(line);
       if (isIntersecting) line.paintAge(now);
     }
   }

@@ -48,7 +48,7 @@ class Witness:
 
 
 async def expect_connected(page: Page) -> None:
-    await expect(page.locator("#state")).to_have_text(re.compile("^(Live|Connected)"), timeout=PATIENCE_MS)
+    await expect(page.locator("#state")).to_have_text(re.compile("^(Live|Connected|实时|已连接)"), timeout=PATIENCE_MS)
 
 
 def line(page: Page, code: str) -> Locator:

@@ -43,9 +43,7 @@ async def run(seconds: float, every_s: float, codes: int, per_s: float) -> None:
             await _use(page, names[len(heaps) % codes], every_s)
         feed.cancel()
         half = heaps[len(heaps) // 2 :]
-        click.echo(
-            f"heap in the second half: {half[0]:.2f} MiB at its begin, {half[-1]:.2f} at its end, {max(half):.2f} at most"
-        )
+        click.echo(f"second half: {half[0]:.2f} MiB at its begin, {half[-1]:.2f} at its end, {max(half):.2f} at most")
 
 
 async def _sample(session: CDPSession) -> dict[str, float]:
