@@ -35,11 +35,12 @@ export function readAddress(hash) {
 }
 
 export class Lists {
-  /** `{ codes, name }` of somebody else, while it is shown. */
+  /** `{ codes, name }` of somebody else, until it is kept or deleted. */
   guest = null;
 
   #lists = []; // { codes, name: null for one that nobody has named }
   #current = 0;
+  #isGuestShown = false;
 
   constructor(defaults) {
     this.#lists = this.#stored() ?? [{ codes: defaults, name: null }];
@@ -51,11 +52,11 @@ export class Lists {
 
   /** The place of the list that is shown; -1: it is a guest. */
   get place() {
-    return this.guest ? -1 : this.#current;
+    return this.#isGuestShown ? -1 : this.#current;
   }
 
   get current() {
-    return this.guest ?? this.#lists[this.#current];
+    return this.#isGuestShown ? this.guest : this.#lists[this.#current];
   }
 
   /** Show what an address holds: a list of the visitor's own if it is the same, else a guest. */
@@ -63,19 +64,21 @@ export class Lists {
     const isSame = (list) => list.name === name && `${list.codes}` === `${codes}`;
     const place = isSame(this.#lists[this.#current]) ? this.#current : this.#lists.findIndex(isSame);
     if (place < 0) this.guest = { codes, name };
-    else this.select(place);
+    this.select(place);
   }
 
+  /** Show the list at `place`; -1: the guest. */
   select(place) {
-    this.guest = null;
+    this.#isGuestShown = place < 0;
+    if (place < 0) return;
     this.#current = place;
     this.#store();
   }
 
   /** The list that is shown has these codes now. */
   change(codes) {
-    if (this.guest) this.create({ codes, name: this.guest.name });
-    else this.current.codes = codes;
+    if (this.#isGuestShown) this.#adopt();
+    this.current.codes = codes;
     this.#store();
   }
 
@@ -85,13 +88,19 @@ export class Lists {
   }
 
   rename(name) {
-    if (this.guest) this.create({ ...this.guest });
+    if (this.#isGuestShown) this.#adopt();
     this.current.name = name;
     this.#store();
   }
 
   /** Take the list that is shown away; returns what brings it back. The last one is emptied instead. */
   delete() {
+    const { guest } = this;
+    if (this.#isGuestShown) {
+      this.guest = null;
+      this.select(this.#current);
+      return () => this.visit(guest);
+    }
     const [place, lists] = [this.#current, this.#lists];
     this.#lists = lists.toSpliced(place, 1);
     if (!this.#lists.length) this.#lists = [{ codes: [], name: null }];
@@ -109,6 +118,12 @@ export class Lists {
     this.#lists = this.#stored() ?? this.#lists;
     this.#current = Math.min(current, this.#lists.length - 1); // each tab shows what it likes
     return true;
+  }
+
+  #adopt() {
+    const { guest } = this;
+    this.guest = null;
+    this.create(guest);
   }
 
   #stored() {

@@ -20,7 +20,7 @@ export class Tabs {
     this.#callbacks = callbacks;
     nav.addEventListener("click", ({ target }) => {
       const place = target.closest("button")?.dataset.place;
-      if (place >= 0) callbacks.onSelect(Number(place));
+      if (place) callbacks.onSelect(Number(place));
     });
     buttons.create.addEventListener("click", () => this.#ask("newList", "", callbacks.onCreate));
     buttons.rename.addEventListener("click", () => this.#ask("renameList", lists.current.name ?? "", callbacks.onRename));

@@ -71,7 +71,7 @@ const tabs = new Tabs({
   lists,
   buttons: { create: $("new-list"), rename: $("rename-list"), delete: $("delete-list") },
   onSelect: (place) => {
-    if (place >= 0) lists.select(place);
+    lists.select(place);
     show();
   },
   onCreate: (name) => {
@@ -85,8 +85,7 @@ const tabs = new Tabs({
   },
   onDelete: () => {
     const name = tabs.nameOf();
-    const undo = lists.guest ? () => {} : lists.delete();
-    lists.guest = null;
+    const undo = lists.delete();
     show();
     notify(t("listDeleted", { name }), { undo: () => (undo(), show()) });
   },
@@ -165,7 +164,7 @@ function remember({ isEdit = false } = {}) {
   const address = addressOf({ codes: table.names, name: lists.current.name, open: detail.code });
   history.replaceState(null, "", address || location.pathname + location.search);
   $("empty").hidden = table.size > 0;
-  $("shared").hidden = !lists.guest;
+  $("shared").hidden = lists.place >= 0;
   tabs.show();
   summarize();
 }
@@ -431,7 +430,7 @@ addEventListener("hashchange", () => visit());
 
 addEventListener("storage", (event) => {
   if (!lists.reload(event)) return;
-  if (lists.guest || `${lists.current.codes}` === `${table.names}`) tabs.show();
+  if (lists.place < 0 || `${lists.current.codes}` === `${table.names}`) tabs.show();
   else show();
 });
 

@@ -5,8 +5,9 @@
     python tools/bench/page_frames.py --codes 100 --per-s 5 --detail
 
 Work is taken from a trace of Chromium: the tasks of the page's main thread (scripts, style, layout, paint) between two
-animation frames, by the clock and in CPU time, which other programs on the machine lengthen less. Evenness is what a page sees: the time between two calls of requestAnimationFrame. Chromium runs
-headless and draws 60 frames a second in software.
+animation frames, by the clock and in CPU time, which other programs on the machine lengthen less. Evenness is what a
+page sees: the time between two calls of requestAnimationFrame. Chromium runs headless and draws 60 frames a second in
+software.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
-from page_stage import codes_of, page_stage, publish_evenly
+from page_stage import codes_of, page_stage, ticking
 
 _TRACED = ["toplevel", "devtools.timeline", "disabled-by-default-devtools.timeline", "blink.user_timing"]
 _FRAMES = """
@@ -55,8 +56,7 @@ class Frames:
 async def measure(codes: int, per_s: float, seconds: float, height: int, detail: bool) -> Frames:
     """Open the page with so many codes, let them tick, and look at its frames for some seconds."""
     names = codes_of(codes)
-    async with page_stage() as stage:
-        feed = asyncio.create_task(publish_evenly(stage.redis_url, names, codes * per_s))
+    async with page_stage() as stage, ticking(stage.redis_url, names, codes * per_s):
         page = await stage.browser.new_page(viewport={"width": 1440, "height": height})
         await page.goto(f"{stage.url}#{','.join(names)}" + ("&open=X0000" if detail else ""))
         await page.locator("#lines tr:last-child .last", has_text=re.compile(r"\d")).wait_for(state="attached")
@@ -65,7 +65,6 @@ async def measure(codes: int, per_s: float, seconds: float, height: int, detail:
         at = await page.evaluate(_FRAMES, seconds)
         trace = json.loads(await stage.browser.stop_tracing())
         rows = await page.locator("#rate").inner_text()
-        feed.cancel()
         busy, cpu, long_tasks = work_of(trace["traceEvents"])
         return Frames(len(busy), busy, cpu, [b - a for a, b in itertools.pairwise(at)], long_tasks, rows)
 

@@ -12,7 +12,7 @@ import asyncio
 import time
 
 import click
-from page_stage import codes_of, page_stage, publish_evenly
+from page_stage import codes_of, page_stage, ticking
 from playwright.async_api import CDPSession, Page
 
 _MIB = 1 << 20
@@ -21,8 +21,7 @@ _MIB = 1 << 20
 async def run(seconds: float, every_s: float, codes: int, per_s: float) -> None:
     """Print a line per sample until the time is over, and by how much the heap grew in its second half."""
     names = codes_of(codes)
-    async with page_stage() as stage:
-        feed = asyncio.create_task(publish_evenly(stage.redis_url, names, per_s))
+    async with page_stage() as stage, ticking(stage.redis_url, names, per_s):
         page = await stage.browser.new_page(viewport={"width": 1440, "height": 900})
         await page.goto(f"{stage.url}#{','.join(names)}")
         session = await page.context.new_cdp_session(page)
@@ -38,10 +37,7 @@ async def run(seconds: float, every_s: float, codes: int, per_s: float) -> None:
                 f"{elapsed:6.0f} {heaps[-1]:10.2f} {figures['Nodes']:8.0f} {figures['JSEventListeners']:10.0f} "
                 f"{figures['Documents']:10.0f} {await page.locator('#rate').inner_text():>10}"
             )
-            if feed.done():
-                feed.result()
             await _use(page, names[len(heaps) % codes], every_s)
-        feed.cancel()
         half = heaps[len(heaps) // 2 :]
         click.echo(f"second half: {half[0]:.2f} MiB at its begin, {half[-1]:.2f} at its end, {max(half):.2f} at most")
 

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from quotepush.private_redis import private_redis
 
-__all__ = ["Stage", "codes_of", "page_stage", "publish_evenly"]
+__all__ = ["Stage", "codes_of", "page_stage", "ticking"]
 
 _FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 _TURN_S = 0.02
@@ -71,8 +71,16 @@ async def _server(redis_url: str) -> AsyncIterator[str]:
             await process.wait()
 
 
-async def publish_evenly(redis_url: str, codes: list[str], per_s: float) -> None:
-    """Publish ticks of the codes in turn, until cancelled; each changes price, book and volume of its code."""
+@contextlib.asynccontextmanager
+async def ticking(redis_url: str, codes: list[str], per_s: float) -> AsyncIterator[None]:
+    """Publish ticks of the codes in turn; each changes price, book and volume of its code."""
+    async with asyncio.TaskGroup() as group:
+        feed = group.create_task(_publish(redis_url, codes, per_s))
+        yield
+        feed.cancel()
+
+
+async def _publish(redis_url: str, codes: list[str], per_s: float) -> None:
     loop = asyncio.get_running_loop()
     due, owed, count = loop.time(), 0.0, 0
     async with Redis.from_url(redis_url) as redis:
