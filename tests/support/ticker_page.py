@@ -65,4 +65,4 @@ async def add(page: Page, spelling: str) -> None:
 
 
 async def codes(page: Page) -> list[str]:
-    return await page.locator("tbody .code").all_inner_texts()
+    return await page.locator("tbody .code").all_text_contents()  # also of lines that are out of sight
