@@ -64,7 +64,9 @@ async def test_two_hundred_codes_are_live_at_once(
         await expect_connected(page)
         newest = await feed.finish()
     await expect_newest(page, newest)
-    await expect(page.locator("#detail [data-part=last]")).to_have_text(await cell(page, "X150", "last").inner_text())
+    await expect(page.locator("#detail [data-part=last]")).to_have_text(
+        await cell(page, "X150", "last").text_content() or ""
+    )
     assert not await page.evaluate("document.querySelectorAll('#lines [data-stale]').length")
 
 
