@@ -27,7 +27,7 @@ __all__ = ["Admit", "make_app"]
 Admit = Callable[[str, bool], Awaitable[str]]
 
 STATIC = Path(__file__).parent.parent / "static"
-_FILES = {f"/{name}": name for name in ("quotepush.js", "page.js", "page.css")}
+_FILES = [STATIC / "quotepush.js", *STATIC.glob("page*.js"), *STATIC.glob("page*.css")]
 _RETRY_AFTER_S = 5
 _SUBPROTOCOLS = tuple(codec.subprotocol for codec in CODECS)
 
@@ -55,8 +55,8 @@ def make_app(settings: Settings, worker: PushWorker, admit: Admit, leave: Callab
     app.router.add_get(settings.base_path + "/stream", door.stream)
     app.router.add_get(settings.base_path + "/quotes", queries.quotes)
     app.router.add_get(settings.base_path + "/codes", queries.codes)
-    for path, name in _FILES.items():
-        app.router.add_get(settings.base_path + path, _file_handler(STATIC / name))
+    for path in _FILES:
+        app.router.add_get(f"{settings.base_path}/{path.name}", _file_handler(path))
     app.router.add_get(settings.base_path + "/", _page_handler(settings.ws_path.lstrip("/")))
     if settings.base_path:
         # Without the slash the page's relative links would miss.
