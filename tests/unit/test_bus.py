@@ -15,7 +15,12 @@ from tests.support.waiting import wait_until
 
 TO_WORKER = [
     bus.Setup(
-        1, {"port": 8008, "allowed_origins": ["*"], "zones": {"SH": "Asia/Shanghai"}}, "n1", "epoch", "0.1", "a1",
+        1,
+        {"port": 8008, "allowed_origins": ["*"], "zones": {"SH": "Asia/Shanghai"}},
+        "n1",
+        "epoch",
+        "0.1",
+        "a1",
         [("secret", False), ("{}", True)],
     ),
     bus.TokenKeys([("secret", False)]),
