@@ -100,6 +100,9 @@ TESTED_ELSEWHERE = {
     "quotepush.node.main": "tests/integration/test_lifecycle.py",
     "quotepush.node.supervisor": "tests/integration/test_lifecycle.py",
     "quotepush.node.worker": "tests/integration/test_lifecycle.py",
+    "quotepush.node.switchboard": "tests/integration/test_sending.py",
+    "quotepush.node.memberships": "tests/integration/test_sending.py",
+    "quotepush.node.carrying": "tests/integration/test_sending.py",
     "quotepush.node.logs": "tests/integration/test_lifecycle.py",
     "quotepush.node.collector": "tests/integration/test_lifecycle.py",
 }
