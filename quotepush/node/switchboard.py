@@ -13,7 +13,7 @@ from redis.asyncio import ConnectionPool
 
 from quotepush import __version__
 from quotepush.cluster.commands import ClusterKeys
-from quotepush.cluster.events import Announcer
+from quotepush.cluster.announcer import Announcer
 from quotepush.cluster.inbox import Inbox
 from quotepush.cluster.nodes import Told
 from quotepush.cluster.presence import Presence

@@ -25,7 +25,7 @@ from setproctitle import setproctitle
 
 from quotepush.auth import Verifier
 from quotepush.cluster.commands import encode, parse_command
-from quotepush.cluster.events import event_text
+from quotepush.cluster.announcer import event_text
 from quotepush.cluster.registry import RegistryMirror, registry_client
 from quotepush.entitlement import Codes
 from quotepush.node import bus
