@@ -8,7 +8,8 @@ in the environment, flags. All faults of all sources are found at once.
 Passwords may come in the Redis URL, or from ``QUOTEPUSH_FEED_REDIS_PASSWORD`` and
 ``QUOTEPUSH_REGISTRY_REDIS_PASSWORD``, or from a file (``feed_redis_password_file``,
 ``registry_redis_password_file``: for secrets that a supervisor mounts). The key of tokens
-has a file too (``token_key_file``). No secret is in a ``repr`` or in a fault.
+and the token of the HTTP API have a file too (``token_key_file``, ``api_token_file``). No secret
+is in a ``repr`` or in a fault.
 """
 
 import dataclasses
@@ -39,6 +40,8 @@ _URLS = ("feed_redis", "registry_redis")
 _PASSWORDS = tuple(f"{name}_password" for name in _URLS)
 _OF_COMMANDS = ("config", "token")  # read by click: where the file is, and what `watch` shows to a server
 _MOST_LEEWAY_S = 60
+_SECRETS = ("token_key", "api_token")  # each with a file of its own
+_LEAST_API_TOKEN = 16  # letters
 # What else is at the public port, below base_path.
 _OTHER_PATHS = ("/stream", "/quotes", "/codes")
 
@@ -68,8 +71,18 @@ class Settings:
     tls_key: str = _setting("", "PEM file with the private key of tls_cert.")
 
     # The private listener.
-    admin_host: str = _setting("127.0.0.1", "Address of the private listener (health, metrics).")
+    admin_host: str = _setting(
+        "127.0.0.1",
+        "Address of the private listener (health, metrics, HTTP API); one that is no loopback needs an api_token.",
+    )
     admin_port: int = _setting(8009, "Port of the private listener; 0 takes any free one.", at_least=0)
+
+    api_token: str = _setting(
+        "",
+        "Secret that callers of the HTTP API show, at least 16 letters; empty: there is no HTTP API. "
+        "A flag can be seen in the list of processes.",
+    )
+    api_token_file: str = _setting("", "File with api_token, instead of it; read at the start.")
 
     # Tokens.
     token_key: str = _setting(
@@ -238,7 +251,7 @@ def without_password(url: str) -> str:
 def _without_secret(name: str, value: Any) -> Any:
     if name in _URLS:
         return without_password(value)
-    return "***" if name == "token_key" and value else value
+    return "***" if name in _SECRETS and value else value
 
 
 def _with_password(url: str, password: str) -> str:
@@ -283,7 +296,7 @@ def load(
                 values[name] = _coerce(value, kinds[name])
             except ValueError as e:
                 # What holds a secret is not repeated, whatever its type.
-                faults.append(f"{source}: {name} {'must be a text' if name in (*_URLS, 'token_key') else e}")
+                faults.append(f"{source}: {name} {'must be a text' if name in (*_URLS, *_SECRETS) else e}")
     settings = _resolve(Settings(**values), env, faults)
     faults += _faults(settings)
     if faults:
@@ -373,7 +386,7 @@ def _resolve(settings: Settings, env: Mapping[str, str], faults: list[str]) -> S
     lock_file = settings.lock_file or str(
         Path(env.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"quotepush-{node}.lock"
     )
-    urls: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for role in ("feed_redis", "registry_redis"):
         url = getattr(settings, role)
         password = env.get(f"{ENV_PREFIX}{role.upper()}_PASSWORD", "")
@@ -382,20 +395,29 @@ def _resolve(settings: Settings, env: Mapping[str, str], faults: list[str]) -> S
             password = _read_secret(name, getattr(settings, name), faults)
         if url:
             try:
-                urls[role] = _with_password(url, password)
+                found[role] = _with_password(url, password)
             except ValueError:
                 continue  # _faults names the broken URL
         elif password:
             faults.append(f"{role}: a password is set, but no {role}")
-    token_key = settings.token_key
-    if settings.token_key_file:
-        if settings.token_key:
-            faults.append("token_key and token_key_file are both set; keep one of them")
-        others = len(faults)
-        token_key = _read_secret("token_key_file", settings.token_key_file, faults)
-        if not token_key and len(faults) == others:
-            faults.append(f"token_key_file: there is no key in {settings.token_key_file}")
-    return dataclasses.replace(settings, node=node, lock_file=lock_file, token_key=token_key, **urls)
+    for name in _SECRETS:
+        found[name] = _secret(settings, name, faults)
+    return dataclasses.replace(settings, node=node, lock_file=lock_file, **found)
+
+
+def _secret(settings: Settings, name: str, faults: list[str]) -> str:
+    """Return a secret of its own or from its file."""
+    value: str = getattr(settings, name)
+    path = getattr(settings, f"{name}_file")
+    if not path:
+        return value
+    if value:
+        faults.append(f"{name} and {name}_file are both set; keep one of them")
+    others = len(faults)
+    value = _read_secret(f"{name}_file", path, faults)
+    if not value and len(faults) == others:
+        faults.append(f"{name}_file: there is no {'key' if name == 'token_key' else 'token'} in {path}")
+    return value
 
 
 def _read_secret(name: str, path: str, faults: list[str]) -> str:
@@ -424,9 +446,15 @@ def _faults(s: Settings) -> list[str]:
             found.append(f"{name} must be at most 65535, not {getattr(s, name)}")
     if s.port and s.port == s.admin_port and s.host == s.admin_host:
         found.append(f"port and admin_port are both {s.port}; the private listener needs its own")
-    if s.admin_host not in ("localhost",) and not _is_loopback(s.admin_host):
+    if s.api_token and not re.match(rf"[!-~]{{{_LEAST_API_TOKEN},}}\Z", s.api_token):
         found.append(
-            f"admin_host must be a loopback address, not {s.admin_host!r}: the private listener has no password"
+            f"api_token must be at least {_LEAST_API_TOKEN} letters, digits or signs of ASCII without blanks; make one "
+            'with: python -c "import secrets; print(secrets.token_hex(32))"'
+        )
+    if s.admin_host not in ("localhost",) and not _is_loopback(s.admin_host) and not s.api_token:
+        found.append(
+            f"admin_host must be a loopback address, not {s.admin_host!r}, unless there is an api_token or an "
+            "api_token_file"
         )
     for name in ("feed_redis", "registry_redis"):
         url = getattr(s, name)
