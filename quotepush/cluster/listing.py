@@ -54,22 +54,33 @@ class Listing(Generic[Item]):
         """
         return await self._fetch(cursor, count)
 
+    async def all(self) -> list[Item]:
+        """Return all of it."""
+        return [item async for item in self]
+
+    def new_of(self, page: Page[Item], seen: set[str]) -> list[Item]:
+        """Return what of a page is not among ``seen``, and add it there.
+
+        Redis hands out some members of a set that grows or shrinks twice.
+        """
+        new = []
+        for item in page.items:
+            name = self._name(item)
+            if name not in seen:
+                seen.add(name)
+                new.append(item)
+        return new
+
     async def __aiter__(self) -> AsyncIterator[Item]:
-        seen: set[str] = set()  # a set that is growing hands out some members twice
+        seen: set[str] = set()
         cursor = ""
         while True:
             page = await self._fetch(cursor, _PAGE)
-            for item in page.items:
-                name = self._name(item)
-                if name not in seen:
-                    seen.add(name)
-                    yield item
+            for item in self.new_of(page, seen):
+                yield item
             cursor = page.cursor
             if not cursor:
                 return
 
     def __await__(self) -> Generator[Any, None, list[Item]]:
-        return self._all().__await__()
-
-    async def _all(self) -> list[Item]:
-        return [item async for item in self]
+        return self.all().__await__()

@@ -213,7 +213,9 @@ class Routing:
                     absent.append(user)
         elif to.group is not None:
             places.update((node, []) for node in await self._nodes_of_group(to.group))
-        calls: list[_Call] = [(self._keys.to_node(node), _part(command, names), (node,)) for node, names in sorted(places.items())]
+        calls: list[_Call] = [
+            (self._keys.to_node(node), _part(command, names), (node,)) for node, names in sorted(places.items())
+        ]
         return calls, absent
 
     async def _nodes_of_group(self, group: str) -> set[str]:
