@@ -7,8 +7,8 @@ in the environment, flags. All faults of all sources are found at once.
 
 Passwords may come in the Redis URL, or from ``QUOTEPUSH_FEED_REDIS_PASSWORD`` and
 ``QUOTEPUSH_REGISTRY_REDIS_PASSWORD``, or from a file (``feed_redis_password_file``,
-``registry_redis_password_file``: for secrets that a supervisor mounts). The key of tokens
-and the token of the HTTP API have a file too (``token_key_file``, ``api_token_file``). No secret
+``registry_redis_password_file``: for secrets that a supervisor mounts). Keys of tokens
+and the token of the HTTP API have files too (``token_key_file``, ``api_token_file``). No secret
 is in a ``repr`` or in a fault.
 """
 
@@ -29,8 +29,9 @@ from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from quotepush.auth import key_fault
+from quotepush.entitlement import MOST_RATE, BadClaim, Codes, Entitlement, unserved
 from quotepush.errors import SettingsError
+from quotepush.token_keys import BadKey, parse_keys, secret_key
 
 __all__ = ["ENV_PREFIX", "Settings", "default_node", "example_toml", "load", "markdown", "without_password"]
 
@@ -40,7 +41,8 @@ _URLS = ("feed_redis", "registry_redis")
 _PASSWORDS = tuple(f"{name}_password" for name in _URLS)
 _OF_COMMANDS = ("config", "token")  # read by click: where the file is, and what `watch` shows to a server
 _MOST_LEEWAY_S = 60
-_SECRETS = ("token_key", "api_token")  # each with a file of its own
+_LEAST_REFRESH_S = 10
+_SECRETS = ("token_key", "api_token")
 _LEAST_API_TOKEN = 16  # letters
 # What else is at the public port, below base_path.
 _OTHER_PATHS = ("/stream", "/quotes", "/codes")
@@ -87,14 +89,35 @@ class Settings:
     # Tokens.
     token_key: str = _setting(
         "",
-        "Secret with which tokens are signed (HS256), at least 32 bytes; empty: no tokens, everybody may subscribe. "
-        "A flag can be seen in the list of processes.",
+        "Secret with which tokens are signed (HS256), at least 32 bytes. Without any key there are no tokens, and "
+        "everybody may subscribe. A flag can be seen in the list of processes.",
     )
-    token_key_file: str = _setting("", "File with token_key, instead of it; read at the start.")
+    token_key_file: list[str] = _setting(
+        [],
+        "Files with keys: a secret, public keys (RSA, EC P-256, Ed25519) as PEM, or a JWKS; read again when changed.",
+    )
+    token_jwks_url: str = _setting("", "Address of a JWKS with public keys; https, or http on this machine.")
+    token_jwks_refresh_s: float = _setting(
+        300.0, "How often token_jwks_url is fetched, besides when a token names an unknown key; at least 10.", unit="s"
+    )
+    token_audience: list[str] = _setting(
+        [], "Each token must be for one of these (aud); empty: for nobody in particular."
+    )
+    token_issuer: list[str] = _setting([], "Each token must be of one of these (iss); empty: of anybody.")
     token_leeway_s: float = _setting(
         5.0, "By how much the clocks of whoever signs tokens and of this machine may differ, at most 60.", unit="s",
         at_least=0,
     )  # fmt: skip
+    delays: list[int] = _setting([900], "What a token's delay_s may be; delayed quotes are not served yet.", unit="s")
+    anonymous: bool = _setting(False, "Whether clients without a token may come in where tokens are taken.")
+    anonymous_codes: list[str] = _setting(["*"], "Codes that they may see, as in a token's codes: *.SH,AAPL.")
+    anonymous_max_rate: float = _setting(
+        0.0, "Most rows a second and code for them, at most 1000; 0: every row.", unit="1/s", at_least=0
+    )
+    anonymous_max_codes: int = _setting(0, "Codes of one connection of theirs; 0: max_codes.", at_least=0)
+    anonymous_delay_s: int = _setting(
+        0, "How old their quotes are, one of delays; not served yet.", unit="s", at_least=0
+    )
     auth_timeout_s: float = _setting(
         10.0, "Without a token for so long a connection that needs one is closed with 4408.", unit="s", at_least=0.1
     )
@@ -219,6 +242,27 @@ class Settings:
         return self.registry_redis or self.feed_redis
 
     @property
+    def has_tokens(self) -> bool:
+        """Whether this server takes tokens."""
+        return bool(self.token_key or self.token_key_file or self.token_jwks_url)
+
+    @property
+    def anonymous_entitlement(self) -> Entitlement | None:
+        """What clients without a token may have where tokens are taken; None: nothing.
+
+        Raises:
+            BadClaim: ``anonymous_codes`` are no patterns.
+        """
+        if not self.anonymous:
+            return None
+        return Entitlement(
+            codes=Codes(self.anonymous_codes),
+            max_rate=self.anonymous_max_rate or None,
+            max_codes=self.anonymous_max_codes or None,
+            delay_s=self.anonymous_delay_s,
+        )
+
+    @property
     def worker_count(self) -> int:
         """How many workers to run."""
         return self.workers or _cores()
@@ -340,6 +384,8 @@ def _nearest(name: str, kinds: Mapping[str, Any]) -> str:
 def _coerce(value: Any, kind: Any) -> Any:
     """Turn what a file, the environment or a flag said into the setting's type, or raise ValueError."""
     origin = typing.get_origin(kind) or kind
+    if kind == list[int]:
+        return _whole_numbers(value)
     if isinstance(value, str) and origin is not str:
         return _parse(value, origin)
     if origin is float and type(value) is int:
@@ -351,6 +397,16 @@ def _coerce(value: Any, kind: Any) -> Any:
     if origin is dict and not all(isinstance(item, str) for item in value.values()):
         raise ValueError(f"must be a table of texts, not {value!r}")
     return value
+
+
+def _whole_numbers(value: Any) -> list[int]:
+    items = _parse(value, list) if isinstance(value, str) else value
+    try:
+        if type(items) is list and all(type(item) in (int, str) for item in items):
+            return [int(item) for item in items]
+    except ValueError:
+        pass
+    raise ValueError(f"must be a list of whole numbers, not {value!r}")
 
 
 def _parse(text: str, origin: Any) -> Any:
@@ -381,12 +437,12 @@ def _called(origin: Any) -> str:
 
 
 def _resolve(settings: Settings, env: Mapping[str, str], faults: list[str]) -> Settings:
-    """Fill in what depends on the machine: node, lock file, passwords, the key of tokens."""
+    """Fill in what depends on the machine: node, lock file, passwords."""
     node = settings.node or default_node()
     lock_file = settings.lock_file or str(
         Path(env.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / f"quotepush-{node}.lock"
     )
-    found: dict[str, Any] = {}
+    urls: dict[str, Any] = {}
     for role in ("feed_redis", "registry_redis"):
         url = getattr(settings, role)
         password = env.get(f"{ENV_PREFIX}{role.upper()}_PASSWORD", "")
@@ -395,29 +451,20 @@ def _resolve(settings: Settings, env: Mapping[str, str], faults: list[str]) -> S
             password = _read_secret(name, getattr(settings, name), faults)
         if url:
             try:
-                found[role] = _with_password(url, password)
+                urls[role] = _with_password(url, password)
             except ValueError:
                 continue  # _faults names the broken URL
         elif password:
             faults.append(f"{role}: a password is set, but no {role}")
-    for name in _SECRETS:
-        found[name] = _secret(settings, name, faults)
-    return dataclasses.replace(settings, node=node, lock_file=lock_file, **found)
-
-
-def _secret(settings: Settings, name: str, faults: list[str]) -> str:
-    """Return a secret of its own or from its file."""
-    value: str = getattr(settings, name)
-    path = getattr(settings, f"{name}_file")
-    if not path:
-        return value
-    if value:
-        faults.append(f"{name} and {name}_file are both set; keep one of them")
-    others = len(faults)
-    value = _read_secret(f"{name}_file", path, faults)
-    if not value and len(faults) == others:
-        faults.append(f"{name}_file: there is no {'key' if name == 'token_key' else 'token'} in {path}")
-    return value
+    api_token = settings.api_token
+    if settings.api_token_file:
+        if api_token:
+            faults.append("api_token and api_token_file are both set; keep one of them")
+        others = len(faults)
+        api_token = _read_secret("api_token_file", settings.api_token_file, faults)
+        if not api_token and len(faults) == others:
+            faults.append(f"api_token_file: there is no token in {settings.api_token_file}")
+    return dataclasses.replace(settings, node=node, lock_file=lock_file, api_token=api_token, **urls)
 
 
 def _read_secret(name: str, path: str, faults: list[str]) -> str:
@@ -476,10 +523,7 @@ def _faults(s: Settings) -> list[str]:
             found.append(f"{name} must look like /quotes, without a slash at its end, not {path!r}")
     if s.ws_path in _OTHER_PATHS:
         found.append(f"ws_path must not be {s.ws_path}: something else is there")
-    if s.token_key and (fault := key_fault(s.token_key)):
-        found.append(f"token_key {fault}")
-    if s.token_leeway_s > _MOST_LEEWAY_S:
-        found.append(f"token_leeway_s must be at most {_MOST_LEEWAY_S}, not {s.token_leeway_s!r}")
+    found += _token_faults(s)
     if bool(s.tls_cert) != bool(s.tls_key):
         found.append("tls_cert and tls_key go together")
     for name in ("tls_cert", "tls_key", "symbol_file"):
@@ -487,6 +531,70 @@ def _faults(s: Settings) -> list[str]:
         if path and not os.access(path, os.R_OK):
             found.append(f"{name}: {path} cannot be read")
     return found
+
+
+def _token_faults(s: Settings) -> list[str]:
+    found = []
+    if s.token_key:
+        try:
+            secret_key(s.token_key)
+        except BadKey as e:
+            found.append(f"token_key {e}")
+    for path in s.token_key_file:
+        try:
+            parse_keys(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as e:
+            found.append(f"token_key_file: {path} cannot be read: {e}")
+        except BadKey as e:
+            found.append(f"token_key_file: {path} {e}")
+    if s.token_jwks_url and (fault := _key_url_fault(s.token_jwks_url)):
+        found.append(f"token_jwks_url {fault}")
+    if s.token_jwks_refresh_s < _LEAST_REFRESH_S:
+        found.append(f"token_jwks_refresh_s must be at least {_LEAST_REFRESH_S}, not {s.token_jwks_refresh_s!r}")
+    if s.token_leeway_s > _MOST_LEEWAY_S:
+        found.append(f"token_leeway_s must be at most {_MOST_LEEWAY_S}, not {s.token_leeway_s!r}")
+    if any(delay <= 0 for delay in s.delays):
+        found.append(f"delays must be whole numbers above 0, not {s.delays!r}")
+    return found + _anonymous_faults(s)
+
+
+def _anonymous_faults(s: Settings) -> list[str]:
+    changed = [
+        f.name
+        for f in dataclasses.fields(s)
+        if f.name.startswith("anonymous") and getattr(s, f.name) != _shown_default(f)
+    ]
+    if changed and not s.has_tokens:
+        return [f"{changed[0]} is for servers with tokens; without a key everybody is anonymous and has every code"]
+    if changed and not s.anonymous:
+        return [f"{changed[0]} is set, but anonymous is not: nobody comes in without a token"]
+    found = []
+    if s.anonymous_max_rate > MOST_RATE:
+        found.append(f"anonymous_max_rate must be at most {MOST_RATE:g}, not {s.anonymous_max_rate!r}")
+    if s.anonymous_delay_s and s.anonymous_delay_s not in s.delays:
+        found.append(f"anonymous_delay_s must be one of delays, not {s.anonymous_delay_s}")
+    try:
+        entitlement = s.anonymous_entitlement
+    except BadClaim as e:
+        return [*found, f"anonymous_codes: {e}"]
+    if entitlement is not None and (fault := unserved(entitlement)):
+        found.append(f"anonymous_delay_s: {fault}")
+    return found
+
+
+def _key_url_fault(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return "is not a URL"
+    if "@" in parts.netloc:
+        return "must not hold a password"
+    if not parts.hostname or parts.scheme not in ("http", "https"):
+        return "must begin with https:// and name a host"
+    if parts.scheme == "http" and parts.hostname != "localhost" and not _is_loopback(parts.hostname):
+        return "must begin with https://: whoever sits between could put his own keys there"
+    return ""
 
 
 def _is_loopback(host: str) -> bool:

@@ -18,7 +18,7 @@ MODULES = {
 }
 
 # What each wing may import besides itself: only what stands below it. ingest, push and cluster do not know each other.
-GROUND = {"errors", "auth", "settings", "metrics"}
+GROUND = {"errors", "token_keys", "entitlement", "auth", "settings", "metrics"}
 PURE = {"errors", "quote", "wire"}
 CLIENT = {
     "client_errors", "client_events", "client_frame", "client_link", "client_messages", "client_questions",
@@ -27,12 +27,14 @@ CLIENT = {
 FLOORS: dict[str, set[str]] = {
     "errors": set(),
     "metrics": set(),
-    "auth": {"errors"},
-    "settings": {"errors", "auth"},
+    "token_keys": {"errors"},
     "quote": {"errors"},
+    "entitlement": {"quote"},
+    "auth": {"errors", "token_keys", "entitlement"},
+    "settings": {"errors", "token_keys", "entitlement"},
     "wire": {"errors", "quote"},
     "ingest": PURE,
-    "push": PURE | {"auth", "settings"},
+    "push": PURE | {"entitlement", "auth", "settings"},
     "cluster": PURE | {"settings"},
     "node": GROUND | PURE | {"ingest", "push", "cluster", "quotepush", "backend"},
     # Programs of their own beside the server, and the libraries for other programs.
@@ -57,17 +59,19 @@ FLOORS: dict[str, set[str]] = {
     "watching_table": PURE | {"client"},
     "watching": PURE | {"client", "watching_table"},
     "publishing": PURE | {"feed"},
-    "commanding": PURE | {"cluster", "backend"},
+    "commanding": PURE | {"settings", "cluster", "backend"},
+    "tokens": GROUND | PURE | {"node"},
     "demo": {"errors", "feed", "private_redis"},
     # On top: the package's front door and the command line.
     "quotepush": {"client", "client_blocking", "publisher", "backend", "backend_blocking"},
-    "cli": GROUND | {"quotepush", "node", "demo", "watching", "publishing", "commanding"},
+    "cli": GROUND | {"quotepush", "node", "demo", "watching", "publishing", "tokens", "commanding"},
     "__main__": {"cli"},
 }
 
 # No loop, no socket, no clock of their own.
 SANS_IO = (
-    "quotepush.errors", "quotepush.auth", "quotepush.quote.", "quotepush.wire.", "quotepush.ingest.probe",
+    "quotepush.errors", "quotepush.token_keys", "quotepush.entitlement", "quotepush.auth", "quotepush.quote.",
+    "quotepush.wire.", "quotepush.ingest.probe",
     "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.desk", "quotepush.push.results",
     "quotepush.push.watchlist", "quotepush.push.session", "quotepush.batches", "quotepush.client_state",
     "quotepush.client_messages", "quotepush.client_rows", "quotepush.client_errors", "quotepush.cluster.commands",
@@ -201,7 +205,7 @@ def test_every_library_that_is_imported_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["embedded"]]
     declared = {line.partition(">")[0].partition("[")[0].replace("-", "_") for line in wanted} | {"hiredis", "jwt"}
-    declared -= {"pyjwt"}  # is imported as jwt
+    declared = declared - {"pyjwt"} | {"cryptography"}  # pyjwt is imported as jwt, and its extra is cryptography
     found = {
         name.partition(".")[0]
         for module in MODULES
@@ -233,7 +237,8 @@ def test_a_worker_does_not_load_what_only_main_needs() -> None:
 
 
 def test_a_server_without_tokens_does_not_load_what_checks_them() -> None:
-    assert "jwt" not in loaded_after("import quotepush.node.worker, quotepush.node.main")
+    loaded = loaded_after("import quotepush.node.worker, quotepush.node.main")
+    assert not loaded & {"jwt", "cryptography.hazmat.primitives"}
 
 
 def test_the_client_library_does_not_load_the_server() -> None:

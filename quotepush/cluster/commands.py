@@ -82,6 +82,8 @@ class Command(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):
         exclude: fds that do not get it.
         sender: whom the recipients see as the sender, and who does not get it himself.
         keep: a message that is to be kept for users who are not here any more (only in an inbox).
+        sent: of a kept message: epoch milliseconds of the send; 0: now.
+        until: of a kept message: epoch milliseconds after which nobody wants it; 0: as the server's settings say.
         conns, conn, users, user, group: whom it is about.
         conn_key: the key from the ``hello`` of ``conn``.
         code, reason: of ``close`` and ``kick``.
@@ -98,6 +100,8 @@ class Command(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):
     exclude: list[str] = []
     sender: Sender | None = None
     keep: bool = False
+    sent: int = 0
+    until: int = 0
     conns: list[str] | None = None
     conn: str = ""
     users: list[str] | None = None
@@ -122,6 +126,7 @@ class Reply(msgspec.Struct, omit_defaults=True):
         delivered: connections that took a message, or that were closed, bound, joined …
         fds: those of the named connections that were there.
         session: of ``get_session``, ``set_session`` and ``update_session``: the session data.
+        users: of a kept message: those of its users who had a connection that took it.
         error: why nothing was done: ``bad_request``, ``too_large``, ``not_online``, ``wrong_key`` …
     """
 
@@ -130,6 +135,7 @@ class Reply(msgspec.Struct, omit_defaults=True):
     delivered: int = 0
     fds: list[str] = []
     session: dict[str, Any] | None = None
+    users: list[str] = []
     error: str = ""
     message: str = ""
 
@@ -139,11 +145,13 @@ class Kept(msgspec.Struct, omit_defaults=True):
 
     Attributes:
         at, until: epoch milliseconds of the send, and after which nobody wants it.
+        id: of its command; a connection is sent no kept message twice.
         data, encoding, raw, sender: as in :class:`Command`.
     """
 
     at: int
     until: int
+    id: str = ""
     data: Any = None
     encoding: str = ""
     raw: bool = False
@@ -151,7 +159,7 @@ class Kept(msgspec.Struct, omit_defaults=True):
 
 
 class NodeRecord(msgspec.Struct):
-    """How a node stands in ``<p>nodes``: times are epoch milliseconds."""
+    """How a node stands in ``<p>nodes``: times are epoch milliseconds by the clock of Redis (``TIME``)."""
 
     renewed: int
     started: int

@@ -168,14 +168,22 @@ class Routing:
             CallRefused: it is no command, or a node refuses it.
         """
         _check(command)
-        calls, absent = await self._calls(replace(command, keep=kept))
-        answers = await self._ask(calls, is_kept=kept)
+        name = new_id()
         if not kept:
+            calls, _ = await self._calls(command)
+            answers = await self._ask(calls, name)
             return Sent(answers.delivered, answers.counts, answers.missing)
-        # What a silent node has not answered to is in its inbox.
-        waiting = len(answers.missing)
-        collected = await self._keep(absent, command)
-        return Sent(answers.delivered + collected.delivered, answers.counts, (), waiting + len(absent))
+        ((seconds, micros),) = await self._line.ask(("TIME",))
+        sent_ms = seconds * 1000 + micros // 1000
+        command = replace(command, keep=True, sent=sent_ms, until=sent_ms + self._kept_ttl_s * 1000)
+        calls, absent = await self._calls(command)
+        answers = await self._ask(calls, name, is_kept=True)
+        collected = await self._keep(absent, name, command)
+        # A silent node has it in its inbox, and a user whom no node has found has it in his list.
+        users = command.to.users if command.to is not None else None
+        took = {user for reply in answers.replies.values() for user in reply.users}
+        waiting = len(answers.missing) if users is None else len(set(users) - took)
+        return Sent(answers.delivered + collected.delivered, answers.counts, (), waiting)
 
     async def order(self, command: Command) -> Answers:
         """Have anything else done with the connections that a command names.
@@ -185,7 +193,7 @@ class Routing:
         """
         _check(command)
         calls, _ = await self._calls(command)
-        return await self._ask(calls)
+        return await self._ask(calls, new_id())
 
     # Where they are
 
@@ -234,25 +242,24 @@ class Routing:
 
     # What waits
 
-    async def _keep(self, users: Sequence[str], message: Command) -> Answers:
+    async def _keep(self, users: Sequence[str], name: str, message: Command) -> Answers:
         """Let a message wait for users who are nowhere; whoever has come meanwhile is brought it at once."""
         if not users:
             return Answers({})
-        ((seconds, micros),) = await self._line.ask(("TIME",))
-        now_ms = seconds * 1000 + micros // 1000
-        until_ms = now_ms + self._kept_ttl_s * 1000
-        entry = encode(Kept(now_ms, until_ms, message.data, message.encoding, message.raw, message.sender))
+        entry = encode(
+            Kept(message.sent, message.until, name, message.data, message.encoding, message.raw, message.sender)
+        )
         commands: list[Words] = []
         for user in users:
             key = self._keys.kept(user)
             commands += [("RPUSH", key, entry), ("LTRIM", key, -self._kept_max, -1), ("EXPIRE", key, self._kept_ttl_s)]
         await self._line.ask(*commands)
         come = [call for user in users for call in (await self._calls(Command(op="collect", user=user)))[0]]
-        return await self._ask(come)
+        return await self._ask(come, new_id())
 
     # Questions and answers
 
-    async def _ask(self, calls: Sequence[_Call], *, is_kept: bool = False) -> Answers:
+    async def _ask(self, calls: Sequence[_Call], name: str, *, is_kept: bool = False) -> Answers:
         """Say it to the nodes; return what they answer until the bound.
 
         A kept command is put into the node's inbox first, where it waits for a node that is not listening.
@@ -260,7 +267,6 @@ class Routing:
         if not calls:
             return Answers({})
         await self._listen()
-        name = new_id()
         question = self._questions[name] = _Question(
             {node for _, _, nodes in calls for node in nodes}, asyncio.get_running_loop().create_future()
         )

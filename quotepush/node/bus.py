@@ -18,11 +18,11 @@ import msgspec
 
 __all__ = [
     "BUS_VERSION", "Answered", "Ask", "BusEnd", "Drain", "Feed", "Figures", "Find", "Found", "Freshness", "Hello",
-    "Lend", "PlacesBack", "PlacesGranted", "PlacesWanted", "Ready", "RegistryClient", "Rows", "Setup", "ToMain",
-    "ToWorker", "Unwatch",
+    "KeysWanted", "Lend", "PlacesBack", "PlacesGranted", "PlacesWanted", "Ready", "RegistryClient", "Rows", "Setup",
+    "ToMain", "ToWorker", "TokenKeys", "Unwatch",
 ]  # fmt: skip
 
-BUS_VERSION = 3
+BUS_VERSION = 4
 _LENGTH = struct.Struct("!I")
 _READ_MAX = 1 << 28
 
@@ -43,6 +43,17 @@ class Setup(_Message, tag="setup"):
     epoch: str
     server: str
     life: str = ""
+    keys: list[tuple[str, bool]] = []
+
+
+class TokenKeys(_Message, tag="keys"):
+    """The keys of tokens: texts, and whether each is public (``token_keys``); None: those that the worker has.
+
+    ``is_answer``: to :class:`KeysWanted`.
+    """
+
+    keys: list[tuple[str, bool]] | None
+    is_answer: bool = False
 
 
 class Rows(_Message, tag="rows"):
@@ -142,11 +153,19 @@ class Ask(_Message, tag="ask"):
 
 
 class Find(_Message, tag="find"):
-    """Which codes begin so, or have this in their names; without a text: which have moved most."""
+    """Which codes begin so, or have this in their names; without a text: which have moved most.
+
+    Only those that fit the patterns ``codes``; None: all.
+    """
 
     question: int
     text: str | None
     limit: int
+    codes: tuple[str, ...] | None = None
+
+
+class KeysWanted(_Message, tag="keys_wanted"):
+    """A token names a key that is not known: are there newer ones?"""
 
 
 class Unwatch(_Message, tag="unwatch"):
@@ -180,8 +199,8 @@ class Figures(_Message, tag="figures"):
     figures: dict[str, Any]
 
 
-ToWorker = Setup | Rows | Answered | Found | Freshness | PlacesGranted | Feed | Lend | Drain
-ToMain = Hello | Ready | Ask | Find | Unwatch | PlacesWanted | PlacesBack | RegistryClient | Figures
+ToWorker = Setup | TokenKeys | Rows | Answered | Found | Freshness | PlacesGranted | Feed | Lend | Drain
+ToMain = Hello | Ready | Ask | Find | KeysWanted | Unwatch | PlacesWanted | PlacesBack | RegistryClient | Figures
 
 _encoder = msgspec.msgpack.Encoder()
 

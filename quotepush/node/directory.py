@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 
+from quotepush.entitlement import EVERY_CODE, Codes, codes_of
 from quotepush.quote.board import Board, Quote
 from quotepush.quote.code import BadCode, parse_code
 
@@ -30,10 +31,13 @@ _READ_PER_SLICE = 200
 _READ_REST_S = 0.002
 _READ_EVERY_S = 1.0
 _SEARCHED_PER_SLICE = 5_000
+# Where it has to be looked up for each code whether somebody may see it, at the worst some 20 µs each.
+_FILTERED_PER_SLICE = 250
 
 _SHOWN = ("code", "name", "last", "prev_close", "change", "change_pct")
 
 Then = Callable[[bytes | None], None]
+_Moved = tuple[float, str, Quote]  # change_pct, code, quote
 
 
 class Directory:
@@ -46,25 +50,27 @@ class Directory:
     def __init__(self, board: Board, is_known: Callable[[str], bool]) -> None:
         self._board = board
         self._is_known = is_known
-        self._waiting: deque[tuple[str | None, int, Then]] = deque()
+        self._waiting: deque[tuple[str | None, int, Then, Codes]] = deque()
         self._has_waiting = asyncio.Event()
-        self._entries: list[tuple[str, str, Quote]] = []  # code, name as it is compared, quote
-        self._up: list[tuple[float, str, Quote]] = []
-        self._down: list[tuple[float, str, Quote]] = []
+        self._entries: list[tuple[str, str, Quote, float]] = []  # code, name as it is compared, quote, change_pct
+        self._up: list[_Moved] = []
+        self._down: list[_Moved] = []
         self._read_again_s = float("-inf")
 
-    def ask(self, text: str | None, limit: int, then: Then) -> None:
+    def ask(self, text: str | None, limit: int, then: Then, allowed: tuple[str, ...] | None = None) -> None:
         """Find what somebody looks for.
 
         Args:
             text: how a code begins, or a part of its name; None: the biggest movers up and down are asked for.
             limit: how many, at most :data:`MOST_FOUND`.
             then: gets the answer as JSON text; None: too many ask.
+            allowed: patterns of the codes that he may know of; None: all.
         """
         if len(self._waiting) >= _MOST_WAITING:
             then(None)
             return
-        self._waiting.append((text, min(limit, MOST_FOUND), then))
+        codes = EVERY_CODE if allowed is None else codes_of(allowed)
+        self._waiting.append((text, min(limit, MOST_FOUND), then, codes))
         self._has_waiting.set()
 
     async def run(self) -> None:
@@ -72,9 +78,9 @@ class Directory:
         while True:
             await self._has_waiting.wait()
             while self._waiting:
-                text, limit, then = self._waiting[0]
+                text, limit, then, codes = self._waiting[0]
                 try:
-                    found = await self._answer(text, limit)
+                    found = await self._answer(text, limit, codes)
                 except Exception:
                     # A bug met in one search is that search's end and nobody else's.
                     log.exception("a search has failed")
@@ -84,20 +90,21 @@ class Directory:
                 await asyncio.sleep(0)
             self._has_waiting.clear()
 
-    async def _answer(self, text: str | None, limit: int) -> bytes:
+    async def _answer(self, text: str | None, limit: int, codes: Codes) -> bytes:
         if time.monotonic() >= self._read_again_s:
             await self._read()
         if text is None:
-            return orjson.dumps({"up": self._shown(self._up[:limit]), "down": self._shown(self._down[:limit])})
-        return orjson.dumps(self._shown(await self._search(text, limit)))
+            up, down = (self._up, self._down) if codes.has_all else await self._movers(limit, codes)
+            return orjson.dumps({"up": self._shown(up[:limit]), "down": self._shown(down[:limit])})
+        return orjson.dumps(self._shown(await self._search(text, limit, codes)))
 
     async def _read(self) -> None:
         """Read the board anew."""
         began_s = time.monotonic()
-        entries: list[tuple[str, str, Quote]] = []
-        moved: list[tuple[float, str, Quote]] = []
-        up: list[tuple[float, str, Quote]] = []
-        down: list[tuple[float, str, Quote]] = []
+        entries: list[tuple[str, str, Quote, float]] = []
+        moved: list[_Moved] = []
+        up: list[_Moved] = []
+        down: list[_Moved] = []
         quotes = list(self._board.quotes.values())
         for start in range(0, len(quotes), _READ_PER_SLICE):
             moved.clear()
@@ -105,19 +112,33 @@ class Directory:
                 if not self._is_known(quote.code):
                     continue
                 row = quote.row
-                entries.append((quote.code, str(row.get("name", "")).casefold(), quote))
-                percent = row.get("change_pct")
+                percent = row.get("change_pct") or 0.0
+                entries.append((quote.code, str(row.get("name", "")).casefold(), quote, percent))
                 if percent:
                     moved.append((percent, quote.code, quote))
-            up = heapq.nsmallest(MOST_FOUND, [*up, *(m for m in moved if m[0] > 0)], key=lambda m: (-m[0], m[1]))
-            down = heapq.nsmallest(MOST_FOUND, [*down, *(m for m in moved if m[0] < 0)], key=lambda m: m[:2])
+            up, down = _most_moved(up, down, moved, MOST_FOUND)
             await asyncio.sleep(_READ_REST_S)
         self._entries, self._up, self._down = entries, up, down
         now_s = time.monotonic()
         # Long reads, of many codes, are made less often.
         self._read_again_s = now_s + max(_READ_EVERY_S, 3 * (now_s - began_s))
 
-    async def _search(self, text: str, limit: int) -> list[tuple[int, str, Quote]]:
+    async def _movers(self, limit: int, codes: Codes) -> tuple[list[_Moved], list[_Moved]]:
+        """Return those that have moved most up and down, of these codes only."""
+        up: list[_Moved] = []
+        down: list[_Moved] = []
+        entries = self._entries
+        for start in range(0, len(entries), _FILTERED_PER_SLICE):
+            moved = [
+                (percent, code, quote)
+                for code, _, quote, percent in entries[start : start + _FILTERED_PER_SLICE]
+                if percent and code in codes
+            ]
+            up, down = _most_moved(up, down, moved, limit)
+            await asyncio.sleep(0)
+        return up, down
+
+    async def _search(self, text: str, limit: int, codes: Codes) -> list[tuple[int, str, Quote]]:
         """Return the best matches: codes that begin so, then names that contain it."""
         wanted = text.casefold()
         beginnings = [text.upper()]
@@ -128,11 +149,12 @@ class Directory:
         prefixes = tuple(beginnings)
         best: list[tuple[int, str, Quote]] = []
         entries = self._entries
-        for start in range(0, len(entries), _SEARCHED_PER_SLICE):
+        size = _SEARCHED_PER_SLICE if codes.has_all else _FILTERED_PER_SLICE
+        for start in range(0, len(entries), size):
             found = [
                 (0 if code.startswith(prefixes) else 1, code, quote)
-                for code, name, quote in entries[start : start + _SEARCHED_PER_SLICE]
-                if wanted in name or code.startswith(prefixes)
+                for code, name, quote, _ in entries[start : start + size]
+                if (wanted in name or code.startswith(prefixes)) and code in codes
             ]
             best = heapq.nsmallest(limit, [*best, *found], key=lambda match: match[:2])
             await asyncio.sleep(0)
@@ -140,3 +162,13 @@ class Directory:
 
     def _shown(self, found: "list[tuple[float, str, Quote]] | list[tuple[int, str, Quote]]") -> list[dict[str, Any]]:
         return [{name: quote.row[name] for name in _SHOWN if name in quote.row} for _, _, quote in found]
+
+
+def _most_moved(
+    up: list[_Moved], down: list[_Moved], moved: list[_Moved], most: int
+) -> tuple[list[_Moved], list[_Moved]]:
+    """Return ``up`` and ``down``, the most moved first, with what more has moved."""
+    return (
+        heapq.nsmallest(most, [*up, *(m for m in moved if m[0] > 0)], key=lambda m: (-m[0], m[1])),
+        heapq.nsmallest(most, [*down, *(m for m in moved if m[0] < 0)], key=lambda m: m[:2]),
+    )

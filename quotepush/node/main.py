@@ -1,7 +1,7 @@
 """Main: one machine's lock, ticks, board and workers.
 
 Start: 1 lock, 2 listening sockets, 3 Redis answers, 4 what an earlier life left in the registry is
-cleared, 5 private listener, 6 feed listener, 7 workers, 8 ready.
+cleared, 5 keys of tokens, 6 private listener, 7 feed listener, 8 workers, 9 ready.
 Stop: 1 not ready, 2 workers close their sessions and clear the registry, 3 what they left is
 cleared, 4 the lock is released.
 """
@@ -36,6 +36,7 @@ from quotepush.node import lock
 from quotepush.node.admin import make_admin_app
 from quotepush.node.collector import quiet_collector
 from quotepush.node.directory import Directory
+from quotepush.node.keyring import Keyring
 from quotepush.node.logs import set_up_logging
 from quotepush.node.notify import notify, watchdog_interval_s
 from quotepush.node.relay import Relay
@@ -110,6 +111,7 @@ class _Main:
             books_watched=self._relay.books,
         )
         self._directory = Directory(self._board, is_known)
+        self._keyring = Keyring(settings, on_change=self._tell_keys)
         self._listener: FeedListener
         self._follower: LogFollower
         self._rows: RowStore
@@ -178,9 +180,10 @@ class _Main:
                 timeout_s=settings.redis_timeout_s,
             )
             await self._rows.load()
+            await self._keyring.begin()
             self._supervisor = Supervisor(
                 settings, sockets, self._relay, self._directory, registry, max_connections, self._feed_news,
-                self._tell_readiness,
+                self._tell_readiness, self._keyring,
             )  # fmt: skip
             async with self._admin_site() as admin_address:
                 # Only now: a start that fails says so in one line.
@@ -215,6 +218,7 @@ class _Main:
                     group.create_task(self._expire_rows(), name="expire"),
                     group.create_task(self._sweep_codes(), name="sweep"),
                     group.create_task(self._directory.run(), name="directory"),
+                    group.create_task(self._keyring.run(), name="keys"),
                     group.create_task(self._report_faults(), name="faults"),
                     group.create_task(self._feed_watchdog(), name="watchdog"),
                 ]
@@ -283,6 +287,9 @@ class _Main:
 
     # How we are
 
+    def _tell_keys(self, sources: list[tuple[str, bool]]) -> None:
+        self._supervisor.tell_keys(sources)
+
     def _tell_readiness(self) -> None:
         ready, count = self._supervisor.ready, len(self._supervisor.slots)
         notify(STATUS=f"{ready} of {count} workers ready")
@@ -308,6 +315,8 @@ class _Main:
             reasons.append("the feed link is down")
         elif self._follower.state == "unreadable" and not self._follower.is_forbidden:
             reasons.append("the publishers' log cannot be read")
+        if self._keyring.lacks_keys:
+            reasons.append("the keys of tokens cannot be fetched")
         if self._stop.is_set():
             reasons.append("stopping")
         facts: dict[str, Any] = {

@@ -30,6 +30,7 @@ from quotepush.cluster.nodes import cut_connection, purge_life
 from quotepush.errors import WorkerUnfit
 from quotepush.node import bus
 from quotepush.node.directory import Directory
+from quotepush.node.keyring import Keyring
 from quotepush.node.relay import Relay, WorkerFeed
 from quotepush.settings import Settings
 
@@ -96,6 +97,7 @@ class Supervisor:
         registry: for cleaning up after dead workers.
         feed_news: the feed's state and the arrival of its newest tick.
         on_ready: called whenever the number of ready workers changes.
+        keyring: the keys of tokens.
     """
 
     def __init__(
@@ -108,8 +110,10 @@ class Supervisor:
         max_connections: int,
         feed_news: Callable[[], tuple[str, int, str]],
         on_ready: Callable[[], None],
+        keyring: Keyring,
     ) -> None:
         self._settings = settings
+        self._keyring = keyring
         self._relay = relay
         self._directory = directory
         self._registry = registry
@@ -243,6 +247,7 @@ class Supervisor:
                 self._feed_news()[2],
                 __version__,
                 self._relay.life,
+                self._keyring.sources,
             )
         )
         end.send(bus.Feed(*self._feed_news()))
@@ -328,7 +333,12 @@ class Supervisor:
                 self._relay.ask(slot.feed, message)
             case bus.Find():
                 answering, question = slot.bus, message.question
-                self._directory.ask(message.text, message.limit, lambda text: answering.send(bus.Found(question, text)))
+                self._directory.ask(
+                    message.text, message.limit, lambda text: answering.send(bus.Found(question, text)), message.codes
+                )
+            case bus.KeysWanted():
+                asking = slot.bus
+                self._keyring.renew(lambda: asking.send(bus.TokenKeys(None, True)))
             case bus.Unwatch():
                 self._relay.unwatch(slot.feed, message.codes)
             case bus.PlacesWanted():
@@ -354,6 +364,12 @@ class Supervisor:
         granted += max(0, min(spare, (free - granted) // (4 * len(self.slots))))
         slot.places += granted
         return granted
+
+    def tell_keys(self, sources: list[tuple[str, bool]]) -> None:
+        """The keys of tokens have changed."""
+        for slot in self.slots:
+            if slot.bus is not None:
+                slot.bus.send(bus.TokenKeys(sources))
 
     def hurry_news(self) -> None:  # hot
         """There may be news of the feed: tell the workers soon."""

@@ -25,6 +25,7 @@ from setproctitle import setproctitle
 
 from quotepush.auth import Verifier
 from quotepush.cluster.registry import RegistryMirror, registry_client
+from quotepush.entitlement import Codes
 from quotepush.node import bus
 from quotepush.node.accept import Acceptor
 from quotepush.node.collector import quiet_collector
@@ -35,6 +36,7 @@ from quotepush.push.site import make_app
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.push.worker import FeedState, Outside, PushWorker, clock_ms
 from quotepush.settings import Settings
+from quotepush.token_keys import keys_of
 
 __all__ = ["main"]
 
@@ -60,6 +62,8 @@ class WorkerProcess:
         self._questions: dict[int, Callable[[bus.Answered], None]] = {}
         self._searches: dict[int, Callable[[bytes | None], None]] = {}
         self._next_question = 0
+        self._keys: list[tuple[str, bool]] | None = None  # newer ones than those of Setup
+        self._keys_wanted: list[Callable[[], None]] = []  # who waits for keys that may be newer
         self._worker: PushWorker | None = None
         self._unwatched: list[str] = []
         self._feed = FeedState()
@@ -176,7 +180,9 @@ class WorkerProcess:
             unwatch=self._unwatch,
             subscribed=mirror.touch,
             extra_fields=frozenset(settings.extra_fields),
-            verifier=Verifier(settings.token_key, settings.token_leeway_s) if settings.token_key else None,
+            verifier=_verifier(settings, setup.keys if self._keys is None else self._keys),
+            anonymous=settings.anonymous_entitlement,
+            renew_keys=self._renew_keys,
             auth_timeout_ms=round(settings.auth_timeout_s * 1000),
             clock_ms=clock_ms,
             life=setup.life,
@@ -222,10 +228,28 @@ class WorkerProcess:
         self._tell_unwatched()
         self._bus.send(bus.Ask(self._next_question, list(codes), watch, books, dict(since)))
 
-    def _find(self, text: str | None, limit: int, then: Callable[[bytes | None], None]) -> None:
+    def _find(self, text: str | None, limit: int, codes: Codes, then: Callable[[bytes | None], None]) -> None:
         self._next_question += 1
         self._searches[self._next_question] = then
-        self._bus.send(bus.Find(self._next_question, text, limit))
+        self._bus.send(bus.Find(self._next_question, text, limit, None if codes.has_all else codes.patterns))
+
+    def _renew_keys(self, then: Callable[[], None]) -> None:
+        if not self._keys_wanted:
+            self._bus.send(bus.KeysWanted())
+        self._keys_wanted.append(then)
+
+    def _take_keys(self, message: bus.TokenKeys) -> None:
+        if message.keys is not None:
+            self._keys = message.keys
+            if self._worker is not None and self._worker.desk.verifier is not None:
+                self._worker.desk.verifier.renew(keys_of(message.keys))
+        if message.is_answer:
+            waiting, self._keys_wanted = self._keys_wanted, []
+            for then in waiting:
+                try:
+                    then()
+                except Exception:
+                    log.exception("a request could not go on with newer keys")
 
     async def _admit(self, take: bool) -> bool:
         is_welcome = await self._places.take()
@@ -289,6 +313,8 @@ class WorkerProcess:
             self._questions.pop(message.question)(message)
         elif kind is bus.Found:
             self._searches.pop(message.question)(message.text)
+        elif kind is bus.TokenKeys:
+            self._take_keys(message)
         elif kind is bus.PlacesGranted:
             self._places.granted(message.count)
         elif kind is bus.Freshness:
@@ -318,6 +344,18 @@ class WorkerProcess:
         """SIGTERM to this worker alone: leave in order; main starts another."""
         if not self._stop.done():
             self._stop.set_result(bus.Drain(5.0, 500))
+
+
+def _verifier(settings: Settings, keys: list[tuple[str, bool]]) -> Verifier | None:
+    if not settings.has_tokens:
+        return None
+    return Verifier(
+        keys_of(keys),
+        settings.token_leeway_s,
+        audience=settings.token_audience,
+        issuers=settings.token_issuer,
+        delays=settings.delays,
+    )
 
 
 def _pin(index: int) -> None:

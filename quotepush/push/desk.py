@@ -5,12 +5,15 @@ main comes in the stream of ticks, so that between the rows in it and the next t
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from quotepush.auth import Identity, Verifier
+from quotepush.entitlement import UNLIMITED, Codes, Entitlement, unserved
+from quotepush.errors import PeerError
 from quotepush.push.outbox import Outbox
 from quotepush.push.subscriptions import Lane, Subscriptions
+from quotepush.wire.messages import CLOSE_CODES
 
 __all__ = ["Answer", "Desk", "Gone", "Limits", "Link"]
 
@@ -44,6 +47,7 @@ class Limits:
 
     Attributes:
         replay_bytes: of missed rows that wait for it; what it has missed beyond that it gets as a snapshot.
+        max_rate: most rows a second and code; None: every row.
     """
 
     codes: int
@@ -51,6 +55,14 @@ class Limits:
     requests_per_s: float
     message_bytes: int
     replay_bytes: int = 1 << 20
+    max_rate: float | None = None
+
+    def under(self, entitlement: Entitlement) -> "Limits":
+        """Return what remains of them for somebody who may have no more than ``entitlement``."""
+        if entitlement.max_codes is None and entitlement.max_rate is None:
+            return self
+        codes = self.codes if entitlement.max_codes is None else min(self.codes, entitlement.max_codes)
+        return replace(self, codes=codes, max_rate=entitlement.capped(self.max_rate))
 
     def as_said(self) -> Mapping[str, Any]:
         """Return them as ``hello`` says them."""
@@ -60,7 +72,7 @@ class Limits:
             "codes_per_request": self.codes_per_request,
             "requests_per_s": int(rate) if rate == int(rate) else rate,
             "message_bytes": self.message_bytes,
-            "max_rate": None,
+            "max_rate": self.max_rate,
         }
 
 
@@ -90,6 +102,10 @@ def _nobody(*_: object) -> None:
     raise AssertionError("no hub yet")
 
 
+def _at_once(then: Callable[[], None]) -> None:
+    then()
+
+
 @dataclass(slots=True)
 class Desk:
     """What a worker offers its sessions: the index, main behind it, the registry, the clock.
@@ -100,12 +116,14 @@ class Desk:
             through the callback, in the stream of ticks, so that nothing falls between the answer and the next tick.
         look: the same without their later ticks.
         read: the same with their books, if wanted.
-        find: ask main which codes begin so or have such names (None: which have moved most), and how many at most;
-            answers with JSON text, or with None when too many ask.
+        find: ask main which codes begin so or have such names (None: which have moved most), how many at most, and
+            of which codes only; answers with JSON text, or with None when too many ask.
         deliver: queue a lane's newest row for one of its newcomers; set by the worker that has the hub.
         replay: begin to send an outbox what it replays; set by the worker too.
         extra_fields: what views may name besides the fields of the protocol.
         verifier: checks tokens; None: this server takes none, and everybody may do everything.
+        anonymous: what somebody without a token may have where tokens are taken; None: nothing.
+        renew_keys: ask main for keys of tokens that may be newer; calls back when they are here, or there are none.
         auth_timeout_ms: how long a session may be without a token, where it needs one.
         unwatch: nobody here watches these codes any more.
         subscribed: a session's codes have changed (for the registry).
@@ -125,17 +143,36 @@ class Desk:
     clock_ms: Callable[[], int]
     extra_fields: frozenset[str] = frozenset()
     read: Callable[[Sequence[str], bool, Callable[[Answer], None]], None] = _nobody
-    find: Callable[[str | None, int, Callable[[bytes | None], None]], None] = _nobody
+    find: Callable[[str | None, int, Codes, Callable[[bytes | None], None]], None] = _nobody
     deliver: Callable[[Lane, Outbox, int], None] = _nobody
     replay: Callable[[Outbox], None] = _nobody
     verifier: Verifier | None = None
+    anonymous: Entitlement | None = None
+    renew_keys: Callable[[Callable[[], None]], None] = _at_once
     auth_timeout_ms: int = 10_000
     life: str = ""
+
+    @property
+    def needs_identity(self) -> bool:
+        """Whether who has brought no token may do nothing."""
+        return self.verifier is not None and self.anonymous is None
 
     def identify(self, token: str) -> Identity | None:
         """Return whom ``token`` names; None: this server takes no tokens.
 
         Raises:
             PeerError: ``auth_failed``, with the close code.
+            UnknownKey: one of these: it may be another one after :attr:`renew_keys`.
         """
-        return None if self.verifier is None else self.verifier.verify(token, self.clock_ms())
+        if self.verifier is None:
+            return None
+        identity = self.verifier.verify(token, self.clock_ms())
+        if reason := unserved(identity.entitlement):
+            raise PeerError("auth_failed", reason, close_code=CLOSE_CODES["auth_failed"])
+        return identity
+
+    def entitlement_of(self, identity: Identity | None) -> Entitlement:
+        """Return what somebody may have who has proved to be ``identity`` (None: who has brought no token)."""
+        if identity is not None:
+            return identity.entitlement
+        return UNLIMITED if self.anonymous is None else self.anonymous

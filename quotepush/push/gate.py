@@ -3,18 +3,22 @@
 Law: no answer repeats a token; a page gets nothing that its origin may not have.
 """
 
+import asyncio
 from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
 from aiohttp import web
 
-from quotepush.auth import Identity
+from quotepush.auth import Identity, UnknownKey
 from quotepush.errors import PeerError
 from quotepush.push.desk import Desk
 from quotepush.settings import Settings
 
 __all__ = ["Gate", "answer", "cross_origin", "refuse"]
+
+# For main, which fetches keys of tokens that may be newer.
+_KEYS_PATIENCE_S = 10.0
 
 
 class Gate:
@@ -24,10 +28,10 @@ class Gate:
         self._desk = desk
         self._origins = frozenset(origin.rstrip("/").lower() for origin in settings.allowed_origins)
 
-    def let_in(self, request: web.Request) -> Identity | web.Response | None:
+    async def let_in(self, request: web.Request) -> Identity | web.Response | None:
         """Return whom a request without a handshake names, as :meth:`identify` does, or why it is refused."""
         refusal = self.refusal(request)
-        return refusal if refusal is not None else self.identify(request, is_needed=True)
+        return refusal if refusal is not None else await self.identify(request, is_needed=True)
 
     def refusal(self, request: web.Request) -> web.Response | None:
         """Return what a page of an origin that may not come in is told; None: it may."""
@@ -35,21 +39,35 @@ class Gate:
             return None
         return refuse(request, 403, "forbidden_origin", "pages of this origin may not connect")
 
-    def identify(self, request: web.Request, *, is_needed: bool) -> Identity | web.Response | None:
+    async def identify(self, request: web.Request, *, is_needed: bool) -> Identity | web.Response | None:
         """Return whom the request's token names (None: it brings none, or this server takes none), or the refusal.
 
         Args:
             is_needed: refuse also who brings no token, where this server wants one.
         """
         try:
-            identity = self._identify(request)
+            try:
+                identity = self._identify(request)
+            except UnknownKey:
+                await self._renew_keys()
+                identity = self._identify(request)
         except PeerError as e:
             headers = {"WWW-Authenticate": 'Bearer error="invalid_token"'}  # RFC 6750 §3
             return refuse(request, 401, "auth_failed", e.message, headers=headers)
-        if identity is None and is_needed and self._desk.verifier is not None:
+        if identity is None and is_needed and self._desk.needs_identity:
             headers = {"WWW-Authenticate": "Bearer"}
             return refuse(request, 401, "not_authenticated", "this server wants a token", headers=headers)
         return identity
+
+    async def _renew_keys(self) -> None:
+        """Wait until main has looked for newer keys of tokens; no longer than it can take."""
+        renewed = asyncio.Event()
+        self._desk.renew_keys(renewed.set)
+        try:
+            async with asyncio.timeout(_KEYS_PATIENCE_S):
+                await renewed.wait()
+        except TimeoutError:
+            pass
 
     def _identify(self, request: web.Request) -> Identity | None:
         """Return whom the handshake's token names; None: it brings none, or this server takes none.

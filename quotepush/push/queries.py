@@ -1,6 +1,7 @@
 """Questions that are answered once: the newest rows, codes to choose from, what has moved most.
 
-Law: each answer is main's, asked for over the bus and waited for only so long.
+Law: each answer is main's, asked for over the bus and waited for only so long; it says nothing of codes that who asks
+may not have.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import orjson
 from aiohttp import web
 
+from quotepush.entitlement import Entitlement
 from quotepush.errors import PeerError
 from quotepush.push.desk import Answer, Desk
 from quotepush.push.gate import Gate, answer, refuse
@@ -44,12 +46,14 @@ class Queries:
         """Answer with the codes that somebody may look for, or with those that have moved most."""
         return await self._answer(request, self._found_codes)
 
-    async def _answer(self, request: web.Request, find: Callable[[web.Request], Any]) -> web.StreamResponse:
-        identity = self._gate.let_in(request)
+    async def _answer(
+        self, request: web.Request, find: Callable[[web.Request, Entitlement], Any]
+    ) -> web.StreamResponse:
+        identity = await self._gate.let_in(request)
         if isinstance(identity, web.Response):
             return identity
         try:
-            return answer(request, await find(request))
+            return answer(request, await find(request, self._desk.entitlement_of(identity)))
         except PeerError as e:
             return refuse(request, 400, e.error, e.message)
         except TimeoutError:
@@ -57,11 +61,12 @@ class Queries:
                 request, 503, "overloaded", "the server has no time for this now", retry_after_s=_RETRY_AFTER_S
             )
 
-    async def _newest_rows(self, request: web.Request) -> bytes:
+    async def _newest_rows(self, request: web.Request, entitlement: Entitlement) -> bytes:
         desk = self._desk
         wanted = subscription_of(request, desk)
         view = View.of(wanted.fields)
-        results = understand(wanted.codes, (), min(MAX_STREAM_CODES, desk.limits.codes))
+        most = min(MAX_STREAM_CODES, desk.limits.under(entitlement).codes)
+        results = understand(wanted.codes, (), most, entitlement.codes)
         found = Answer({}, {})
         if results.codes:
             codes = list(results.codes)
@@ -75,7 +80,7 @@ class Queries:
         said = {"time": desk.clock_ms(), "epoch": desk.epoch, "rejected": results.as_said()["rejected"]}
         return b'%b,"quotes":[%b]}' % (orjson.dumps(said)[:-1], b",".join(rows))
 
-    async def _found_codes(self, request: web.Request) -> bytes:
+    async def _found_codes(self, request: web.Request, entitlement: Entitlement) -> bytes:
         text, movers = request.query.get("q"), request.query.get("movers")
         if (text is None) == (movers is None):
             raise PeerError("bad_request", "ask for ?q=… or for ?movers=10")
@@ -88,7 +93,7 @@ class Queries:
             limit = _number("movers", movers or "")
 
         def ask(then: Callable[[bytes | None], None]) -> None:
-            self._desk.find(text, limit, then)
+            self._desk.find(text, limit, entitlement.codes, then)
 
         found = await _in_time(ask)
         if found is None:

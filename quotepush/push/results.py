@@ -7,10 +7,18 @@ of the same code share its fate.
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from quotepush.entitlement import EVERY_CODE, Codes
 from quotepush.errors import PeerError
 from quotepush.quote.code import BadCode, parse_code
 
 __all__ = ["Results", "understand"]
+
+# What is said of a code that is refused after it was understood, by its word; others are rejected with their reason.
+_NOT_ENTITLED = "you may not have this code"
+_REFUSALS = {
+    "not_entitled": _NOT_ENTITLED,
+    "code_limit": "there is no room for this code any more",
+}
 
 
 class Results:
@@ -37,11 +45,12 @@ class Results:
         self._all.append({"as": spelling, "error": fault.error, "message": fault.message})
 
     def refuse(self, refused: Mapping[str, str]) -> None:
-        """Reject accepted codes that main does not know, each with its error word."""
+        """Reject accepted codes after all, each with its error word; main's is that it does not know them."""
         for code, word in refused.items():
+            message = _REFUSALS.get(word) or f"{code} is not a code this server knows"
             for result in self.codes.pop(code, ()):
                 del result["code"]
-                result |= {"error": word, "message": f"{code} is not a code this server knows"}
+                result |= {"error": word, "message": message}
 
     def note(self, code: str, **facts: Any) -> None:
         """Say more of an accepted code."""
@@ -56,12 +65,18 @@ class Results:
         }
 
 
-def understand(spellings: Iterable[str], known: Collection[str] = (), most: int | None = None) -> Results:
+def understand(
+    spellings: Iterable[str],
+    known: Collection[str] = (),
+    most: int | None = None,
+    allowed: Codes = EVERY_CODE,
+) -> Results:
     """Return what is meant by these spellings.
 
     Args:
         known: codes that the client has already.
         most: how many it may have with the new ones; None: does not matter.
+        allowed: which it may have.
     """
     results = Results()
     room = None if most is None else most - len(known)
@@ -70,6 +85,9 @@ def understand(spellings: Iterable[str], known: Collection[str] = (), most: int 
             code = parse_code(spelling)
         except BadCode as e:
             results.reject(spelling, PeerError("bad_code", str(e)))
+            continue
+        if code not in allowed:
+            results.reject(spelling, PeerError("not_entitled", _NOT_ENTITLED))
             continue
         if room is not None and code not in results.codes and code not in known:
             if room <= 0:

@@ -6,6 +6,7 @@ Laws:
    tick; after the ack of an unsubscribe no row of that code.
 2. Requests of one session are carried out in the order in which they came.
 3. Answers go to the socket at once, never behind rows that wait.
+4. Nothing is subscribed or sent that its entitlement does not allow, from the moment on in which that changes.
 
 What it knows of its surroundings is :mod:`quotepush.push.desk`; how the rows of a code go on through all this is its
 :class:`~quotepush.push.watchlist.Watchlist`'s affair.
@@ -15,9 +16,11 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from quotepush.auth import Identity
+from quotepush.auth import Identity, UnknownKey
+from quotepush.entitlement import Entitlement
 from quotepush.errors import PeerError
 from quotepush.push.desk import Answer, Desk, Gone, Limits, Link
 from quotepush.push.outbox import Outbox
@@ -48,12 +51,14 @@ class Session:
         fd: its name in the cluster, ``<node>.<worker>.<n>``.
         codec: the language it speaks.
         identity: who it has proved to be; None: nobody yet, or this server takes no tokens.
+        entitlement: what it may have.
         watchlist: what it is subscribed to.
     """
 
     __slots__ = (
         "_allowance", "_allowance_at_ms", "_claimed", "_desk", "_epoch", "_inbox", "_is_waiting", "_limited_since_ms",
-        "_limits", "_link", "codec", "fd", "identity", "is_closed", "opened_ms", "outbox", "watchlist",
+        "_limits", "_link", "_most", "codec", "entitlement", "fd", "identity", "is_closed", "opened_ms", "outbox",
+        "watchlist",
     )  # fmt: skip
 
     def __init__(
@@ -70,7 +75,8 @@ class Session:
         self.identity = identity
         self._link = link
         self._desk = desk
-        self._limits = limits or desk.limits
+        self._most = limits or desk.limits  # whatever it is entitled to
+        self._adopt(desk.entitlement_of(identity))
         self.outbox = Outbox(self, link.write, codec)
         self.watchlist = Watchlist(desk.subscriptions, self.outbox)
         self.is_closed = False
@@ -96,7 +102,7 @@ class Session:
                 heartbeat_ms=desk.heartbeat_ms,
                 fields=DEFAULT_FIELDS,
                 limits=self._limits.as_said(),
-                auth="none" if desk.verifier is None else "required" if self.identity is None else "ok",
+                auth=self._auth_state(),
             )
         )
 
@@ -134,19 +140,84 @@ class Session:
             if e.close_code is not None:
                 self._link.close(e.close_code, e.error)
 
+    def _auth_state(self) -> str:
+        if self._desk.verifier is None:
+            return "none"
+        if self.identity is not None:
+            return "ok"
+        return "required" if self._desk.needs_identity else "optional"
+
     def _require_identity(self, request: Request) -> None:
-        if self.identity is None and self._desk.verifier is not None and request.action not in _FOR_ANYBODY:
+        if self.identity is None and self._desk.needs_identity and request.action not in _FOR_ANYBODY:
             raise PeerError("not_authenticated", "this server wants a token first: send auth")
 
     def _auth(self, request: Request, now_ms: int) -> None:
+        try:
+            self._take_token(request, now_ms)
+        except UnknownKey:
+            # Its key may be a new one. Until main has looked, the next request waits.
+            self._is_waiting = True
+            self._link.hold_requests(True)
+            self._desk.renew_keys(lambda: self._auth_again(request))
+
+    def _auth_again(self, request: Request) -> None:
+        if self.is_closed:
+            return
+        now_ms = self._desk.clock_ms()
+        try:
+            try:
+                self._take_token(request, now_ms)
+            except PeerError as e:
+                self._say(messages.error(e, now_ms, request.id, request.action))
+                if e.close_code is not None:
+                    self._link.close(e.close_code, e.error)
+            self._go_on()
+        except Exception:
+            self._end_failed()
+
+    def _take_token(self, request: Request, now_ms: int) -> None:
         identity = self._desk.identify(request.token)
         if identity is None:
             raise PeerError("bad_request", "this server takes no tokens; everybody may subscribe")
         if self.identity is not None and self.identity.user != identity.user:
             raise PeerError("already_authenticated", "this connection is another user's; open a new one for this token")
         self.identity = identity
+        self._adopt(identity.entitlement)
         expires = {} if identity.expires_ms is None else {"expires": identity.expires_ms}
-        self._say_ack(request, now_ms, **expires)
+        self._say_ack(request, now_ms, **expires, limits=self._limits.as_said())
+        self._enforce()
+
+    # What it may have
+
+    def entitle(self, entitlement: Entitlement) -> None:
+        """Let the session have this from now on, and tell the client what it loses, and its limits if they change.
+
+        For whoever changes it while the connection is open; a newer token does the same.
+        """
+        if self.is_closed:
+            return
+        before = self._limits
+        self._adopt(entitlement)
+        if self._limits != before:
+            limits = self._limits.as_said()
+            self._say(messages.status(self._desk.clock_ms(), "connection", "limits", limits=limits))
+        self._enforce()
+
+    def _adopt(self, entitlement: Entitlement) -> None:
+        self.entitlement = entitlement
+        self._limits = self._most.under(entitlement)
+
+    def _enforce(self) -> None:
+        """Drop what is subscribed and not allowed, then the newest subscriptions beyond the limit; hold rates down."""
+        for word in ("not_entitled", "code_limit"):
+            refused = self.watchlist.refused(self.watchlist.subscriptions, self.entitlement, self._limits.codes)
+            codes = [code for code, reason in refused.items() if reason == word]
+            if codes:
+                self._drop(codes)
+                self._say_codes(word, codes)
+                self._desk.subscribed(self.fd)
+        for lane, restated in self.watchlist.hold_down(self.entitlement):
+            self._desk.deliver(lane, self.outbox, restated)
 
     def check_identity(self, now_ms: int) -> None:
         """Close the session when its token has expired, or when it has sent none in time."""
@@ -154,7 +225,7 @@ class Session:
         if verifier is None or self.is_closed:
             return
         if self.identity is None:
-            if now_ms - self.opened_ms >= self._desk.auth_timeout_ms:
+            if self._desk.needs_identity and now_ms - self.opened_ms >= self._desk.auth_timeout_ms:
                 self._end(PeerError("auth_timeout", "no token came in time"), now_ms)
         elif verifier.has_expired(self.identity, now_ms):
             self._end(PeerError("auth_failed", "the token has expired"), now_ms)
@@ -186,11 +257,11 @@ class Session:
 
     def _subscribe(self, request: Request, now_ms: int) -> None:
         watched = self.watchlist.subscriptions
-        results = understand(request.codes, watched, self._limits.codes)
+        results = understand(request.codes, watched, self._limits.codes, self.entitlement.codes)
         spelled = self.codec.format(request.format)
         # An array has the columns that its ack names, and no field that nobody knows.
         fields = DEFAULT_FIELDS if spelled.is_array and request.fields is None else request.fields
-        shape = Shape(View.of(fields), spelled, request.max_rate)
+        shape = Shape(View.of(fields), spelled, self.entitlement.capped(request.max_rate))
         channels = self._desk.subscriptions.channels
         # Kept rows have no books; with a rate nobody wants every row; who is subscribed has missed nothing.
         since: dict[str, tuple[str, int]] = {}
@@ -207,13 +278,17 @@ class Session:
             results, missing,
             lambda then: self._desk.watch(missing, shape.view.has_book, since, then),
             lambda answer: self._finish_subscribe(request, shape, results, answer),
+            is_subscribing=True,
         )  # fmt: skip
 
     def _finish_subscribe(self, request: Request, shape: Shape, results: Results, answer: Answer) -> None:
         now_ms = self._desk.clock_ms()
         shown: list[tuple[Channel, View]] = []
         undelivered: list[tuple[Lane, int]] = []
+        # Again: its entitlement may have changed while main was asked.
+        shape = replace(shape, max_rate=self.entitlement.capped(request.max_rate))
         for code in results.codes:
+            self.watchlist.note_asked(code, request.max_rate, shape.max_rate)
             is_stale = code in answer.stale
             channel = self._desk.subscriptions.open(code, *_found(answer, code), is_stale=is_stale)
             resume = "snapshot"
@@ -274,7 +349,7 @@ class Session:
         self._say_ack(request, now_ms, subscriptions=self.watchlist.listed(), **self._room())
 
     def _snapshot(self, request: Request, now_ms: int) -> None:
-        results = understand(request.codes)
+        results = understand(request.codes, allowed=self.entitlement.codes)
         channels = self._desk.subscriptions.channels
         missing = [code for code in results.codes if code not in channels]
         self._answer(
@@ -308,11 +383,14 @@ class Session:
         missing: Sequence[str],
         ask: Callable[[Callable[[Answer], None]], None],
         finish: Callable[[Answer], None],
+        *,
+        is_subscribing: bool = False,
     ) -> None:
         """Finish a request: at once, or behind main's answer about what is missing, and the client's next one waits."""
         if not missing:
             finish(_NOT_ASKED)
             return
+        before = self.entitlement
 
         def answered(answer: Answer) -> None:
             try:
@@ -320,18 +398,24 @@ class Session:
                     self._release()
                     return
                 results.refuse(answer.refused)
+                if self.entitlement is not before:
+                    most = self._limits.codes if is_subscribing else None
+                    results.refuse(self.watchlist.refused(results.codes, self.entitlement, most))
                 finish(answer)
                 self._go_on()
             except Exception:
-                # A bug in one session is that session's end and nobody else's.
-                log.exception("%s: a request could not be finished", self.fd)
-                self._link.close(CLOSE_CODES["internal"], "internal")
+                self._end_failed()
 
         self._claimed = tuple(results.codes)
         self._desk.subscriptions.claim(self._claimed)
         self._is_waiting = True
         self._link.hold_requests(True)
         ask(answered)
+
+    def _end_failed(self) -> None:
+        """A bug in one session is that session's end and nobody else's."""
+        log.exception("%s: a request could not be finished", self.fd)
+        self._link.close(CLOSE_CODES["internal"], "internal")
 
     def _go_on(self) -> None:
         """Carry out what has come in while main was asked."""

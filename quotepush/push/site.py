@@ -107,7 +107,7 @@ class _Door:
         subprotocol = next((p for p in offered if p in _SUBPROTOCOLS), None)
         if offered and subprotocol is None:
             return refuse(request, 400, "bad_subprotocol", f"this server speaks {' and '.join(_SUBPROTOCOLS)}")
-        identity = self._gate.identify(request, is_needed=False)
+        identity = await self._gate.identify(request, is_needed=False)
         if isinstance(identity, web.Response):
             return identity
         refusal = await self._find_place(request, wants_upgrade)
@@ -120,7 +120,7 @@ class _Door:
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Answer ``GET`` of the stream, or refuse it before the response has begun."""
-        identity = self._gate.let_in(request)
+        identity = await self._gate.let_in(request)
         if isinstance(identity, web.Response):
             return identity
         try:

@@ -69,7 +69,9 @@ class StreamLink(SocketLink):
         """Return the position behind the rows that are being written; empty: there is none."""
         outbox = self.session.outbox
         replayed, outbox.replayed = outbox.replayed, 0
-        if not outbox.pending:
+        if self.session.entitlement.max_rate is not None:
+            ordinal = 0  # a newer row than those sent may be held back
+        elif not outbox.pending:
             ordinal = self._hub.ordinal
         else:
             ordinal = replayed if self._is_exact else 0

@@ -6,9 +6,11 @@ is counted.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from quotepush.entitlement import Entitlement
 from quotepush.push.outbox import Outbox
 from quotepush.push.subscriptions import Channel, Lane, MissedRow, Row, Shape, Subscription, Subscriptions
 
@@ -22,12 +24,13 @@ class Watchlist:
         subscriptions: canonical code to subscription, in the order of subscribing.
     """
 
-    __slots__ = ("_index", "_outbox", "subscriptions")
+    __slots__ = ("_asked", "_index", "_outbox", "subscriptions")
 
     def __init__(self, index: Subscriptions, outbox: Outbox) -> None:
         self._index = index
         self._outbox = outbox
         self.subscriptions: dict[str, Subscription] = {}
+        self._asked: dict[str, float | None] = {}  # the rate that was asked for, of codes that are held down to another
 
     def begin(self, channel: Channel, shape: Shape, base: int | None) -> None:
         """Subscribe to a code.
@@ -131,9 +134,57 @@ class Watchlist:
 
     def drop(self, codes: Iterable[str]) -> list[str]:
         """Give up these codes and what waits of them; return those that nobody here wants any more."""
-        lanes = [self.subscriptions.pop(code).lane for code in codes]
+        lanes = []
+        for code in codes:
+            lanes.append(self.subscriptions.pop(code).lane)
+            self._asked.pop(code, None)
         self._outbox.drop(lanes)
         return self._index.discard(lanes, self._outbox)
+
+    # What may be watched
+
+    def refused(self, codes: Collection[str], entitlement: Entitlement, most: int | None) -> dict[str, str]:
+        """Return which of these codes may not be watched, with the word that says why.
+
+        Args:
+            codes: new ones, or those that are watched.
+            most: how many may be watched; None: does not matter.
+        """
+        refused: dict[str, str] = {}
+        kept = 0 if codes is self.subscriptions else sum(code not in codes for code in self.subscriptions)
+        # Those that are watched already come first.
+        for code in sorted(codes, key=lambda code: code not in self.subscriptions):
+            if code not in entitlement.codes:
+                refused[code] = "not_entitled"
+            elif most is not None and kept >= most:
+                refused[code] = "code_limit"
+            else:
+                kept += 1
+        return refused
+
+    def note_asked(self, code: str, asked: float | None, served: float | None) -> None:
+        """The client has asked for another rate of ``code`` than it may have, or for the one that it is served."""
+        if asked != served:
+            self._asked[code] = asked
+        else:
+            self._asked.pop(code, None)
+
+    def hold_down(self, entitlement: Entitlement) -> list[tuple[Lane, int]]:
+        """Give each subscription the rate that it may have now; return where rows have to be delivered, and why.
+
+        As :meth:`change` says it.
+        """
+        undelivered = []
+        for code, subscription in list(self.subscriptions.items()):
+            lane = subscription.lane
+            asked = self._asked.get(code, lane.shape.max_rate)
+            served = entitlement.capped(asked)
+            if served != lane.shape.max_rate:
+                newest = self.change(lane.channel, replace(lane.shape, max_rate=served), is_sent=False)
+                if newest is not None:
+                    undelivered.append(newest)
+            self.note_asked(code, asked, served)
+        return undelivered
 
     def listed(self) -> list[dict[str, Any]]:
         """Return each subscription as ``list`` says it."""

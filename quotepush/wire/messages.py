@@ -239,7 +239,7 @@ def hello(
     """Return the first message of every connection.
 
     Args:
-        auth: ``none`` (this server takes no tokens), ``required``, or ``ok`` (the handshake brought one).
+        auth: ``none`` (this server takes no tokens), ``required``, ``optional``, or ``ok`` (the handshake brought one).
     """
     return {
         "type": "hello", "version": PROTOCOL, "server": server, "conn": conn, "conn_key": conn_key, "epoch": epoch,

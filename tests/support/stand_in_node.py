@@ -50,7 +50,9 @@ class StandInNode:
         now_ms = time.time_ns() // 1_000_000 - age_ms
         await self._redis.hset(self.keys.nodes, self.name, encode(NodeRecord(now_ms, now_ms, "0.1.0", 2)))
 
-    async def connect(self, number: int, *, user: str = "", groups: Iterable[str] = (), codes: Iterable[str] = ()) -> str:
+    async def connect(
+        self, number: int, *, user: str = "", groups: Iterable[str] = (), codes: Iterable[str] = ()
+    ) -> str:
         """Have a connection, and enter it where the registry has it."""
         fd, keys, redis = self.fd(number), self.keys, self._redis
         self.conns.add(fd)

@@ -88,7 +88,11 @@ async def test_what_a_node_refuses_is_raised_with_its_word(redis_server: RedisSe
 
 
 async def test_a_thousand_calls_at_once_get_each_its_own_answer(redis_server: RedisServer) -> None:
-    async with stand_in(redis_server) as node, Backend(redis_server.url, timeout_s=30) as b, redis_server.client() as redis:
+    async with (
+        stand_in(redis_server) as node,
+        Backend(redis_server.url, timeout_s=30) as b,
+        redis_server.client() as redis,
+    ):
         await node.connect(1, user="ann")
         node.answer = lambda command: Reply(command.id, "n1", command.data)
         sent = await asyncio.gather(*(b.send_to_user("ann", n) for n in range(1000)))

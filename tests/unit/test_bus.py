@@ -15,8 +15,16 @@ from tests.support.waiting import wait_until
 
 TO_WORKER = [
     bus.Setup(
-        1, {"port": 8008, "allowed_origins": ["*"], "zones": {"SH": "Asia/Shanghai"}}, "n1", "epoch", "0.1", "a1"
+        1,
+        {"port": 8008, "allowed_origins": ["*"], "zones": {"SH": "Asia/Shanghai"}},
+        "n1",
+        "epoch",
+        "0.1",
+        "a1",
+        [("secret", False), ("{}", True)],
     ),
+    bus.TokenKeys([("secret", False)]),
+    bus.TokenKeys(None, True),
     bus.Rows(
         [("600519.SH", 7, b'{"code":"600519.SH","seq":7,"name":"\xe8\x8c\x85"}'), ("AAPL", 2**40, b"{}", b"[]")], 7
     ),
@@ -43,7 +51,8 @@ TO_MAIN = [
     bus.Ask(5, ["A", "B"], True, False, {"A": ("e1", 1)}),
     bus.Ask(6, ["A"], True, False, {"A": ("@a1", 7)}),
     bus.Find(7, "app", 20),
-    bus.Find(8, None, 10),
+    bus.Find(8, None, 10, ("*.SH", "AAPL")),
+    bus.KeysWanted(),
     bus.Unwatch(["A"]),
     bus.PlacesWanted(2, 16),
     bus.PlacesBack(3),

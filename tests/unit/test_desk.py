@@ -2,6 +2,7 @@
 
 from quotepush.auth import Verifier
 from quotepush.push.desk import Gone, Limits
+from quotepush.token_keys import secret_key
 from tests.support.desk import Counter
 from tests.support.tokens import KEY, token
 
@@ -14,7 +15,7 @@ def test_a_rate_that_is_no_whole_number_is_said_as_it_is() -> None:
 def test_a_desk_identifies_whom_a_token_names_and_nobody_where_no_tokens_are_taken() -> None:
     desk = Counter().desk
     assert desk.identify(token(sub="ann")) is None
-    desk.verifier = Verifier(KEY)
+    desk.verifier = Verifier([secret_key(KEY)])
     identity = desk.identify(token(sub="ann"))
     assert identity is not None and identity.user == "ann"
 

@@ -9,11 +9,13 @@ import pytest
 from aiohttp import web
 
 from quotepush.auth import Verifier
+from quotepush.entitlement import Codes
 from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.gate import Gate
 from quotepush.push.queries import Queries
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.settings import load
+from quotepush.token_keys import secret_key
 from tests.support.tokens import KEY, token
 
 ROW = b'{"code":"A","seq":7,"ts":1,"last":2.5,"volume":9}'
@@ -29,7 +31,7 @@ class Bench:
         self.desk = Desk(
             subscriptions=Subscriptions(), limits=Limits(400, 1, 1, 1), server="0", epoch="e", heartbeat_ms=1,
             watch=self._never, look=self._never, unwatch=self._never, subscribed=self._never,
-            clock_ms=lambda: 1_800_000_000_000, verifier=Verifier(key) if key else None,
+            clock_ms=lambda: 1_800_000_000_000, verifier=Verifier([secret_key(key)]) if key else None,
             read=self._read, find=self._find,
         )  # fmt: skip
 
@@ -42,8 +44,8 @@ class Bench:
         if self.is_answering:
             then(Answer({c: rows[c] for c in codes if c in rows}, {c: "unknown_code" for c in codes if c not in rows}))
 
-    def _find(self, text: str | None, limit: int, then: Callable[[bytes | None], None]) -> None:
-        self.asked.append((text, limit))
+    def _find(self, text: str | None, limit: int, codes: Codes, then: Callable[[bytes | None], None]) -> None:
+        self.asked.append((text, limit, *([] if codes.has_all else [codes.patterns])))
         then(self.found)
 
     async def get(self, path: str, **headers: str) -> tuple[int, Any, Any]:

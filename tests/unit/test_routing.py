@@ -40,7 +40,11 @@ async def test_a_link_of_answers_that_only_looks_alive_is_made_anew(redis_server
 
 async def test_no_more_of_a_group_is_read_than_it_takes(redis_server: RedisServer) -> None:
     command = Command(op="send", to=To(group="g"), data=1)
-    async with stand_in(redis_server, "n1") as n1, stand_in(redis_server, "n2") as n2, client(redis_server.url) as redis:
+    async with (
+        stand_in(redis_server, "n1") as n1,
+        stand_in(redis_server, "n2") as n2,
+        client(redis_server.url) as redis,
+    ):
         line = Line(redis, "here", 5)
         routing = Routing(line, redis, "qp:", timeout_s=5)
         await n2.renew(age_ms=60_000)

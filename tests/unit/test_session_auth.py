@@ -10,6 +10,7 @@ from quotepush.auth import Verifier
 from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.session import Session
 from quotepush.push.subscriptions import Subscriptions
+from quotepush.token_keys import secret_key
 from quotepush.wire.formats import CODECS, JSON, Codec
 from quotepush.wire.messages import CLOSE_CODES
 from tests.support.tokens import KEY, token
@@ -65,7 +66,7 @@ class Room:
             subscriptions=Subscriptions(), limits=Limits(5, 10, 10.0, 10_000), server="0", epoch="e",
             heartbeat_ms=5000, watch=lambda codes, books, since, then: self._ask(codes, then), look=self._ask,
             unwatch=self.unwatched.extend, subscribed=lambda fd: None, clock_ms=lambda: self.now_ms,
-            verifier=Verifier(key, leeway_s) if key else None, auth_timeout_ms=auth_timeout_ms,
+            verifier=Verifier([secret_key(key)], leeway_s) if key else None, auth_timeout_ms=auth_timeout_ms,
         )  # fmt: skip
 
     def _ask(self, codes: Sequence[str], then: Callable[[Answer], None]) -> None:
@@ -187,6 +188,7 @@ def test_a_good_token_opens_everything(codec: Codec) -> None:
     session.receive(body if codec.is_binary else body.decode())
     assert link.take() == {
         "type": "ack", "id": 1, "action": "auth", "time": room.now_ms, "expires": (NOW_S + 60) * 1000,
+        "limits": dict(room.desk.limits.as_said()),
     }  # fmt: skip
     assert session.identity is not None
     assert session.identity.user == "ann"

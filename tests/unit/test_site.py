@@ -14,6 +14,7 @@ from quotepush.push.desk import Desk, Limits
 from quotepush.push.site import STATIC, make_app
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.settings import load
+from quotepush.token_keys import secret_key
 from tests.support.tokens import KEY, token
 
 HANDSHAKE = {
@@ -33,7 +34,7 @@ class FakeWorker:
         self.desk = Desk(
             subscriptions=Subscriptions(), limits=Limits(1, 1, 1, 1), server="0", epoch="e", heartbeat_ms=1,
             watch=self._never, look=self._never, unwatch=self._never, subscribed=self._never,
-            clock_ms=lambda: 1_800_000_000_000, verifier=Verifier(key) if key else None,
+            clock_ms=lambda: 1_800_000_000_000, verifier=Verifier([secret_key(key)]) if key else None,
         )  # fmt: skip
 
     def _never(self, *_: Any) -> None:
