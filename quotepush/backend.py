@@ -342,10 +342,16 @@ class Backend:
         Raises:
             CallRefused: ``bad_code``.
         """
-        try:
-            return self._census.code_conns(parse_code(code))
-        except BadCode as e:
-            raise CallRefused("bad_code", f"{code[:60]!r}: {e}") from None
+        return self._census.code_conns(_canonical(code))
+
+    async def code_count(self, code: str) -> int:
+        """Return how many connections watch a code.
+
+        Raises:
+            CallRefused: ``bad_code``.
+        """
+        self._check_process()
+        return await self._census.code_audience(_canonical(code))
 
     async def conn_codes(self, conn: str) -> list[str]:
         """Return the codes that a connection watches."""
@@ -437,3 +443,10 @@ def _named(kind: str, name: str) -> str:
     if not is_name(name):
         raise CallRefused("bad_request", f"the name of a {kind} has 1 to 128 characters and no control characters")
     return name
+
+
+def _canonical(code: str) -> str:
+    try:
+        return parse_code(code)
+    except BadCode as e:
+        raise CallRefused("bad_code", f"{code[:60]!r}: {e}") from None

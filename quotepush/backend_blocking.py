@@ -212,6 +212,10 @@ class BlockingBackend:
         """Find the connections that watch a code."""
         return BlockingListing(self, self._backend.code_conns(code))
 
+    def code_count(self, code: str) -> int:
+        """Return how many connections watch a code."""
+        return self._wait_for(self._backend.code_count(code))
+
     def conn_codes(self, conn: str) -> list[str]:
         """Return the codes that a connection watches."""
         return self._wait_for(self._backend.conn_codes(conn))

@@ -137,6 +137,10 @@ class Census:
         """Return how many connections are in a group."""
         return await self._count(self._keys.group(group))
 
+    async def code_audience(self, code: str) -> int:
+        """Return how many connections watch a code, by its canonical spelling."""
+        return await self._count(self._registry().code(code))
+
     def group_sessions(self, group: str) -> Listing[Session]:
         """Find the sessions in a group."""
         conns = self.group_conns(group)

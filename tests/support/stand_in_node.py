@@ -9,6 +9,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
+import orjson
 from redis.asyncio import Redis
 
 from quotepush.cluster.commands import ClusterKeys, Command, NodeRecord, Reply, encode, parse_command
@@ -70,8 +71,6 @@ class StandInNode:
             await redis.sadd(f"{self._prefix}codes", code)
         if user or groups:
             said = {"user": user or None, "opened": 5, "groups": list(groups), "data": {"n": number}}
-            import orjson
-
             await redis.set(keys.conn(fd), orjson.dumps(said))
         return fd
 

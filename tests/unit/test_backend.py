@@ -97,7 +97,7 @@ async def test_a_thousand_calls_at_once_get_each_its_own_answer(redis_server: Re
         node.answer = lambda command: Reply(command.id, "n1", command.data)
         sent = await asyncio.gather(*(b.send_to_user("ann", n) for n in range(1000)))
         assert [one.delivered for one in sent] == list(range(1000))
-        replies = [name for name in await redis.pubsub_channels("qp:reply:*")]
+        replies = await redis.pubsub_channels("qp:reply:*")
         assert len(replies) == 1
         assert int((await redis.info("clients"))["connected_clients"]) < 10
 
@@ -130,7 +130,7 @@ async def test_a_redis_that_dies_is_told_at_once_and_found_again(redis_server: R
             with pytest.raises(BackendUnavailable, match="may have been carried out"):
                 await waiting
         for call in (b.send_to_user("ann", 1), b.send_to_all(1), b.conn_count(), b.is_online("n1.0.1000"), b.connect()):
-            with pytest.raises(BackendUnavailable, match="127.0.0.1"):
+            with pytest.raises(BackendUnavailable, match=r"127\.0\.0\.1"):
                 await call
         redis_server.start()
         async with stand_in(redis_server) as node:
