@@ -227,6 +227,23 @@ class Settings:
         5.0, "How often a part of the sets is compared with the truth.", unit="s", at_least=0.1
     )
 
+    # Users, groups and messages.
+    delivery: str = _setting(
+        "now",
+        "How messages are sent when nothing is said: now, or kept for users who are away and nodes that are cut off.",
+    )
+    inbox_concurrency: int = _setting(10, "Kept messages that a node has in work at a time.", at_least=1)
+    inbox_max: int = _setting(
+        10_000, "Kept messages that wait for a node, about; the oldest ones go first.", at_least=1
+    )
+    kept_max: int = _setting(100, "Messages that wait for a user who is away; the oldest ones go first.", at_least=1)
+    kept_ttl_s: int = _setting(86_400, "A message for a user who is away waits no longer.", unit="s", at_least=1)
+    require_conn_key: bool = _setting(
+        False, "A backend that binds a user to a connection has to know the conn_key of its hello."
+    )
+    secret_params: list[str] = _setting([], "Parameters of the handshake that stay out of session data, besides token.")
+    events: bool = _setting(False, "Tell in Redis, on the channel of events, who comes and goes.")
+
     # Supervision.
     worker_silence_s: float = _setting(
         10.0, "A worker silent for so long is killed and replaced.", unit="s", at_least=1

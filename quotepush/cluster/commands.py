@@ -151,11 +151,11 @@ class Kept(msgspec.Struct, omit_defaults=True):
 
     at: int
     until: int
-    id: str = ""
     data: Any = None
     encoding: str = ""
     raw: bool = False
     sender: Sender | None = None
+    id: str = ""
 
 
 class NodeRecord(msgspec.Struct):

@@ -45,6 +45,7 @@ from quotepush.node.notify import notify, watchdog_interval_s
 from quotepush.node.relay import Relay
 from quotepush.node.sockets import inherited_sockets, open_sockets
 from quotepush.node.supervisor import Supervisor
+from quotepush.node.switchboard import Switchboard
 from quotepush.quote.board import Board, TradingDays
 from quotepush.quote.code import BadCode, parse_code
 from quotepush.quote.ring import Ring
@@ -119,6 +120,7 @@ class _Main:
         self._follower: LogFollower
         self._rows: RowStore
         self._supervisor: Supervisor
+        self._switchboard: Switchboard
         self._addresses = ""
 
     async def run(self) -> None:
@@ -130,11 +132,13 @@ class _Main:
         max_connections = _raise_file_limit(settings.max_connections)
         sockets = inherited_sockets() or await _open_public(settings)
         try:
-            feed_pool = _feed_pool(settings)
+            feed_pool = _listening_pool(settings, settings.feed_redis, "feed")
             log_redis = _redis_client(settings, settings.feed_redis, "log")
             keys = FeedKeys(settings.redis_prefix)
             registry = _redis_client(settings, settings.registry_url, "main")
-            for pool in (feed_pool, log_redis.connection_pool, registry.connection_pool):
+            command_pool = _listening_pool(settings, settings.registry_url, "commands")
+            self._switchboard = Switchboard(settings, registry, command_pool, self._tell_readiness)
+            for pool in (feed_pool, log_redis.connection_pool, registry.connection_pool, command_pool):
                 pool.make_connection()  # type: ignore[no-untyped-call]  # connects nowhere, but looks at the options
         except (TypeError, ValueError) as e:
             raise SettingsError([f"feed_redis or registry_redis: a wrong option in the URL: {e}"]) from None
@@ -142,7 +146,7 @@ class _Main:
             await _check_redis(Redis(connection_pool=feed_pool), "feed_redis", settings.feed_redis, settings)
             await _check_redis(registry, "registry_redis", settings.registry_url, settings)
             try:
-                removed = await purge_node(registry, settings.redis_prefix, settings.node)
+                removed = await purge_node(registry, settings.redis_prefix, settings.node, told=self._switchboard.told)
             except (RedisError, OSError, TimeoutError) as e:
                 shown = without_password(settings.registry_url)
                 reason = reason_of(e, settings.redis_timeout_s)
@@ -184,9 +188,10 @@ class _Main:
             )
             await self._rows.load()
             await self._keyring.begin()
+            await self._switchboard.begin()
             self._supervisor = Supervisor(
                 settings, sockets, self._relay, self._directory, registry, max_connections, self._feed_news,
-                self._tell_readiness, self._keyring,
+                self._tell_readiness, self._keyring, self._switchboard,
             )  # fmt: skip
             async with self._admin_site() as admin_address:
                 # Only now: a start that fails says so in one line.
@@ -199,7 +204,8 @@ class _Main:
                 await self._rows.flush()
             try:
                 async with asyncio.timeout(settings.redis_timeout_s):
-                    await purge_node(registry, settings.redis_prefix, settings.node)
+                    await purge_node(registry, settings.redis_prefix, settings.node, told=self._switchboard.told)
+                    await self._switchboard.leave()
             except (RedisError, OSError, TimeoutError) as e:
                 log.warning("registry: not cleared; the next start does it: %s", str(e) or type(e).__name__)
         finally:
@@ -209,6 +215,7 @@ class _Main:
                 await registry.aclose()
                 await log_redis.aclose()
                 await feed_pool.aclose()
+                await command_pool.aclose()
 
     async def _serve_until_stopped(self) -> None:
         quiet_collector()
@@ -222,6 +229,7 @@ class _Main:
                     group.create_task(self._sweep_codes(), name="sweep"),
                     group.create_task(self._directory.run(), name="directory"),
                     group.create_task(self._keyring.run(), name="keys"),
+                    group.create_task(self._switchboard.run(), name="switchboard"),
                     group.create_task(self._report_faults(), name="faults"),
                     group.create_task(self._feed_watchdog(), name="watchdog"),
                 ]
@@ -296,8 +304,9 @@ class _Main:
     def _tell_readiness(self) -> None:
         ready, count = self._supervisor.ready, len(self._supervisor.slots)
         notify(STATUS=f"{ready} of {count} workers ready")
-        # Whoever publishes once we are ready is heard, so the feed's link must have been made, too.
-        if ready == count and self._listener.links and not self._is_ready:
+        # Whoever publishes or commands once we are ready is heard, so these links must have been made, too.
+        is_heard = self._listener.links and self._switchboard.is_up
+        if ready == count and is_heard and not self._is_ready:
             self._is_ready = True
             self._announce(f"quotepush ready {self._addresses} node={self._settings.node} workers={count}")
             notify(READY="1")
@@ -356,6 +365,7 @@ class _Main:
             "codes_stale": [(self._relay.stale, nothing)],
             "workers_ready": [(supervisor.ready, nothing)],
             "connections_refused": [(supervisor.refused, nothing)],
+            **{name: [(value, nothing)] for name, value in self._switchboard.figures.items()},
             "worker_restarts": [(s.restarts, {"worker": str(s.index)}) for s in supervisor.slots],
         }
         if self._board.newest_ms:
@@ -419,15 +429,15 @@ def _public_url(settings: Settings, listening: socket.socket) -> str:
     return f"{'https' if settings.tls_cert else 'http'}://{_address(listening)}{settings.base_path}/"
 
 
-def _feed_pool(settings: Settings) -> ConnectionPool:
-    # RESP 2: in its push messages the listener's read loop finds lists, whatever redis-py prefers.
+def _listening_pool(settings: Settings, url: str, role: str) -> ConnectionPool:
+    # RESP 2: in its push messages whoever listens finds lists, whatever redis-py prefers.
     return ConnectionPool.from_url(
-        settings.feed_redis,
+        url,
         protocol=2,
-        socket_timeout=None,  # the probe bounds every wait
+        socket_timeout=None,  # a probe bounds every wait
         socket_connect_timeout=settings.redis_timeout_s,
         socket_keepalive=True,
-        client_name=f"quotepush-{settings.node}-feed",
+        client_name=f"quotepush-{settings.node}-{role}",
     )
 
 

@@ -24,14 +24,20 @@ from aiohttp import web
 from setproctitle import setproctitle
 
 from quotepush.auth import Verifier
+from quotepush.cluster.commands import encode, parse_command
+from quotepush.cluster.events import event_text
 from quotepush.cluster.registry import RegistryMirror, registry_client
 from quotepush.entitlement import Codes
 from quotepush.node import bus
 from quotepush.node.accept import Acceptor
+from quotepush.node.carrying import carry_out, reply_of
 from quotepush.node.collector import quiet_collector
 from quotepush.node.logs import set_up_logging
+from quotepush.node.memberships import Memberships
 from quotepush.node.places import Places
 from quotepush.push.desk import Answer, Desk, Limits
+from quotepush.push.orders import Carrier, Outcome
+from quotepush.push.session import Session
 from quotepush.push.site import make_app
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.push.worker import FeedState, Outside, PushWorker, clock_ms
@@ -65,6 +71,9 @@ class WorkerProcess:
         self._keys: list[tuple[str, bool]] | None = None  # newer ones than those of Setup
         self._keys_wanted: list[Callable[[], None]] = []  # who waits for keys that may be newer
         self._worker: PushWorker | None = None
+        self._node = ""
+        self._carrier = Carrier(self._carried)
+        self._command_ids: dict[int, str] = {}
         self._unwatched: list[str] = []
         self._feed = FeedState()
         self._places = Places(
@@ -102,9 +111,18 @@ class WorkerProcess:
             interval_s=settings.registry_interval_s,
             ttl_s=settings.registry_ttl_s,
             check_interval_s=settings.registry_check_s,
-            on_client_id=self._tell_client_id,
+            on_client_id=lambda client_id: self._tell_client_id(life, client_id),
         )
-        worker = self._worker = self._make_worker(setup, settings, life, mirror)
+        memberships = Memberships(
+            settings,
+            setup.node,
+            life,
+            find=self._session,
+            on_client_id=self._tell_client_id,
+            on_users=lambda users: self._bus.send(bus.UsersCame(list(users))),
+            told=self._tell_listed if settings.events else None,
+        )
+        worker = self._worker = self._make_worker(setup, settings, life, mirror, memberships)
         runner = web.AppRunner(
             make_app(settings, worker, self._admit, self._places.leave), access_log=None,
             keepalive_timeout=_KEEPALIVE_S, tcp_keepalive=False, handle_signals=False,
@@ -116,8 +134,10 @@ class WorkerProcess:
         quiet_collector()
         tasks = [
             asyncio.create_task(mirror.run(), name="registry"),
+            asyncio.create_task(memberships.run(), name="memberships"),
+            asyncio.create_task(self._carrier.run(), name="orders"),
             asyncio.create_task(worker.turn_wheel(), name="wheel"),
-            asyncio.create_task(self._tell_figures(mirror, settings.worker_silence_s), name="figures"),
+            asyncio.create_task(self._tell_figures(mirror, memberships, settings.worker_silence_s), name="figures"),
             asyncio.create_task(self._borrow(acceptor, settings.backlog), name="borrow"),
         ]
         self._bus.send(bus.Ready())
@@ -131,7 +151,7 @@ class WorkerProcess:
         await asyncio.gather(*tasks, return_exceptions=True)
         try:
             async with asyncio.timeout(_FINISH_TIMEOUT_S):
-                if not await mirror.finish():
+                if not all(await asyncio.gather(mirror.finish(), memberships.finish())):
                     log.warning("registry: not cleared; the next start does it")
         except TimeoutError:
             log.warning("registry: not cleared in time; the next start does it")
@@ -160,7 +180,9 @@ class WorkerProcess:
                 raise RuntimeError(f"the task {task.get_name()} has ended")
         return self._stop.result()
 
-    def _make_worker(self, setup: bus.Setup, settings: Settings, life: str, mirror: RegistryMirror) -> PushWorker:
+    def _make_worker(
+        self, setup: bus.Setup, settings: Settings, life: str, mirror: RegistryMirror, memberships: Memberships
+    ) -> PushWorker:
         desk = Desk(
             subscriptions=Subscriptions(),
             limits=Limits(
@@ -190,12 +212,14 @@ class WorkerProcess:
 
         def closed(fd: str) -> None:
             mirror.close(fd)
+            memberships.close(fd)
             self._places.leave()
 
-        start_us = int(life.partition(".")[2])
-        worker = PushWorker(
-            settings, f"{setup.node}.{self._index}.", start_us, desk, Outside(opened=mirror.open, closed=closed)
-        )
+        outside = Outside(mirror.open, closed, memberships.changed)
+        if settings.events:
+            outside.came, outside.left = self._tell_came, self._tell_left
+        worker = PushWorker(settings, f"{setup.node}.{self._index}.", int(life.partition(".")[2]), desk, outside)
+        self._node = setup.node
         self._feed.stale_ms = round(settings.feed_stale_s * 1000)
         worker.feed = self._feed
         return worker
@@ -268,11 +292,42 @@ class WorkerProcess:
             codes, self._unwatched = self._unwatched, []
             self._bus.send(bus.Unwatch(codes))
 
-    def _tell_client_id(self, client_id: int) -> None:
-        self._bus.send(bus.RegistryClient(client_id))
+    def _tell_client_id(self, life: str, client_id: int) -> None:
+        self._bus.send(bus.RegistryClient(client_id, life))
         self._bus.flush()
 
-    async def _tell_figures(self, mirror: RegistryMirror, silence_s: float) -> None:
+    # The cluster's orders, and who comes and goes
+
+    def _take_order(self, message: bus.Order) -> None:
+        worker = self._worker
+        if worker is None:
+            self._carried(message.question, Outcome())
+            return
+        command = parse_command(message.command)  # main has checked it
+        self._command_ids[message.question] = command.id
+        self._carrier.take(message.question, len(message.command), lambda: carry_out(worker.orders, command))
+
+    def _carried(self, question: int, outcome: Outcome) -> None:
+        reply = reply_of(outcome, self._command_ids.pop(question, ""), self._node)
+        self._bus.send(bus.Carried(question, encode(reply)))
+
+    def _session(self, fd: str) -> Session | None:
+        link = self._worker.links.get(fd) if self._worker is not None else None
+        return None if link is None else link.session
+
+    def _tell_came(self, session: Session) -> None:
+        user = None if session.member is None else session.member.user
+        self._bus.send(bus.Happened([event_text("open", clock_ms(), fd=session.fd, uid=user)]))
+
+    def _tell_left(self, session: Session, user: str | None, by: str, reason: str) -> None:
+        self._bus.send(bus.Happened([event_text("close", clock_ms(), fd=session.fd, uid=user, by=by, reason=reason)]))
+
+    def _tell_listed(self, tag: str, is_listed: bool) -> None:
+        if tag.startswith("u:"):
+            event = "user_online" if is_listed else "user_offline"
+            self._bus.send(bus.Happened([event_text(event, clock_ms(), uid=tag[2:])]))
+
+    async def _tell_figures(self, mirror: RegistryMirror, memberships: Memberships, silence_s: float) -> None:
         # They are also the sign of life that main waits for.
         every_s = min(_FIGURES_S, silence_s / 4)
         while True:
@@ -289,9 +344,13 @@ class WorkerProcess:
                         "rows_out": worker.hub.rows_out,
                         "rows_merged": worker.hub.rows_merged,
                         "writes": worker.hub.writes,
-                        "registry_pending": mirror.pending,
-                        "registry_lag_seconds": mirror.lag_ms / 1000,
-                        "registry_repairs": mirror.repairs,
+                        "registry_pending": mirror.pending + memberships.pending,
+                        "registry_lag_seconds": max(mirror.lag_ms, memberships.lag_ms) / 1000,
+                        "registry_repairs": mirror.repairs + memberships.repairs,
+                        "members": memberships.count,
+                        "users": worker.members.users,
+                        "messages_sent": worker.orders.delivered,
+                        "messages_undelivered": worker.orders.undelivered,
                         "places_spare": self._places.settle(),
                     }
                 )
@@ -313,6 +372,8 @@ class WorkerProcess:
             self._questions.pop(message.question)(message)
         elif kind is bus.Found:
             self._searches.pop(message.question)(message.text)
+        elif kind is bus.Order:
+            self._take_order(message)
         elif kind is bus.TokenKeys:
             self._take_keys(message)
         elif kind is bus.PlacesGranted:

@@ -4,9 +4,12 @@ Invariant: nothing else of the process is within a session's reach, no socket, n
 main comes in the stream of ticks, so that between the rows in it and the next tick nothing is missing.
 """
 
+import base64
+import hashlib
+import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from quotepush.auth import Identity, Verifier
 from quotepush.entitlement import UNLIMITED, Codes, Entitlement, unserved
@@ -14,6 +17,9 @@ from quotepush.errors import PeerError
 from quotepush.push.outbox import Outbox
 from quotepush.push.subscriptions import Lane, Subscriptions
 from quotepush.wire.messages import CLOSE_CODES
+
+if TYPE_CHECKING:
+    from quotepush.push.session import Session
 
 __all__ = ["Answer", "Desk", "Gone", "Limits", "Link"]
 
@@ -129,6 +135,8 @@ class Desk:
         subscribed: a session's codes have changed (for the registry).
         clock_ms: epoch milliseconds.
         life: of main, in which positions count.
+        identified: a session has shown a token, and before that another one, or none; set by the worker.
+        secret: of this worker, from which the keys of its connections are made.
     """
 
     subscriptions: Subscriptions
@@ -151,6 +159,17 @@ class Desk:
     renew_keys: Callable[[Callable[[], None]], None] = _at_once
     auth_timeout_ms: int = 10_000
     life: str = ""
+    identified: "Callable[[Session, Identity | None], None]" = lambda session, before: None
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+
+    def conn_key(self, fd: str) -> str:
+        """Return the key of a connection: whoever knows it has it from the connection's own ``hello``."""
+        digest = hashlib.blake2b(fd.encode(), key=self.secret, digest_size=16).digest()
+        return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+    def is_key_of(self, fd: str, key: str) -> bool:
+        """Say whether ``key`` is that of ``fd``."""
+        return secrets.compare_digest(self.conn_key(fd).encode(), key.encode("utf-8", "replace"))
 
     @property
     def needs_identity(self) -> bool:

@@ -13,11 +13,10 @@ What it knows of its surroundings is :mod:`quotepush.push.desk`; how the rows of
 """
 
 import logging
-import secrets
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quotepush.auth import Identity, UnknownKey
 from quotepush.entitlement import Entitlement
@@ -30,6 +29,9 @@ from quotepush.push.watchlist import Watchlist
 from quotepush.wire import messages
 from quotepush.wire.formats import DEFAULT_FIELDS, DEFAULT_VIEW, JSON, Codec, Format, View
 from quotepush.wire.messages import CLOSE_CODES, Message, Request, RequestError, parse_request
+
+if TYPE_CHECKING:
+    from quotepush.push.members import Member
 
 __all__ = ["Session"]
 
@@ -52,13 +54,14 @@ class Session:
         codec: the language it speaks.
         identity: who it has proved to be; None: nobody yet, or this server takes no tokens.
         entitlement: what it may have.
+        member: its user, groups and session data; None: it has none.
         watchlist: what it is subscribed to.
     """
 
     __slots__ = (
         "_allowance", "_allowance_at_ms", "_claimed", "_desk", "_epoch", "_inbox", "_is_waiting", "_limited_since_ms",
-        "_limits", "_link", "_most", "codec", "entitlement", "fd", "identity", "is_closed", "opened_ms", "outbox",
-        "watchlist",
+        "_limits", "_link", "_most", "codec", "entitlement", "fd", "identity", "is_closed", "member", "opened_ms",
+        "outbox", "watchlist",
     )  # fmt: skip
 
     def __init__(
@@ -75,6 +78,7 @@ class Session:
         self.identity = identity
         self._link = link
         self._desk = desk
+        self.member: Member | None = None
         self._most = limits or desk.limits  # whatever it is entitled to
         self._adopt(desk.entitlement_of(identity))
         self.outbox = Outbox(self, link.write, codec)
@@ -96,7 +100,7 @@ class Session:
             messages.hello(
                 server=desk.server,
                 conn=self.fd,
-                conn_key=secrets.token_urlsafe(16),
+                conn_key=desk.conn_key(self.fd),
                 epoch=self._epoch,
                 time_ms=self.opened_ms,
                 heartbeat_ms=desk.heartbeat_ms,
@@ -181,7 +185,12 @@ class Session:
             raise PeerError("bad_request", "this server takes no tokens; everybody may subscribe")
         if self.identity is not None and self.identity.user != identity.user:
             raise PeerError("already_authenticated", "this connection is another user's; open a new one for this token")
-        self.identity = identity
+        before, self.identity = self.identity, identity
+        try:
+            self._desk.identified(self, before)
+        except PeerError:
+            self.identity = before
+            raise
         self._adopt(identity.entitlement)
         expires = {} if identity.expires_ms is None else {"expires": identity.expires_ms}
         self._say_ack(request, now_ms, **expires, limits=self._limits.as_said())

@@ -20,6 +20,7 @@ __all__ = [
     "ack",
     "error",
     "heartbeat",
+    "message",
     "named",
     "parse_request",
     "pong",
@@ -38,7 +39,9 @@ CLOSE_CODES = {
     "restart": 1012,
     "overloaded": 1013,
     "auth_failed": 4401,
+    "kicked": 4403,
     "auth_timeout": 4408,
+    "replaced": 4409,
     "rate_limited": 4429,
 }
 
@@ -280,6 +283,21 @@ def heartbeat(time_ms: int, feed: str, feed_age_ms: int | None) -> Message:
 def status(time_ms: int, scope: str, state: str, **facts: Any) -> Message:
     """Return a change of state: of the connection, or of some codes."""
     return {"type": "status", "time": time_ms, "scope": scope, "state": state, **facts}
+
+
+def message(time_ms: int, origin: str, fields: Mapping[str, Any], sender: Mapping[str, Any] | None = None) -> Message:
+    """Return what a program, or another client, has sent.
+
+    Args:
+        time_ms: when it was sent.
+        origin: to whom: ``conn``, ``user``, ``group`` or ``all``.
+        fields: ``data``, and its ``encoding`` when it is bytes (:meth:`~quotepush.wire.formats.Codec.binary`).
+        sender: the client who speaks: ``conn`` and ``user``.
+    """
+    said: Message = {"type": "message", "time": time_ms, "from": origin, **fields}
+    if sender is not None:
+        said["sender"] = sender
+    return said
 
 
 def _id(request_id: int | str | None) -> Message:

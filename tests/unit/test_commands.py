@@ -134,7 +134,7 @@ def test_an_fd_names_its_node_and_worker() -> None:
 def test_replies_records_and_kept_messages_come_back_from_their_bytes() -> None:
     reply = Reply("a", "n1", 2, [FD], {"x": 1}, ["u1"], "not_online", "gone")
     assert decode_reply(encode(reply)) == reply
-    kept = Kept(1, 2, "m1", {"a": 1}, sender=Sender(FD))
+    kept = Kept(1, 2, {"a": 1}, sender=Sender(FD), id="m1")
     assert decode_kept(encode(kept)) == kept
     record = NodeRecord(1, 2, "0.3", 2)
     assert decode_node(encode(record)) == record
