@@ -8,7 +8,8 @@ in the environment, flags. All faults of all sources are found at once.
 Passwords may come in the Redis URL, or from ``QUOTEPUSH_FEED_REDIS_PASSWORD`` and
 ``QUOTEPUSH_REGISTRY_REDIS_PASSWORD``, or from a file (``feed_redis_password_file``,
 ``registry_redis_password_file``: for secrets that a supervisor mounts). Keys of tokens
-have files too (``token_key_file``). No secret is in a ``repr`` or in a fault.
+and the token of the HTTP API have files too (``token_key_file``, ``api_token_file``). No secret
+is in a ``repr`` or in a fault.
 """
 
 import dataclasses
@@ -41,6 +42,8 @@ _PASSWORDS = tuple(f"{name}_password" for name in _URLS)
 _OF_COMMANDS = ("config", "token")  # read by click: where the file is, and what `watch` shows to a server
 _MOST_LEEWAY_S = 60
 _LEAST_REFRESH_S = 10
+_SECRETS = ("token_key", "api_token")
+_LEAST_API_TOKEN = 16  # letters
 # What else is at the public port, below base_path.
 _OTHER_PATHS = ("/stream", "/quotes", "/codes")
 
@@ -70,8 +73,18 @@ class Settings:
     tls_key: str = _setting("", "PEM file with the private key of tls_cert.")
 
     # The private listener.
-    admin_host: str = _setting("127.0.0.1", "Address of the private listener (health, metrics).")
+    admin_host: str = _setting(
+        "127.0.0.1",
+        "Address of the private listener (health, metrics, HTTP API); one that is no loopback needs an api_token.",
+    )
     admin_port: int = _setting(8009, "Port of the private listener; 0 takes any free one.", at_least=0)
+
+    api_token: str = _setting(
+        "",
+        "Secret that callers of the HTTP API show, at least 16 letters; empty: there is no HTTP API. "
+        "A flag can be seen in the list of processes.",
+    )
+    api_token_file: str = _setting("", "File with api_token, instead of it; read at the start.")
 
     # Tokens.
     token_key: str = _setting(
@@ -299,7 +312,7 @@ def without_password(url: str) -> str:
 def _without_secret(name: str, value: Any) -> Any:
     if name in _URLS:
         return without_password(value)
-    return "***" if name == "token_key" and value else value
+    return "***" if name in _SECRETS and value else value
 
 
 def _with_password(url: str, password: str) -> str:
@@ -344,7 +357,7 @@ def load(
                 values[name] = _coerce(value, kinds[name])
             except ValueError as e:
                 # What holds a secret is not repeated, whatever its type.
-                faults.append(f"{source}: {name} {'must be a text' if name in (*_URLS, 'token_key') else e}")
+                faults.append(f"{source}: {name} {'must be a text' if name in (*_URLS, *_SECRETS) else e}")
     settings = _resolve(Settings(**values), env, faults)
     faults += _faults(settings)
     if faults:
@@ -460,7 +473,15 @@ def _resolve(settings: Settings, env: Mapping[str, str], faults: list[str]) -> S
                 continue  # _faults names the broken URL
         elif password:
             faults.append(f"{role}: a password is set, but no {role}")
-    return dataclasses.replace(settings, node=node, lock_file=lock_file, **urls)
+    api_token = settings.api_token
+    if settings.api_token_file:
+        if api_token:
+            faults.append("api_token and api_token_file are both set; keep one of them")
+        others = len(faults)
+        api_token = _read_secret("api_token_file", settings.api_token_file, faults)
+        if not api_token and len(faults) == others:
+            faults.append(f"api_token_file: there is no token in {settings.api_token_file}")
+    return dataclasses.replace(settings, node=node, lock_file=lock_file, api_token=api_token, **urls)
 
 
 def _read_secret(name: str, path: str, faults: list[str]) -> str:
@@ -489,9 +510,15 @@ def _faults(s: Settings) -> list[str]:
             found.append(f"{name} must be at most 65535, not {getattr(s, name)}")
     if s.port and s.port == s.admin_port and s.host == s.admin_host:
         found.append(f"port and admin_port are both {s.port}; the private listener needs its own")
-    if s.admin_host not in ("localhost",) and not _is_loopback(s.admin_host):
+    if s.api_token and not re.match(rf"[!-~]{{{_LEAST_API_TOKEN},}}\Z", s.api_token):
         found.append(
-            f"admin_host must be a loopback address, not {s.admin_host!r}: the private listener has no password"
+            f"api_token must be at least {_LEAST_API_TOKEN} letters, digits or signs of ASCII without blanks; make one "
+            'with: python -c "import secrets; print(secrets.token_hex(32))"'
+        )
+    if s.admin_host not in ("localhost",) and not _is_loopback(s.admin_host) and not s.api_token:
+        found.append(
+            f"admin_host must be a loopback address, not {s.admin_host!r}, unless there is an api_token or an "
+            "api_token_file"
         )
     for name in ("feed_redis", "registry_redis"):
         url = getattr(s, name)

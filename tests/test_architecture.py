@@ -36,10 +36,13 @@ FLOORS: dict[str, set[str]] = {
     "ingest": PURE,
     "push": PURE | {"entitlement", "auth", "settings"},
     "cluster": PURE | {"settings"},
-    "node": GROUND | PURE | {"ingest", "push", "cluster", "quotepush"},
+    "node": GROUND | PURE | {"ingest", "push", "cluster", "quotepush", "backend"},
     # Programs of their own beside the server, and the libraries for other programs.
     "batches": {"errors", "quote", "ingest"},
     "publisher": {"errors", "ingest", "batches"},
+    "backend_events": {"errors", "cluster"},
+    "backend": PURE | {"cluster", "publisher", "backend_events"},
+    "backend_blocking": {"errors", "backend", "backend_events"},
     "feed": PURE | {"publisher"},
     "private_redis": {"errors"},
     "client_errors": PURE,
@@ -56,11 +59,12 @@ FLOORS: dict[str, set[str]] = {
     "watching_table": PURE | {"client"},
     "watching": PURE | {"client", "watching_table"},
     "publishing": PURE | {"feed"},
+    "commanding": PURE | {"settings", "cluster", "backend"},
     "tokens": GROUND | PURE | {"node"},
     "demo": {"errors", "feed", "private_redis"},
     # On top: the package's front door and the command line.
-    "quotepush": {"client", "client_blocking", "publisher"},
-    "cli": GROUND | {"quotepush", "node", "demo", "watching", "publishing", "tokens"},
+    "quotepush": {"client", "client_blocking", "publisher", "backend", "backend_blocking"},
+    "cli": GROUND | {"quotepush", "node", "demo", "watching", "publishing", "tokens", "commanding"},
     "__main__": {"cli"},
 }
 
@@ -249,6 +253,12 @@ def test_the_client_library_does_not_load_the_server() -> None:
 
 def test_the_publishers_do_not_load_the_server() -> None:
     loaded = loaded_after("from quotepush import BlockingPublisher, Publisher")
+    assert not {m for m in loaded if m.startswith(("quotepush.node", "quotepush.push", "quotepush.feed"))}
+    assert not loaded & {"aiohttp", "uvloop", "setproctitle", "click", "rich"}
+
+
+def test_the_backends_do_not_load_the_server() -> None:
+    loaded = loaded_after("from quotepush import Backend, BlockingBackend")
     assert not {m for m in loaded if m.startswith(("quotepush.node", "quotepush.push", "quotepush.feed"))}
     assert not loaded & {"aiohttp", "uvloop", "setproctitle", "click", "rich"}
 

@@ -25,6 +25,8 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.exceptions import RedisError
 from setproctitle import setproctitle
 
+from quotepush import __version__
+from quotepush.backend import Backend
 from quotepush.cluster.nodes import purge_node
 from quotepush.errors import OperatorError, PortUnavailable, RedisUnavailable, SettingsError, reason_of
 from quotepush.ingest.keys import FeedKeys
@@ -34,6 +36,7 @@ from quotepush.ingest.rows import RowStore
 from quotepush.metrics import Sample
 from quotepush.node import lock
 from quotepush.node.admin import make_admin_app
+from quotepush.node.api import BODY_BYTES, add_api
 from quotepush.node.collector import quiet_collector
 from quotepush.node.directory import Directory
 from quotepush.node.keyring import Keyring
@@ -378,8 +381,13 @@ class _Main:
 
     @contextlib.asynccontextmanager
     async def _admin_site(self) -> AsyncIterator[str]:
-        host, port = self._settings.admin_host, self._settings.admin_port
-        runner = web.AppRunner(make_admin_app(self._readiness, self._samples), access_log=None, handle_signals=False)
+        settings = self._settings
+        host, port = settings.admin_host, settings.admin_port
+        app = make_admin_app(self._readiness, self._samples, BODY_BYTES)
+        # It connects with the first call.
+        backend = _backend(settings) if settings.api_token else None
+        add_api(app, backend, settings.api_token, __version__)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
         try:
             (listening,) = await _patiently(lambda: open_sockets(host, port, 1, 64), host, port, "--admin-port")
@@ -387,6 +395,8 @@ class _Main:
             yield _address(listening)
         finally:
             await runner.cleanup()
+            if backend is not None:
+                await backend.aclose()
 
 
 async def _open_public(settings: Settings) -> list[socket.socket]:
@@ -429,6 +439,10 @@ def _listening_pool(settings: Settings, url: str, role: str) -> ConnectionPool:
         socket_keepalive=True,
         client_name=f"quotepush-{settings.node}-{role}",
     )
+
+
+def _backend(settings: Settings) -> Backend:
+    return Backend(settings.registry_url, feed_url=settings.feed_redis, prefix=settings.redis_prefix)
 
 
 def _redis_client(settings: Settings, url: str, role: str) -> Redis:
