@@ -72,7 +72,8 @@ FLOORS: dict[str, set[str]] = {
 SANS_IO = (
     "quotepush.errors", "quotepush.token_keys", "quotepush.entitlement", "quotepush.auth", "quotepush.quote.",
     "quotepush.wire.", "quotepush.ingest.probe",
-    "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.members", "quotepush.push.desk", "quotepush.push.results",
+    "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.members", "quotepush.push.desk",
+    "quotepush.push.results",
     "quotepush.push.watchlist", "quotepush.push.session", "quotepush.batches", "quotepush.client_state",
     "quotepush.client_messages", "quotepush.client_rows", "quotepush.client_errors", "quotepush.cluster.commands",
 )  # fmt: skip

@@ -247,7 +247,7 @@ class Routing:
         if not users:
             return Answers({})
         entry = encode(
-            Kept(message.sent, message.until, name, message.data, message.encoding, message.raw, message.sender)
+            Kept(message.sent, message.until, message.data, message.encoding, message.raw, message.sender, name)
         )
         commands: list[Words] = []
         for user in users:

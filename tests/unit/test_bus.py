@@ -45,7 +45,7 @@ TO_WORKER = [
     bus.Lend(1, True),
     bus.Order(9, b'{"op":"poke"}'),
     bus.Sent(3, 2),
-    bus.Sent(4, 0, "not_online", "nobody"),
+    bus.Sent(4, 0, 1, "not_online", "nobody", True),
     bus.Drain(10.5, 1000),
 ]
 TO_MAIN = [
@@ -61,7 +61,7 @@ TO_MAIN = [
     bus.PlacesBack(3),
     bus.RegistryClient(17, "0.1721872800000000:members"),
     bus.Carried(9, b'{"id":"a","node":"n1"}'),
-    bus.UsersCame(["u1"]),
+    bus.UsersCame(["u1", "u2"], [("u1", 2, True)]),
     bus.ClientSend(3, b'{"op":"send"}'),
     bus.Happened([b"{}", b"{}"]),
     bus.Figures({"connections": 3, "connections_closed": {"closed": 2}, "lag": 0.5}),

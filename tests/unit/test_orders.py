@@ -14,6 +14,7 @@ from quotepush.push.session import Session
 from quotepush.wire.events import EVENTS
 from quotepush.wire.formats import JSON, MSGPACK, Codec
 from tests.support.desk import Counter
+from tests.support.waiting import wait_until
 
 
 class Socket:
@@ -279,8 +280,7 @@ async def test_orders_are_carried_out_in_turn_and_a_bug_ends_only_its_own() -> N
     for number in (1, 2, 3):
         carrier.take(number, 10, order(number))
     carrier.take(4, 1 << 26, order(4))
-    while len(told) < 4:
-        await asyncio.sleep(0)
+    await wait_until(lambda: len(told) == 4)
     assert steps == [1, 1, 2, 2, 3, 3]
     assert told[0][1].error == "overloaded", "at once"
     assert [(question, outcome.delivered, outcome.error) for question, outcome in told[1:]] == [
