@@ -95,6 +95,8 @@ TESTED_ELSEWHERE = {
     "quotepush.cluster.nodes": "tests/unit/test_registry.py",
     "quotepush.cluster.sets": "tests/unit/test_registry.py",
     "quotepush.cluster.kept": "tests/unit/test_inbox.py",
+    "quotepush.cluster.crowds": "tests/integration/test_sending.py",
+    "quotepush.node.posts": "tests/integration/test_sending.py",
     "quotepush.feed": "tests/unit/test_feed.py",
     "quotepush.feed.run": "tests/unit/test_feed.py",
     "quotepush.ingest.keys": "tests/unit/test_batches.py",
