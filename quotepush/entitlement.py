@@ -122,7 +122,7 @@ def _fits(code: str, parts: tuple[str, ...]) -> bool:
 
 @lru_cache(maxsize=64)
 def codes_of(patterns: tuple[str, ...]) -> Codes:
-    """Return the codes of these patterns; for those who hand patterns on and meet the same ones again."""
+    """Return the codes of these patterns: many tokens have the same ones, and share them."""
     return Codes(patterns)
 
 
@@ -215,7 +215,7 @@ def entitlement_of(claims: Mapping[str, Any], delays: Collection[int] = ()) -> E
 def _codes(value: Any) -> Codes:
     if type(value) is not list or not all(type(item) is str for item in value):
         raise BadClaim("codes must be a list of texts")
-    return Codes(value)
+    return codes_of(tuple(value))
 
 
 def _rate(value: Any) -> float:

@@ -165,7 +165,7 @@ class Quotes {
     this.#pause();
     this.#renewal();
     for (const line of this.#lines.values()) line.awaits = "resume";
-    this.#isHeld = hello.auth === "required" && this.#env.token;
+    this.#isHeld = ["required", "optional"].includes(hello.auth) && this.#env.token;
     this.#link.opened(hello.heartbeat_ms);
     this.#renew(hello);
     if (this.#isHeld) this.#authenticate();

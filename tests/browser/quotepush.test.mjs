@@ -720,6 +720,15 @@ test("a token goes out before anything else, once it is there", async () => {
   assert.deepEqual(newest().sent.map(({ action, token, codes }) => [action, token ?? codes]), [["auth", "t1"], ["subscribe", ["A"]]]);
 });
 
+test("a token goes out also where it is not required", async () => {
+  for (const token of [() => "t1", undefined]) {
+    open({ token }).subscribe("A");
+    newest().says({ ...HELLO, auth: "optional" });
+    await settle();
+    assert.deepEqual(newest().sent.map(({ action }) => action), token ? ["auth", "subscribe"] : ["subscribe"]);
+  }
+});
+
 test("a server that wants no token is sent none", async () => {
   const quotes = open({ token: () => assert.fail("asked") });
   quotes.subscribe("A");
