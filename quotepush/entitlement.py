@@ -14,7 +14,7 @@ from quotepush.quote.code import BadCode, parse_code
 
 __all__ = [
     "CLAIMS", "EVERYBODY", "EVERY_CODE", "MOST_RATE", "NOBODY", "UNLIMITED", "BadClaim", "Codes", "Entitlement",
-    "MaySend", "codes_of", "entitlement_of", "unserved",
+    "MaySend", "codes_of", "entitlement_of",
 ]  # fmt: skip
 
 # As the option max_rate of a subscription: whoever may have more may have every row.
@@ -185,13 +185,6 @@ class Entitlement:
 
 
 UNLIMITED = Entitlement()
-
-
-def unserved(entitlement: Entitlement) -> str:
-    """Return why this server cannot give somebody what he is entitled to; nothing when it can."""
-    if entitlement.delay_s:
-        return "delayed quotes (delay_s) are not served yet, and live ones are more than this token allows"
-    return ""
 
 
 def entitlement_of(claims: Mapping[str, Any], delays: Collection[int] = ()) -> Entitlement:

@@ -73,8 +73,8 @@ SANS_IO = (
     "quotepush.errors", "quotepush.token_keys", "quotepush.entitlement", "quotepush.auth", "quotepush.quote.",
     "quotepush.wire.", "quotepush.ingest.probe",
     "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.members", "quotepush.push.desk",
-    "quotepush.push.results",
-    "quotepush.push.watchlist", "quotepush.push.session", "quotepush.batches", "quotepush.client_state",
+    "quotepush.push.results", "quotepush.push.watchlist", "quotepush.push.session", "quotepush.push.addresses",
+    "quotepush.push.rates", "quotepush.node.allotment", "quotepush.batches", "quotepush.client_state",
     "quotepush.client_messages", "quotepush.client_rows", "quotepush.client_errors", "quotepush.cluster.commands",
 )  # fmt: skip
 NOT_SANS_IO = {"asyncio", "aiohttp", "redis", "uvloop", "socket", "threading", "time", "os"}
