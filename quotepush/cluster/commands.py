@@ -18,16 +18,13 @@ import msgspec
 import orjson
 
 __all__ = [
-    "MAX_COMMAND_BYTES", "MAX_SESSION_BYTES", "OPS", "BadCommand", "ClusterKeys", "Command", "Kept", "NodeRecord",
+    "MAX_COMMAND_BYTES", "OPS", "BadCommand", "ClusterKeys", "Command", "Kept", "NodeRecord",
     "Reply", "Sender", "To", "decode_kept", "decode_node", "decode_reply", "encode", "is_fd", "is_name", "new_id",
     "node_of", "parse_command", "payload_of", "worker_of",
 ]  # fmt: skip
 
 # A larger command is refused unread.
 MAX_COMMAND_BYTES = 1 << 20
-
-# Session data of one connection, as JSON.
-MAX_SESSION_BYTES = 8192
 
 _FD = re.compile(r"([A-Za-z0-9-]{1,32})\.([0-9]{1,6})\.([0-9]{1,20})", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")

@@ -12,7 +12,7 @@ from redis.exceptions import RedisError
 
 from quotepush.cluster.commands import ClusterKeys, NodeRecord, decode_node, encode
 
-__all__ = ["RENEW_S", "SILENT_MS", "Presence", "live_nodes"]
+__all__ = ["RENEW_S", "SILENT_MS", "Presence", "records"]
 
 log = logging.getLogger("quotepush.main")
 
@@ -20,8 +20,8 @@ RENEW_S = 3.0
 SILENT_MS = 10_000
 
 
-async def live_nodes(redis: Any, keys: ClusterKeys) -> dict[str, NodeRecord]:
-    """Return the nodes that have renewed their record lately.
+async def records(redis: Any, keys: ClusterKeys) -> tuple[dict[str, NodeRecord], dict[str, int]]:
+    """Return the nodes that have renewed their record lately, and the age of every other record in milliseconds.
 
     Args:
         redis: any client of the registry, whatever it answers with.
@@ -29,12 +29,6 @@ async def live_nodes(redis: Any, keys: ClusterKeys) -> dict[str, NodeRecord]:
     Raises:
         RedisError, OSError: Redis does not answer.
     """
-    live, _ = await _records(redis, keys)
-    return live
-
-
-async def _records(redis: Any, keys: ClusterKeys) -> tuple[dict[str, NodeRecord], dict[str, int]]:
-    """Return the live nodes, and the age of every other record in milliseconds."""
     now_ms = await _now_ms(redis)
     live: dict[str, NodeRecord] = {}
     old: dict[str, int] = {}
@@ -94,7 +88,7 @@ class Presence:
         self._record.started = self._record.started or now_ms
         await self._redis.hset(self._keys.nodes, self._node, encode(self._record))
         await self._redis.expire(self._keys.nodes, self._ttl_s)
-        _, old = await _records(self._redis, self._keys)
+        _, old = await records(self._redis, self._keys)
         dead = [node for node, age_ms in old.items() if age_ms > self._ttl_s * 1000 and node != self._node]
         if dead:
             await self._redis.hdel(self._keys.nodes, *dead)

@@ -8,7 +8,7 @@ from redis.asyncio import Redis
 
 from quotepush.cluster import presence as presence_module
 from quotepush.cluster.commands import ClusterKeys, NodeRecord, encode
-from quotepush.cluster.presence import SILENT_MS, Presence, live_nodes
+from quotepush.cluster.presence import SILENT_MS, Presence, records
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
 
@@ -24,6 +24,11 @@ async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
 
 def make(redis: Redis, node: str = "n1") -> Presence:
     return Presence(redis, KEYS, node, version="0.3", workers=2, ttl_s=60, timeout_s=1.0)
+
+
+async def live_nodes(redis: Redis, keys: ClusterKeys) -> dict[str, NodeRecord]:
+    live, _ = await records(redis, keys)
+    return live
 
 
 async def test_a_node_is_there_until_it_leaves(redis: Redis) -> None:
