@@ -1,4 +1,4 @@
-"""The command line: ``quotepush serve | demo | check | watch | publish``.
+"""The command line: ``quotepush serve | demo | check | watch | publish``, and what backends call (``commanding``).
 
 Flags, the environment and the file are described in docs/settings.md. A fault of the user's
 gets one line that says what to do, never a traceback.
@@ -15,6 +15,7 @@ import click
 
 from quotepush import __version__
 from quotepush import settings as settings_module
+from quotepush.commanding import COMMANDS
 from quotepush.errors import OperatorError, SettingsError
 from quotepush.settings import Settings, flag_type
 
@@ -243,6 +244,10 @@ def keygen(alg: str, out: str) -> None:
 def settings(form: str) -> None:
     """Print every setting with its default: an example file, or the table of the docs."""
     click.echo(settings_module.example_toml() if form == "toml" else settings_module.markdown(), nl=False)
+
+
+for _command in COMMANDS:
+    cli.add_command(_command)
 
 
 def main() -> None:

@@ -4,12 +4,15 @@
 
     QuotepushError
     ├── PeerError       a client broke a rule; it is told so and keeps or loses its connection
+    │   └── CallRefused       a backend's call that cannot be carried out as it is
+    │       └── NotOnline     the connection that it names is not there
     └── OperatorError   a setting, the lock, Redis or a port; printed in one line, no traceback
         ├── SettingsError     exit 2   a wrong setting: starting again cannot help
         ├── LockError         exit 1   the lock file cannot be made
         ├── AlreadyRunning    exit 3   another main holds the lock
         ├── RedisUnavailable  exit 1   no answer, or not the answer we may have
         ├── PortUnavailable   exit 1   somebody else listens there
+        ├── BackendUnavailable  exit 1 Redis, or a node, does not answer a backend's call in time
         └── WorkerUnfit       exit 3   a worker says that it can never run here
 
 Anything else that is raised is a bug and keeps its traceback.
@@ -17,7 +20,10 @@ Anything else that is raised is a bug and keeps its traceback.
 
 __all__ = [
     "AlreadyRunning",
+    "BackendUnavailable",
+    "CallRefused",
     "LockError",
+    "NotOnline",
     "OperatorError",
     "PeerError",
     "PortUnavailable",
@@ -54,6 +60,22 @@ class PeerError(QuotepushError):
 
     def __str__(self) -> str:
         return f"{self.error}: {self.message}"
+
+
+class CallRefused(PeerError):
+    """A backend's call cannot be carried out as it is; to call again does not help.
+
+    ``error`` is its word: ``bad_request``, ``too_large``, ``not_online``, ``wrong_key``, or the word that a node said.
+    """
+
+
+class NotOnline(CallRefused):
+    """The connection that a call names is not there, or no longer."""
+
+    def __init__(self, conn: str) -> None:
+        super().__init__("not_online", f"there is no connection {conn!r}")
+        self.args = (conn,)
+        self.conn = conn
 
 
 class OperatorError(QuotepushError):
@@ -147,6 +169,21 @@ class PortUnavailable(OperatorError):
 
     def __str__(self) -> str:
         return f"cannot listen on {self.host}:{self.port}: {self.reason}; choose another with {self.flag}"
+
+
+class BackendUnavailable(OperatorError):
+    """A backend's call was not answered in time: Redis is away or refuses us, or a node is silent.
+
+    Args:
+        reason: what is missing; where a command may have been carried out all the same, it says so.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.reason}; try again when it is back"
 
 
 class WorkerUnfit(OperatorError):

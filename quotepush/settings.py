@@ -8,7 +8,8 @@ in the environment, flags. All faults of all sources are found at once.
 Passwords may come in the Redis URL, or from ``QUOTEPUSH_FEED_REDIS_PASSWORD`` and
 ``QUOTEPUSH_REGISTRY_REDIS_PASSWORD``, or from a file (``feed_redis_password_file``,
 ``registry_redis_password_file``: for secrets that a supervisor mounts). Keys of tokens
-have files too (``token_key_file``). No secret is in a ``repr`` or in a fault.
+and the token of the HTTP API have files too (``token_key_file``, ``api_token_file``). No secret
+is in a ``repr`` or in a fault.
 """
 
 import dataclasses
@@ -41,6 +42,8 @@ _PASSWORDS = tuple(f"{name}_password" for name in _URLS)
 _OF_COMMANDS = ("config", "token")  # read by click: where the file is, and what `watch` shows to a server
 _MOST_LEEWAY_S = 60
 _LEAST_REFRESH_S = 10
+_SECRETS = ("token_key", "api_token")
+_LEAST_API_TOKEN = 16  # letters
 _PROXY_HEADERS = ("x-forwarded-for", "forwarded")
 # What else is at the public port, below base_path.
 _OTHER_PATHS = ("/stream", "/quotes", "/codes")
@@ -84,8 +87,18 @@ class Settings:
     tls_key: str = _setting("", "PEM file with the private key of tls_cert.")
 
     # The private listener.
-    admin_host: str = _setting("127.0.0.1", "Address of the private listener (health, metrics).")
+    admin_host: str = _setting(
+        "127.0.0.1",
+        "Address of the private listener (health, metrics, HTTP API); one that is no loopback needs an api_token.",
+    )
     admin_port: int = _setting(8009, "Port of the private listener; 0 takes any free one.", at_least=0)
+
+    api_token: str = _setting(
+        "",
+        "Secret that callers of the HTTP API show, at least 16 letters; empty: there is no HTTP API. "
+        "A flag can be seen in the list of processes.",
+    )
+    api_token_file: str = _setting("", "File with api_token, instead of it; read at the start.")
 
     # Tokens.
     token_key: str = _setting(
@@ -250,6 +263,29 @@ class Settings:
         5.0, "How often a part of the sets is compared with the truth.", unit="s", at_least=0.1
     )
 
+    # Users, groups and messages.
+    delivery: str = _setting(
+        "now",
+        "How messages are sent when nothing is said: now, or kept for users who are away and nodes that are cut off.",
+    )
+    inbox_concurrency: int = _setting(10, "Kept messages that a node has in work at a time.", at_least=1)
+    inbox_max: int = _setting(
+        10_000, "Kept messages that wait for a node, about; the oldest ones go first.", at_least=1
+    )
+    kept_max: int = _setting(100, "Messages that wait for a user who is away; the oldest ones go first.", at_least=1)
+    kept_ttl_s: int = _setting(86_400, "A message for a user who is away waits no longer.", unit="s", at_least=1)
+    client_message_bytes: int = _setting(
+        16_384, "Data of a message that a client sends; more is refused with too_large.", unit="bytes", at_least=1
+    )
+    client_sends_per_s: float = _setting(
+        5.0, "Messages that one client may send; more get rate_limited.", unit="1/s", at_least=0.01
+    )
+    require_conn_key: bool = _setting(
+        False, "A backend that binds a user to a connection has to know the conn_key of its hello."
+    )
+    secret_params: list[str] = _setting([], "Parameters of the handshake that stay out of session data, besides token.")
+    events: bool = _setting(False, "Tell in Redis, on the channel of events, who comes and goes.")
+
     # Supervision.
     worker_silence_s: float = _setting(
         10.0, "A worker silent for so long is killed and replaced.", unit="s", at_least=1
@@ -318,7 +354,7 @@ def without_password(url: str) -> str:
 def _without_secret(name: str, value: Any) -> Any:
     if name in _URLS:
         return without_password(value)
-    return "***" if name == "token_key" and value else value
+    return "***" if name in _SECRETS and value else value
 
 
 def _with_password(url: str, password: str) -> str:
@@ -363,7 +399,7 @@ def load(
                 values[name] = _coerce(value, kinds[name])
             except ValueError as e:
                 # What holds a secret is not repeated, whatever its type.
-                faults.append(f"{source}: {name} {'must be a text' if name in (*_URLS, 'token_key') else e}")
+                faults.append(f"{source}: {name} {'must be a text' if name in (*_URLS, *_SECRETS) else e}")
     settings = _resolve(Settings(**values), env, faults)
     faults += _faults(settings)
     if faults:
@@ -479,7 +515,15 @@ def _resolve(settings: Settings, env: Mapping[str, str], faults: list[str]) -> S
                 continue  # _faults names the broken URL
         elif password:
             faults.append(f"{role}: a password is set, but no {role}")
-    return dataclasses.replace(settings, node=node, lock_file=lock_file, **urls)
+    api_token = settings.api_token
+    if settings.api_token_file:
+        if api_token:
+            faults.append("api_token and api_token_file are both set; keep one of them")
+        others = len(faults)
+        api_token = _read_secret("api_token_file", settings.api_token_file, faults)
+        if not api_token and len(faults) == others:
+            faults.append(f"api_token_file: there is no token in {settings.api_token_file}")
+    return dataclasses.replace(settings, node=node, lock_file=lock_file, api_token=api_token, **urls)
 
 
 def _read_secret(name: str, path: str, faults: list[str]) -> str:
@@ -508,9 +552,15 @@ def _faults(s: Settings) -> list[str]:
             found.append(f"{name} must be at most 65535, not {getattr(s, name)}")
     if s.port and s.port == s.admin_port and s.host == s.admin_host:
         found.append(f"port and admin_port are both {s.port}; the private listener needs its own")
-    if s.admin_host not in ("localhost",) and not _is_loopback(s.admin_host):
+    if s.api_token and not re.match(rf"[!-~]{{{_LEAST_API_TOKEN},}}\Z", s.api_token):
         found.append(
-            f"admin_host must be a loopback address, not {s.admin_host!r}: the private listener has no password"
+            f"api_token must be at least {_LEAST_API_TOKEN} letters, digits or signs of ASCII without blanks; make one "
+            'with: python -c "import secrets; print(secrets.token_hex(32))"'
+        )
+    if s.admin_host not in ("localhost",) and not _is_loopback(s.admin_host) and not s.api_token:
+        found.append(
+            f"admin_host must be a loopback address, not {s.admin_host!r}, unless there is an api_token or an "
+            "api_token_file"
         )
     for name in ("feed_redis", "registry_redis"):
         url = getattr(s, name)
@@ -532,6 +582,8 @@ def _faults(s: Settings) -> list[str]:
             found.append(f"{name} must look like /quotes, without a slash at its end, not {path!r}")
     if s.ws_path in _OTHER_PATHS:
         found.append(f"ws_path must not be {s.ws_path}: something else is there")
+    if s.delivery not in ("now", "kept"):
+        found.append(f"delivery must be now or kept, not {s.delivery!r}")
     found += _token_faults(s)
     for text in s.trusted_proxies:
         try:

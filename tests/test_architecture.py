@@ -36,10 +36,13 @@ FLOORS: dict[str, set[str]] = {
     "ingest": PURE,
     "push": PURE | {"entitlement", "auth", "settings"},
     "cluster": PURE | {"settings"},
-    "node": GROUND | PURE | {"ingest", "push", "cluster", "quotepush"},
+    "node": GROUND | PURE | {"ingest", "push", "cluster", "quotepush", "backend"},
     # Programs of their own beside the server, and the libraries for other programs.
     "batches": {"errors", "quote", "ingest"},
     "publisher": {"errors", "ingest", "batches"},
+    "backend_events": {"errors", "cluster"},
+    "backend": PURE | {"cluster", "publisher", "backend_events"},
+    "backend_blocking": {"errors", "backend", "backend_events"},
     "feed": PURE | {"publisher"},
     "private_redis": {"errors"},
     "client_errors": PURE,
@@ -56,11 +59,12 @@ FLOORS: dict[str, set[str]] = {
     "watching_table": PURE | {"client"},
     "watching": PURE | {"client", "watching_table"},
     "publishing": PURE | {"feed"},
+    "commanding": PURE | {"settings", "cluster", "backend"},
     "tokens": GROUND | PURE | {"node"},
     "demo": {"errors", "feed", "private_redis"},
     # On top: the package's front door and the command line.
-    "quotepush": {"client", "client_blocking", "publisher"},
-    "cli": GROUND | {"quotepush", "node", "demo", "watching", "publishing", "tokens"},
+    "quotepush": {"client", "client_blocking", "publisher", "backend", "backend_blocking"},
+    "cli": GROUND | {"quotepush", "node", "demo", "watching", "publishing", "tokens", "commanding"},
     "__main__": {"cli"},
 }
 
@@ -68,10 +72,10 @@ FLOORS: dict[str, set[str]] = {
 SANS_IO = (
     "quotepush.errors", "quotepush.token_keys", "quotepush.entitlement", "quotepush.auth", "quotepush.quote.",
     "quotepush.wire.", "quotepush.ingest.probe",
-    "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.desk", "quotepush.push.results",
-    "quotepush.push.watchlist", "quotepush.push.session", "quotepush.push.addresses", "quotepush.push.rates",
-    "quotepush.node.allotment", "quotepush.batches", "quotepush.client_state",
-    "quotepush.client_messages", "quotepush.client_rows", "quotepush.client_errors",
+    "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.members", "quotepush.push.desk",
+    "quotepush.push.results", "quotepush.push.watchlist", "quotepush.push.session", "quotepush.push.addresses",
+    "quotepush.push.rates", "quotepush.node.allotment", "quotepush.batches", "quotepush.client_state",
+    "quotepush.client_messages", "quotepush.client_rows", "quotepush.client_errors", "quotepush.cluster.commands",
 )  # fmt: skip
 NOT_SANS_IO = {"asyncio", "aiohttp", "redis", "uvloop", "socket", "threading", "time", "os"}
 
@@ -90,6 +94,9 @@ TESTED_ELSEWHERE = {
     "quotepush.watching_table": "tests/unit/test_watching.py",
     "quotepush.cluster.nodes": "tests/unit/test_registry.py",
     "quotepush.cluster.sets": "tests/unit/test_registry.py",
+    "quotepush.cluster.kept": "tests/unit/test_inbox.py",
+    "quotepush.cluster.crowds": "tests/integration/test_sending.py",
+    "quotepush.node.posts": "tests/integration/test_sending.py",
     "quotepush.feed": "tests/unit/test_feed.py",
     "quotepush.feed.run": "tests/unit/test_feed.py",
     "quotepush.ingest.keys": "tests/unit/test_batches.py",
@@ -101,6 +108,9 @@ TESTED_ELSEWHERE = {
     "quotepush.node.main": "tests/integration/test_lifecycle.py",
     "quotepush.node.supervisor": "tests/integration/test_lifecycle.py",
     "quotepush.node.worker": "tests/integration/test_lifecycle.py",
+    "quotepush.node.switchboard": "tests/integration/test_sending.py",
+    "quotepush.node.memberships": "tests/integration/test_sending.py",
+    "quotepush.node.carrying": "tests/integration/test_sending.py",
     "quotepush.node.logs": "tests/integration/test_lifecycle.py",
     "quotepush.node.collector": "tests/integration/test_lifecycle.py",
 }
@@ -246,6 +256,12 @@ def test_the_client_library_does_not_load_the_server() -> None:
 
 def test_the_publishers_do_not_load_the_server() -> None:
     loaded = loaded_after("from quotepush import BlockingPublisher, Publisher")
+    assert not {m for m in loaded if m.startswith(("quotepush.node", "quotepush.push", "quotepush.feed"))}
+    assert not loaded & {"aiohttp", "uvloop", "setproctitle", "click", "rich"}
+
+
+def test_the_backends_do_not_load_the_server() -> None:
+    loaded = loaded_after("from quotepush import Backend, BlockingBackend")
     assert not {m for m in loaded if m.startswith(("quotepush.node", "quotepush.push", "quotepush.feed"))}
     assert not loaded & {"aiohttp", "uvloop", "setproctitle", "click", "rich"}
 

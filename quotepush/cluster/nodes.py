@@ -1,19 +1,33 @@
 """The lives of a node: finding what a dead one left in the registry, and removing exactly that."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Protocol
 
 from redis.asyncio import Redis
 
-from quotepush.cluster.sets import BATCH_FDS, RegistryKeys, connection_name, execute, remove_fds, scan_page, text
+from quotepush.cluster.sets import (
+    BATCH_FDS,
+    MemberKeys,
+    RegistryKeys,
+    connection_name,
+    execute,
+    remove_fds,
+    scan_page,
+    text,
+)
 
-__all__ = ["cut_connection", "purge", "purge_life", "purge_node"]
+__all__ = ["Told", "cut_connection", "purge", "purge_life", "purge_node"]
 
 
-async def purge_life(redis: Redis, prefix: str, node: str, life: str) -> int:
+async def purge_life(redis: Redis, prefix: str, node: str, life: str, told: "Told | None" = None) -> int:
     """Remove one dead life of one node: its fds, their place in the sets of codes, codes that nobody watches now.
 
-    It works from the sets alone, and can be cut off anywhere, run again, and run by two at a time. Cut the dead
-    worker's connection first (:func:`cut_connection`): Redis may still hold commands of it.
+    The same for their users and groups, before that. It works from the sets alone, and can be cut off anywhere, run
+    again, and run by two at a time. Cut the dead worker's connections first (:func:`cut_connection`): Redis may still
+    hold commands of it.
+
+    Args:
+        told: hears what it finds.
 
     Returns:
         how many fds were removed, this time.
@@ -21,13 +35,38 @@ async def purge_life(redis: Redis, prefix: str, node: str, life: str) -> int:
     Raises:
         RedisError, TimeoutError: Redis did not do it; run it again.
     """
-    return await purge(redis, RegistryKeys(prefix, node, life))
+    members = MemberKeys(prefix, node, life)
+    keys = RegistryKeys(prefix, node, life)
+    if told is None:
+        await purge(redis, members)
+        return await purge(redis, keys)
+    members.told = told.listed
+    users: dict[str, str] = {}
+    await purge(redis, members, lambda found: users.update(_users_of(found)))
+    return await purge(redis, keys, lambda found: told.closed({fd: users.get(fd) for fd in found}))
 
 
-async def purge_node(redis: Redis, prefix: str, node: str, *, keep: Container[str] = ()) -> int:
+async def purge_node(
+    redis: Redis, prefix: str, node: str, *, keep: Container[str] = (), told: "Told | None" = None
+) -> int:
     """Remove all lives of ``node`` but those in ``keep``; otherwise as :func:`purge_life`."""
-    (lives,) = await execute(redis, [(1, ("SMEMBERS", RegistryKeys(prefix, node, "").node))])
-    return sum([await purge_life(redis, prefix, node, life) for life in map(text, lives) if life not in keep])
+    (found,) = await execute(redis, [(1, ("SMEMBERS", RegistryKeys(prefix, node, "").node))])
+    lives = {text(life).removesuffix(MemberKeys.SUFFIX): None for life in found}
+    return sum([await purge_life(redis, prefix, node, life, told) for life in lives if life not in keep])
+
+
+class Told(Protocol):
+    """Hears of the connections of a dead life, and of its users."""
+
+    def listed(self, tag: str, is_listed: bool) -> None:
+        """A user or a group (``u:<uid>``, ``g:<group>``) has a connection somewhere, or has none any more."""
+
+    def closed(self, users: Mapping[str, str | None]) -> None:
+        """These connections are gone; with each goes its user, as far as that can still be told."""
+
+
+def _users_of(found: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    return {fd: tag[2:] for fd, tags in found.items() for tag in tags if tag.startswith("u:")}
 
 
 async def cut_connection(redis: Redis, node: str, life: str, client_id: int) -> bool:
@@ -42,8 +81,14 @@ async def cut_connection(redis: Redis, node: str, life: str, client_id: int) -> 
     return bool(await redis.client_kill_filter(_id=str(client_id)))
 
 
-async def purge(redis: Redis, keys: RegistryKeys) -> int:
-    """Remove the life that ``keys`` are of; as :func:`purge_life`."""
+async def purge(
+    redis: Redis, keys: RegistryKeys, removed_with: Callable[[Mapping[str, Sequence[str]]], None] | None = None
+) -> int:
+    """Remove the life that ``keys`` are of; as :func:`purge_life`.
+
+    Args:
+        removed_with: called with fds that were removed and the codes that each had.
+    """
     removed = 0
     found = True
     while found:  # a second pass sees what was added while the first went round
@@ -60,7 +105,9 @@ async def purge(redis: Redis, keys: RegistryKeys) -> int:
                 found = True
                 fds = list(dict.fromkeys(fds))  # SSCAN may name one twice
                 removed += len(fds)
-                await remove_fds(redis, keys, fds)
+                codes = await remove_fds(redis, keys, fds)
+                if removed_with is not None:
+                    removed_with(codes)
             if not cursor:
                 break
     await execute(redis, [(1, ("SREM", keys.node, keys.life_name))])

@@ -49,6 +49,7 @@ from quotepush.cluster.sets import (
     RegistryKeys,
     codes_of_fds,
     connection_name,
+    enlist,
     execute,
     remove_fds,
     scan_page,
@@ -111,8 +112,8 @@ class RegistryMirror:
         on_client_id: Callable[[int], None] | None = None,
     ) -> None:
         self._redis = redis
-        self._keys = RegistryKeys(prefix, node, life)
-        self._connection_name = connection_name(node, life)
+        self._keys = self._make_keys(prefix, node, life)
+        self._connection_name = connection_name(node, self._keys.life_name)
         worker, _, start_us = life.partition(".")
         self._fd_prefix = f"{node}.{worker}."
         self._start_us = int(start_us)
@@ -141,6 +142,8 @@ class RegistryMirror:
 
         if isinstance(redis, Redis):
             redis.connection_pool.connection_kwargs["redis_connect_func"] = self._greet
+
+    _make_keys: Callable[[str, str, str], RegistryKeys] = RegistryKeys
 
     # ------------------------------------------------------------------ for sessions: no await, no Redis
 
@@ -384,7 +387,7 @@ class RegistryMirror:
                 change[code] += 1
             if codes is None:
                 left.append(fd)
-                shrunk.append((1, ("UNLINK", self._keys.fd(fd))))
+                shrunk.extend((1, ("UNLINK", key)) for key in self._keys.all_of_fd(fd))
             elif goes:
                 shrunk.extend(with_members("SREM", self._keys.fd(fd), goes))
             if before is None and codes is not None:
@@ -393,6 +396,8 @@ class RegistryMirror:
                 grown.extend(with_members("SADD", self._keys.fd(fd), comes))
                 if not before:
                     grown.append(self._renewal(self._keys.fd(fd)))
+            if codes is not None:
+                grown.extend(self._beside(fd))
         await self._enrol(joined, grown, gained)
         watched = {code for code in lost if self._audience.get(code, 0) + change[code] > 0}
         await withdraw(self._redis, self._keys, lost, shrunk, left, watched=watched)
@@ -411,9 +416,15 @@ class RegistryMirror:
         await execute(self._redis, grown)
         await execute(self._redis, self._to_codes(gained))
         if gained:
-            await execute(
-                self._redis, [*with_members("SADD", self._keys.codes, gained), self._renewal(self._keys.codes)]
-            )
+            await self._enlist(list(gained))
+
+    async def _enlist(self, codes: Sequence[str]) -> None:
+        await enlist(self._redis, self._keys, codes, is_listed=True)
+        await execute(self._redis, [self._renewal(self._keys.codes)])
+
+    def _beside(self, fd: str) -> Iterable[Command]:
+        """What else is written about an fd, behind its place in the life and its codes."""
+        return ()
 
     def _to_codes(self, gained: Mapping[str, list[str]]) -> Iterator[Command]:
         for code, fds in gained.items():
@@ -476,9 +487,13 @@ class RegistryMirror:
     async def _check_fds(self) -> int:
         """Has each of the next fds the codes that we gave it?"""
         fds = [fd for fd in self._in_turn(self._fds_to_check, self._written) if fd in self._written]
+        return await self._forget(await self._wrong(fds))
+
+    async def _wrong(self, fds: Sequence[str]) -> list[str]:
+        """Renew what goes with these fds; return those of which Redis holds something else than was written."""
         found = await codes_of_fds(self._redis, self._keys, [(fd, len(self._written[fd])) for fd in fds])
         await execute(self._redis, (self._renewal(self._keys.fd(fd)) for fd in fds if self._written[fd]))
-        return await self._forget([fd for fd in fds if set(found[fd]) != set(self._written[fd])])
+        return [fd for fd in fds if set(found[fd]) != set(self._written[fd])]
 
     async def _check_codes(self) -> int:
         """Is each of our next codes listed, and are our fds, no more and no less, in its set?"""
@@ -517,9 +532,7 @@ class RegistryMirror:
         if stale:
             await withdraw(self._redis, self._keys, stale, (), ())
         if unlisted:
-            await execute(
-                self._redis, [*with_members("SADD", self._keys.codes, unlisted), self._renewal(self._keys.codes)]
-            )
+            await self._enlist(unlisted)
         lacking: list[str] = []
         if short:
             for count, fd in enumerate(list(self._written), 1):

@@ -7,7 +7,7 @@ Both who writes them (:mod:`quotepush.cluster.registry`) and who clears up after
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -20,9 +20,11 @@ __all__ = [
     "SLICE_TIMEOUT_S",
     "Codes",
     "Command",
+    "MemberKeys",
     "RegistryKeys",
     "codes_of_fds",
     "connection_name",
+    "enlist",
     "execute",
     "raw",
     "remove_fds",
@@ -47,7 +49,11 @@ Codes = tuple[str, ...]
 
 
 class RegistryKeys:
-    """The names of all keys of one worker life."""
+    """The names of all keys of one worker life.
+
+    Attributes:
+        told: called with each code that has come into the set of all codes (True) or has left it (False).
+    """
 
     def __init__(self, prefix: str, node: str, life: str) -> None:
         self.life_name = life
@@ -56,16 +62,57 @@ class RegistryKeys:
         self.life = f"{prefix}node:{node}:{life}"
         self._code = f"{prefix}code:"
         self._fd = f"{prefix}fd:"
+        self.told: Callable[[str, bool], None] | None = None
 
     def code(self, code: str) -> bytes:
+        """Return the set of the fds of a code."""
         return raw(self._code + code)
 
     def fd(self, fd: str) -> bytes:
+        """Return the set of the codes of an fd."""
         return raw(self._fd + fd)
 
+    def all_of_fd(self, fd: str) -> tuple[bytes, ...]:
+        """Return every key that goes with an fd."""
+        return (self.fd(fd),)
 
-async def remove_fds(redis: Redis, keys: RegistryKeys, fds: Sequence[str]) -> None:
-    """Remove these fds wherever their own sets lead."""
+
+class MemberKeys(RegistryKeys):
+    """The same for users and groups, which are written as codes: ``u:<uid>`` and ``g:<group>``.
+
+    ::
+
+        <p>members                                    set     every user and group with a connection anywhere
+        <p>user:<uid>  <p>group:<group>               set     its fds
+        <p>member:<fd>                                set     the user and the groups of one fd
+        <p>conn:<fd>                                  string  user, groups and session data as JSON
+        <p>node:<node>                                set     has also <worker>.<start_us>:members
+        <p>node:<node>:<worker>.<start_us>:members    set     the fds that have a user, a group or session data
+    """
+
+    SUFFIX = ":members"
+
+    def __init__(self, prefix: str, node: str, life: str) -> None:
+        super().__init__(prefix, node, life + self.SUFFIX)
+        self.codes = f"{prefix}members"
+        self._sets = {"u": f"{prefix}user:", "g": f"{prefix}group:"}
+        self._fd = f"{prefix}member:"
+        self._conn = f"{prefix}conn:"
+
+    def code(self, code: str) -> bytes:
+        # What somebody else has put there names no set of ours, nor may it lead to one.
+        return raw(self._sets.get(code[:1], self._sets["g"]) + code[2:])
+
+    def conn(self, fd: str) -> bytes:
+        """Return the text about an fd."""
+        return raw(self._conn + fd)
+
+    def all_of_fd(self, fd: str) -> tuple[bytes, ...]:
+        return (self.fd(fd), self.conn(fd))
+
+
+async def remove_fds(redis: Redis, keys: RegistryKeys, fds: Sequence[str]) -> dict[str, Codes]:
+    """Remove these fds wherever their own sets lead; return what those held."""
     lost: defaultdict[str, list[str]] = defaultdict(list)
     # 50: unknown here; few sessions have more codes, and those that do have a thousand at most by default.
     found = await codes_of_fds(redis, keys, [(fd, 50) for fd in fds])
@@ -74,7 +121,9 @@ async def remove_fds(redis: Redis, keys: RegistryKeys, fds: Sequence[str]) -> No
             lost[code].append(fd)
         if count % 200 == 0:
             await asyncio.sleep(0)
-    await withdraw(redis, keys, lost, ((1, ("UNLINK", keys.fd(fd))) for fd in fds), fds)
+    gone = ((1, ("UNLINK", key)) for fd in fds for key in keys.all_of_fd(fd))
+    await withdraw(redis, keys, lost, gone, fds)
+    return found
 
 
 async def withdraw(
@@ -111,8 +160,20 @@ async def settle(redis: Redis, keys: RegistryKeys, codes: Sequence[str]) -> None
     while codes:
         counts = await execute(redis, ((1, ("SCARD", keys.code(code))) for code in codes))
         codes = [code for code, fds in zip(codes, counts, strict=True) if (fds > 0) is not is_listed]
-        await execute(redis, with_members("SREM" if is_listed else "SADD", keys.codes, codes))
         is_listed = not is_listed
+        await enlist(redis, keys, codes, is_listed=is_listed)
+
+
+async def enlist(redis: Redis, keys: RegistryKeys, codes: Sequence[str], *, is_listed: bool) -> None:
+    """Put codes into the set of all codes, or take them out."""
+    verb = "SADD" if is_listed else "SREM"
+    if keys.told is None:
+        await execute(redis, with_members(verb, keys.codes, codes))
+        return
+    replies = await execute(redis, ((1, (verb, keys.codes, raw(code))) for code in codes))
+    for code, has_changed in zip(codes, replies, strict=True):
+        if has_changed:
+            keys.told(code, is_listed)
 
 
 async def codes_of_fds(redis: Redis, keys: RegistryKeys, fds: Sequence[tuple[str, int]]) -> dict[str, Codes]:

@@ -17,12 +17,12 @@ from typing import Any, cast
 import msgspec
 
 __all__ = [
-    "BUS_VERSION", "Answered", "Ask", "BusEnd", "Drain", "Feed", "Figures", "Find", "Found", "Freshness", "Hello",
-    "KeysWanted", "Lend", "PlacesBack", "PlacesGranted", "PlacesWanted", "Ready", "RegistryClient", "Rows", "Setup",
-    "ToMain", "ToWorker", "TokenKeys", "Unwatch",
+    "BUS_VERSION", "Answered", "Ask", "BusEnd", "Carried", "ClientSend", "Drain", "Feed", "Figures", "Find", "Found",
+    "Freshness", "Happened", "Hello", "KeysWanted", "Lend", "Order", "PlacesBack", "PlacesGranted", "PlacesWanted",
+    "Ready", "RegistryClient", "Rows", "Sent", "Setup", "ToMain", "ToWorker", "TokenKeys", "Unwatch", "UsersCame",
 ]  # fmt: skip
 
-BUS_VERSION = 4
+BUS_VERSION = 5
 _LENGTH = struct.Struct("!I")
 _READ_MAX = 1 << 28
 
@@ -119,6 +119,24 @@ class Lend(_Message, tag="lend"):
     is_lent: bool
 
 
+class Order(_Message, tag="order"):
+    """A command of the cluster (``cluster.commands``) that is about sessions of this worker."""
+
+    question: int
+    command: bytes
+
+
+class Sent(_Message, tag="sent"):
+    """The answer to :class:`ClientSend`: how many took it and for how many it waits, or why it was not sent."""
+
+    question: int
+    delivered: int
+    kept: int = 0
+    error: str = ""
+    message: str = ""
+    is_retryable: bool = False
+
+
 class Drain(_Message, tag="drain"):
     """Close every session, clear the registry and end."""
 
@@ -195,9 +213,40 @@ class PlacesBack(_Message, tag="back"):
 
 
 class RegistryClient(_Message, tag="registry_client"):
-    """The CLIENT ID through which this worker writes the registry, before the first write."""
+    """The CLIENT ID through which this worker writes one of its lives into the registry, before the first write."""
 
     client_id: int
+    life: str = ""
+
+
+class Carried(_Message, tag="carried"):
+    """The answer to :class:`Order`: a reply of the cluster (``cluster.commands``)."""
+
+    question: int
+    reply: bytes
+
+
+class UsersCame(_Message, tag="users_came"):
+    """These users have got a connection here, and Redis knows of it.
+
+    ``limited``: those of them who may have so many in the cluster, and whether the newest of these stay.
+    """
+
+    users: list[str]
+    limited: list[tuple[str, int, bool]] = []
+
+
+class ClientSend(_Message, tag="client_send"):
+    """A client speaks: a command ``send`` with the client as its sender, who may send it."""
+
+    question: int
+    command: bytes
+
+
+class Happened(_Message, tag="happened"):
+    """What those hear who want to know who comes and goes: JSON texts."""
+
+    events: list[bytes]
 
 
 class Figures(_Message, tag="figures"):
@@ -206,8 +255,11 @@ class Figures(_Message, tag="figures"):
     figures: dict[str, Any]
 
 
-ToWorker = Setup | TokenKeys | Rows | Answered | Found | Freshness | PlacesGranted | Feed | Lend | Drain
-ToMain = Hello | Ready | Ask | Find | KeysWanted | Unwatch | PlacesWanted | PlacesBack | RegistryClient | Figures
+ToWorker = Setup | TokenKeys | Rows | Answered | Found | Freshness | PlacesGranted | Feed | Lend | Order | Sent | Drain
+ToMain = (
+    Hello | Ready | Ask | Find | KeysWanted | Unwatch | PlacesWanted | PlacesBack | RegistryClient | Figures
+    | Carried | UsersCame | ClientSend | Happened
+)  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
 

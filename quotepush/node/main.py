@@ -25,6 +25,8 @@ from redis.asyncio import ConnectionPool, Redis
 from redis.exceptions import RedisError
 from setproctitle import setproctitle
 
+from quotepush import __version__
+from quotepush.backend import Backend
 from quotepush.cluster.nodes import purge_node
 from quotepush.errors import OperatorError, PortUnavailable, RedisUnavailable, SettingsError, reason_of
 from quotepush.ingest.keys import FeedKeys
@@ -34,6 +36,7 @@ from quotepush.ingest.rows import RowStore
 from quotepush.metrics import Sample
 from quotepush.node import lock
 from quotepush.node.admin import make_admin_app
+from quotepush.node.api import BODY_BYTES, add_api
 from quotepush.node.collector import quiet_collector
 from quotepush.node.delaying import Delaying
 from quotepush.node.directory import Directory
@@ -43,6 +46,7 @@ from quotepush.node.notify import notify, watchdog_interval_s
 from quotepush.node.relay import Relay
 from quotepush.node.sockets import inherited_sockets, open_sockets
 from quotepush.node.supervisor import Supervisor
+from quotepush.node.switchboard import Switchboard
 from quotepush.quote.board import Board, TradingDays
 from quotepush.quote.code import BadCode, parse_code
 from quotepush.quote.delay import DelayLine
@@ -125,6 +129,7 @@ class _Main:
         self._rows: RowStore
         self._delaying: Delaying | None = None
         self._supervisor: Supervisor
+        self._switchboard: Switchboard
         self._addresses = ""
 
     async def run(self) -> None:
@@ -136,11 +141,13 @@ class _Main:
         max_connections = _raise_file_limit(settings.max_connections)
         sockets = inherited_sockets() or await _open_public(settings)
         try:
-            feed_pool = _feed_pool(settings)
+            feed_pool = _listening_pool(settings, settings.feed_redis, "feed")
             log_redis = _redis_client(settings, settings.feed_redis, "log")
             keys = FeedKeys(settings.redis_prefix)
             registry = _redis_client(settings, settings.registry_url, "main")
-            for pool in (feed_pool, log_redis.connection_pool, registry.connection_pool):
+            command_pool = _listening_pool(settings, settings.registry_url, "commands")
+            self._switchboard = Switchboard(settings, registry, command_pool, self._tell_readiness)
+            for pool in (feed_pool, log_redis.connection_pool, registry.connection_pool, command_pool):
                 pool.make_connection()  # type: ignore[no-untyped-call]  # connects nowhere, but looks at the options
         except (TypeError, ValueError) as e:
             raise SettingsError([f"feed_redis or registry_redis: a wrong option in the URL: {e}"]) from None
@@ -148,7 +155,7 @@ class _Main:
             await _check_redis(Redis(connection_pool=feed_pool), "feed_redis", settings.feed_redis, settings)
             await _check_redis(registry, "registry_redis", settings.registry_url, settings)
             try:
-                removed = await purge_node(registry, settings.redis_prefix, settings.node)
+                removed = await purge_node(registry, settings.redis_prefix, settings.node, told=self._switchboard.told)
             except (RedisError, OSError, TimeoutError) as e:
                 shown = without_password(settings.registry_url)
                 reason = reason_of(e, settings.redis_timeout_s)
@@ -197,7 +204,7 @@ class _Main:
             await self._keyring.begin()
             self._supervisor = Supervisor(
                 settings, sockets, self._relay, self._directories, registry, max_connections, self._feed_news,
-                self._tell_readiness, self._keyring,
+                self._tell_readiness, self._keyring, self._switchboard,
             )  # fmt: skip
             async with self._admin_site() as admin_address:
                 # Only now: a start that fails says so in one line.
@@ -205,12 +212,14 @@ class _Main:
                 log.info("open-file limit %d, max_connections %d", open_files, max_connections)
                 self._lock.write(admin_address)
                 self._addresses = f"{_public_url(settings, sockets[0])} admin=http://{admin_address}"
+                await self._switchboard.begin()
                 await self._serve_until_stopped()
             if settings.rows_interval_s:
                 await self._rows.flush()
             try:
                 async with asyncio.timeout(settings.redis_timeout_s):
-                    await purge_node(registry, settings.redis_prefix, settings.node)
+                    await purge_node(registry, settings.redis_prefix, settings.node, told=self._switchboard.told)
+                    await self._switchboard.leave()
             except (RedisError, OSError, TimeoutError) as e:
                 log.warning("registry: not cleared; the next start does it: %s", str(e) or type(e).__name__)
         finally:
@@ -220,6 +229,7 @@ class _Main:
                 await registry.aclose()
                 await log_redis.aclose()
                 await feed_pool.aclose()
+                await command_pool.aclose()
 
     async def _serve_until_stopped(self) -> None:
         quiet_collector()
@@ -233,6 +243,7 @@ class _Main:
                     group.create_task(self._sweep_codes(), name="sweep"),
                     *(group.create_task(d.run(), name="directory") for d in self._directories.values()),
                     group.create_task(self._keyring.run(), name="keys"),
+                    group.create_task(self._switchboard.run(), name="switchboard"),
                     group.create_task(self._report_faults(), name="faults"),
                     group.create_task(self._feed_watchdog(), name="watchdog"),
                 ]
@@ -311,8 +322,9 @@ class _Main:
     def _tell_readiness(self) -> None:
         ready, count = self._supervisor.ready, len(self._supervisor.slots)
         notify(STATUS=f"{ready} of {count} workers ready")
-        # Whoever publishes once we are ready is heard, so the feed's link must have been made, too.
-        if ready == count and self._listener.links and not self._is_ready:
+        # Whoever publishes or commands once we are ready is heard, so these links must have been made, too.
+        is_heard = self._listener.links and self._switchboard.is_settled
+        if ready == count and is_heard and not self._is_ready:
             self._is_ready = True
             self._announce(f"quotepush ready {self._addresses} node={self._settings.node} workers={count}")
             notify(READY="1")
@@ -370,6 +382,7 @@ class _Main:
             "codes_watched": [(self._relay.watched, nothing)],
             "codes_stale": [(self._relay.stale, nothing)],
             "workers_ready": [(supervisor.ready, nothing)],
+            **{name: [(value, nothing)] for name, value in self._switchboard.figures.items()},
             "client_addresses": [(supervisor.places.addresses, nothing)],
             "worker_restarts": [(s.restarts, {"worker": str(s.index)}) for s in supervisor.slots],
         }
@@ -389,8 +402,13 @@ class _Main:
 
     @contextlib.asynccontextmanager
     async def _admin_site(self) -> AsyncIterator[str]:
-        host, port = self._settings.admin_host, self._settings.admin_port
-        runner = web.AppRunner(make_admin_app(self._readiness, self._samples), access_log=None, handle_signals=False)
+        settings = self._settings
+        host, port = settings.admin_host, settings.admin_port
+        app = make_admin_app(self._readiness, self._samples, BODY_BYTES)
+        # It connects with the first call.
+        backend = _backend(settings) if settings.api_token else None
+        add_api(app, backend, settings.api_token, __version__)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
         try:
             (listening,) = await _patiently(lambda: open_sockets(host, port, 1, 64), host, port, "--admin-port")
@@ -398,6 +416,8 @@ class _Main:
             yield _address(listening)
         finally:
             await runner.cleanup()
+            if backend is not None:
+                await backend.aclose()
 
 
 async def _open_public(settings: Settings) -> list[socket.socket]:
@@ -430,16 +450,20 @@ def _public_url(settings: Settings, listening: socket.socket) -> str:
     return f"{'https' if settings.tls_cert else 'http'}://{_address(listening)}{settings.base_path}/"
 
 
-def _feed_pool(settings: Settings) -> ConnectionPool:
-    # RESP 2: in its push messages the listener's read loop finds lists, whatever redis-py prefers.
+def _listening_pool(settings: Settings, url: str, role: str) -> ConnectionPool:
+    # RESP 2: in its push messages whoever listens finds lists, whatever redis-py prefers.
     return ConnectionPool.from_url(
-        settings.feed_redis,
+        url,
         protocol=2,
-        socket_timeout=None,  # the probe bounds every wait
+        socket_timeout=None,  # a probe bounds every wait
         socket_connect_timeout=settings.redis_timeout_s,
         socket_keepalive=True,
-        client_name=f"quotepush-{settings.node}-feed",
+        client_name=f"quotepush-{settings.node}-{role}",
     )
+
+
+def _backend(settings: Settings) -> Backend:
+    return Backend(settings.registry_url, feed_url=settings.feed_redis, prefix=settings.redis_prefix)
 
 
 def _redis_client(settings: Settings, url: str, role: str) -> Redis:

@@ -33,6 +33,7 @@ from quotepush.node.allotment import Allotment
 from quotepush.node.directory import Directory
 from quotepush.node.keyring import Keyring
 from quotepush.node.relay import Relay, WorkerFeed
+from quotepush.node.switchboard import Switchboard
 from quotepush.settings import Settings
 
 __all__ = ["Supervisor", "WorkerSlot"]
@@ -69,7 +70,7 @@ class WorkerSlot:
         self.bus: bus.BusEnd | None = None
         self.feed: WorkerFeed | None = None
         self.life = ""
-        self.registry_client = 0
+        self.registry_clients: dict[str, int] = {}  # by what its life is called there
         self.is_ready = False
         self.borrower: WorkerSlot | None = None  # accepts at our socket while we are empty
         self.restarts = 0
@@ -114,9 +115,11 @@ class Supervisor:
         feed_news: Callable[[], tuple[str, int, str]],
         on_ready: Callable[[], None],
         keyring: Keyring,
+        switchboard: Switchboard,
     ) -> None:
         self._settings = settings
         self._keyring = keyring
+        self._switchboard = switchboard
         self._relay = relay
         self._directories = directories
         self._registry = registry
@@ -127,7 +130,7 @@ class Supervisor:
         self._stopping = asyncio.Event()
         self._drain: bus.Drain | None = None
         self._may_be_news = asyncio.Event()
-        self._unpurged: list[tuple[str, int]] = []  # dead lives that the registry still holds
+        self._unpurged: list[tuple[str, dict[str, int]]] = []  # dead lives that the registry still holds
         self._has_unpurged = asyncio.Event()
 
     @property
@@ -259,6 +262,7 @@ class Supervisor:
             return await self._watch(slot)
         finally:
             slot.is_ready = False
+            self._switchboard.gone(slot.index)
             for other in self.slots:
                 if other.borrower is slot:
                     other.borrower = None
@@ -297,24 +301,24 @@ class Supervisor:
     def _bury(self, slot: WorkerSlot) -> None:
         """Have removed what the dead worker had in the registry; the next worker does not wait for that."""
         if slot.life:
-            self._unpurged.append((slot.life, slot.registry_client))
+            self._unpurged.append((slot.life, slot.registry_clients))
             self._has_unpurged.set()
-        slot.life, slot.registry_client = "", 0
+        slot.life, slot.registry_clients = "", {}
 
     async def _purge(self) -> None:
         node, prefix = self._settings.node, self._settings.redis_prefix
         while self._unpurged:
-            life, client_id = self._unpurged[0]
+            life, clients = self._unpurged[0]
             try:
                 async with asyncio.timeout(self._settings.redis_timeout_s):
-                    if client_id:
-                        await cut_connection(self._registry, node, life, client_id)
-                    removed = await purge_life(self._registry, prefix, node, life)
+                    for name, client_id in clients.items():
+                        await cut_connection(self._registry, node, name, client_id)
+                    removed = await purge_life(self._registry, prefix, node, life, self._switchboard.told)
             except (RedisError, OSError, TimeoutError) as e:
                 log.warning("registry: dead worker %s is not cleared yet: %s", life, e)
                 return
             log.info("registry: %d connections of dead worker %s removed", removed, life)
-            self._unpurged.remove((life, client_id))
+            self._unpurged.remove((life, clients))
 
     async def _keep_purging(self) -> None:
         """Clear the dead at once, and those whom Redis would not let us clear again and again."""
@@ -351,13 +355,16 @@ class Supervisor:
             case bus.Figures():
                 slot.figures = message.figures
             case bus.RegistryClient():
-                slot.registry_client = message.client_id
+                slot.registry_clients[message.life] = message.client_id
             case bus.Hello():
                 slot.life = message.life
             case bus.Ready():
                 slot.is_ready = True
+                self._switchboard.ready(slot.index, slot.bus)
                 self._take_back(slot)
                 self._on_ready()
+            case _:
+                self._switchboard.heard(slot.index, message)
 
     def tell_keys(self, sources: list[tuple[str, bool]]) -> None:
         """The keys of tokens have changed."""

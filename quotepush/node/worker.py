@@ -9,6 +9,7 @@ Stop, when main says so: 1 no new connection, 2 sessions are closed, 3 the regis
 
 import argparse
 import asyncio
+import base64
 import logging
 import os
 import signal
@@ -24,20 +25,27 @@ from aiohttp import web
 from setproctitle import setproctitle
 
 from quotepush.auth import Verifier
+from quotepush.cluster.announcer import event_text
+from quotepush.cluster.commands import Command, Sender, To, encode, parse_command
 from quotepush.cluster.registry import RegistryMirror, registry_client
 from quotepush.entitlement import Codes
 from quotepush.node import bus
 from quotepush.node.accept import Acceptor
+from quotepush.node.carrying import carry_out, reply_of
 from quotepush.node.collector import quiet_collector
 from quotepush.node.logs import set_up_logging
+from quotepush.node.memberships import Memberships
 from quotepush.node.places import Places, PlacesByAddress
 from quotepush.push.addresses import counted_by
-from quotepush.push.desk import Answer, Desk, Limits
+from quotepush.push.desk import Answer, Delivered, Desk, Limits
+from quotepush.push.orders import Carrier, Outcome
+from quotepush.push.session import Session
 from quotepush.push.site import make_app
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.push.worker import FeedState, Outside, PushWorker, clock_ms
 from quotepush.settings import Settings
 from quotepush.token_keys import keys_of
+from quotepush.wire.messages import Request
 
 __all__ = ["main"]
 
@@ -65,6 +73,10 @@ class WorkerProcess:
         self._keys: list[tuple[str, bool]] | None = None  # newer ones than those of Setup
         self._keys_wanted: list[Callable[[], None]] = []  # who waits for keys that may be newer
         self._worker: PushWorker | None = None
+        self._node = ""
+        self._carrier = Carrier(self._carried)
+        self._command_ids: dict[int, str] = {}
+        self._sends: dict[int, Callable[[Delivered], None]] = {}
         self._unwatched: list[str] = []
         self._feed = FeedState()
         self._places: Places | PlacesByAddress = Places(
@@ -102,14 +114,23 @@ class WorkerProcess:
             interval_s=settings.registry_interval_s,
             ttl_s=settings.registry_ttl_s,
             check_interval_s=settings.registry_check_s,
+            on_client_id=lambda client_id: self._tell_client_id(life, client_id),
+        )
+        memberships = Memberships(
+            settings,
+            setup.node,
+            life,
+            find=self._session,
             on_client_id=self._tell_client_id,
+            on_users=self._tell_users,
+            told=self._tell_listed if settings.events else None,
         )
         if settings.max_connections_per_ip:
             self._places = PlacesByAddress(
                 ask=lambda addresses: self._bus.send(bus.PlacesWanted(0, 0, addresses)),
                 give_back=lambda addresses: self._bus.send(bus.PlacesBack(0, addresses)),
             )
-        worker = self._worker = self._make_worker(setup, settings, life, mirror)
+        worker = self._worker = self._make_worker(setup, settings, life, mirror, memberships)
         runner = web.AppRunner(
             make_app(settings, worker, self._admit, self._places.leave), access_log=None,
             keepalive_timeout=settings.request_timeout_s, tcp_keepalive=False, handle_signals=False,
@@ -121,8 +142,10 @@ class WorkerProcess:
         quiet_collector()
         tasks = [
             asyncio.create_task(mirror.run(), name="registry"),
+            asyncio.create_task(memberships.run(), name="memberships"),
+            asyncio.create_task(self._carrier.run(), name="orders"),
             asyncio.create_task(worker.turn_wheel(), name="wheel"),
-            asyncio.create_task(self._tell_figures(mirror, settings.worker_silence_s), name="figures"),
+            asyncio.create_task(self._tell_figures(mirror, memberships, settings.worker_silence_s), name="figures"),
             asyncio.create_task(self._borrow(acceptor, settings.backlog), name="borrow"),
         ]
         self._bus.send(bus.Ready())
@@ -136,7 +159,7 @@ class WorkerProcess:
         await asyncio.gather(*tasks, return_exceptions=True)
         try:
             async with asyncio.timeout(_FINISH_TIMEOUT_S):
-                if not await mirror.finish():
+                if not all(await asyncio.gather(mirror.finish(), memberships.finish())):
                     log.warning("registry: not cleared; the next start does it")
         except TimeoutError:
             log.warning("registry: not cleared in time; the next start does it")
@@ -165,7 +188,9 @@ class WorkerProcess:
                 raise RuntimeError(f"the task {task.get_name()} has ended")
         return self._stop.result()
 
-    def _make_worker(self, setup: bus.Setup, settings: Settings, life: str, mirror: RegistryMirror) -> PushWorker:
+    def _make_worker(
+        self, setup: bus.Setup, settings: Settings, life: str, mirror: RegistryMirror, memberships: Memberships
+    ) -> PushWorker:
         desk = Desk(
             subscriptions=Subscriptions(),
             limits=Limits(
@@ -191,16 +216,21 @@ class WorkerProcess:
             auth_timeout_ms=round(settings.auth_timeout_s * 1000),
             clock_ms=clock_ms,
             life=setup.life,
+            send=self._client_send,
+            message_bytes=settings.client_message_bytes,
+            sends_per_s=settings.client_sends_per_s,
         )
 
         def closed(fd: str, peer: str) -> None:
             mirror.close(fd)
+            memberships.close(fd)
             self._places.leave(counted_by(peer))
 
-        start_us = int(life.partition(".")[2])
-        worker = PushWorker(
-            settings, f"{setup.node}.{self._index}.", start_us, desk, Outside(opened=mirror.open, closed=closed)
-        )
+        outside = Outside(mirror.open, closed, memberships.changed)
+        if settings.events:
+            outside.came, outside.left = self._tell_came, self._tell_left
+        worker = PushWorker(settings, f"{setup.node}.{self._index}.", int(life.partition(".")[2]), desk, outside)
+        self._node = setup.node
         self._feed.stale_ms = round(settings.feed_stale_s * 1000)
         worker.feed = self._feed
         return worker
@@ -276,11 +306,71 @@ class WorkerProcess:
             codes, self._unwatched = self._unwatched, []
             self._bus.send(bus.Unwatch(codes))
 
-    def _tell_client_id(self, client_id: int) -> None:
-        self._bus.send(bus.RegistryClient(client_id))
+    def _tell_client_id(self, life: str, client_id: int) -> None:
+        self._bus.send(bus.RegistryClient(client_id, life))
         self._bus.flush()
 
-    async def _tell_figures(self, mirror: RegistryMirror, silence_s: float) -> None:
+    # The cluster's orders, and who comes and goes
+
+    def _take_order(self, message: bus.Order) -> None:
+        worker = self._worker
+        if worker is None:
+            self._carried(message.question, Outcome())
+            return
+        command = parse_command(message.command)  # main has checked it
+        self._command_ids[message.question] = command.id
+        self._carrier.take(message.question, len(message.command), lambda: carry_out(worker.orders, command))
+
+    def _carried(self, question: int, outcome: Outcome) -> None:
+        reply = reply_of(outcome, self._command_ids.pop(question, ""), self._node)
+        self._bus.send(bus.Carried(question, encode(reply)))
+
+    def _session(self, fd: str) -> Session | None:
+        link = self._worker.links.get(fd) if self._worker is not None else None
+        return None if link is None else link.session
+
+    def _tell_users(self, users: Sequence[str]) -> None:
+        limited: dict[str, tuple[str, int, bool]] = {}
+        members = self._worker.members if self._worker is not None else None
+        for user in users if members is not None else ():
+            for session in members.of_user(user) if members is not None else ():
+                most = session.entitlement.max_conns
+                if most is not None:
+                    limited[user] = (user, most, session.entitlement.conns_win == "newest")
+        self._bus.send(bus.UsersCame(list(users), list(limited.values())))
+
+    def _client_send(self, session: Session, request: Request, then: Callable[[Delivered], None]) -> None:
+        kind, name = request.to
+        to = To(users=[name] if kind == "user" else None, group=name if kind == "group" else None, all=kind == "all")
+        is_binary = isinstance(request.data, bytes)
+        command = Command(
+            op="send",
+            to=to,
+            data=base64.b64encode(request.data).decode() if is_binary else request.data,
+            encoding="base64" if is_binary else "",
+            sender=Sender(session.fd, None if session.member is None else session.member.user),
+        )
+        self._next_question += 1
+        self._sends[self._next_question] = then
+        self._bus.send(bus.ClientSend(self._next_question, encode(command)))
+
+    def _sent(self, message: bus.Sent) -> None:
+        then = self._sends.pop(message.question)
+        then(Delivered(message.delivered, message.kept, message.error, message.message, message.is_retryable))
+
+    def _tell_came(self, session: Session) -> None:
+        user = None if session.member is None else session.member.user
+        self._bus.send(bus.Happened([event_text("open", clock_ms(), fd=session.fd, uid=user)]))
+
+    def _tell_left(self, session: Session, user: str | None, by: str, reason: str) -> None:
+        self._bus.send(bus.Happened([event_text("close", clock_ms(), fd=session.fd, uid=user, by=by, reason=reason)]))
+
+    def _tell_listed(self, tag: str, is_listed: bool) -> None:
+        if tag.startswith("u:"):
+            event = "user_online" if is_listed else "user_offline"
+            self._bus.send(bus.Happened([event_text(event, clock_ms(), uid=tag[2:])]))
+
+    async def _tell_figures(self, mirror: RegistryMirror, memberships: Memberships, silence_s: float) -> None:
         # They are also the sign of life that main waits for.
         every_s = min(_FIGURES_S, silence_s / 4)
         while True:
@@ -299,9 +389,13 @@ class WorkerProcess:
                         "rows_out": worker.hub.rows_out,
                         "rows_merged": worker.hub.rows_merged,
                         "writes": worker.hub.writes,
-                        "registry_pending": mirror.pending,
-                        "registry_lag_seconds": mirror.lag_ms / 1000,
-                        "registry_repairs": mirror.repairs,
+                        "registry_pending": mirror.pending + memberships.pending,
+                        "registry_lag_seconds": max(mirror.lag_ms, memberships.lag_ms) / 1000,
+                        "registry_repairs": mirror.repairs + memberships.repairs,
+                        "members": memberships.count,
+                        "users": worker.members.users,
+                        "messages_sent": worker.orders.delivered,
+                        "messages_undelivered": worker.orders.undelivered,
                         "places_spare": self._places.settle(),
                     }
                 )
@@ -323,6 +417,10 @@ class WorkerProcess:
             self._questions.pop(message.question)(message)
         elif kind is bus.Found:
             self._searches.pop(message.question)(message.text)
+        elif kind is bus.Order:
+            self._take_order(message)
+        elif kind is bus.Sent:
+            self._sent(message)
         elif kind is bus.TokenKeys:
             self._take_keys(message)
         elif kind is bus.PlacesGranted:

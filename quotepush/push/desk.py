@@ -4,17 +4,24 @@ Invariant: nothing else of the process is within a session's reach, no socket, n
 main comes in the stream of ticks, so that between the rows in it and the next tick nothing is missing.
 """
 
+import base64
+import hashlib
+import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from quotepush.auth import Identity, Verifier
 from quotepush.entitlement import UNLIMITED, Codes, Entitlement
 from quotepush.push.outbox import Outbox
 from quotepush.push.subscriptions import Lane, Subscriptions
 from quotepush.quote.delay import suffix_of
+from quotepush.wire.messages import Request
 
-__all__ = ["Answer", "DelayedDesk", "Desk", "Gone", "Limits", "Link"]
+if TYPE_CHECKING:
+    from quotepush.push.session import Session
+
+__all__ = ["Answer", "DelayedDesk", "Delivered", "Desk", "Gone", "Limits", "Link"]
 
 _T = TypeVar("_T")
 Then = Callable[["Answer"], None]
@@ -104,6 +111,24 @@ class Answer:
     behind: Mapping[str, tuple[int | None, Sequence[tuple[int, bytes, int]]]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What has become of a client's message.
+
+    Attributes:
+        count: connections that took it.
+        kept: users for whom it waits.
+        error: why it was not sent; empty: it was.
+        is_retryable: the same can succeed soon.
+    """
+
+    count: int = 0
+    kept: int = 0
+    error: str = ""
+    message: str = ""
+    is_retryable: bool = False
+
+
 def _nobody(*_: object) -> None:
     raise AssertionError("no hub yet")
 
@@ -136,6 +161,11 @@ class Desk:
         subscribed: a session's codes have changed (for the registry).
         clock_ms: epoch milliseconds.
         life: of main, in which positions count.
+        send: hand a client's message to the cluster; calls back with how many took it, or why it was not sent.
+        message_bytes: of the data of a client's message.
+        sends_per_s: messages that a client may send.
+        identified: a session has shown a token, and before that another one, or none; set by the worker.
+        secret: of this worker, from which the keys of its connections are made.
         delayed: the desks of those who are shown everything later, by their delay; see :meth:`of`.
     """
 
@@ -160,6 +190,20 @@ class Desk:
     auth_timeout_ms: int = 10_000
     life: str = ""
     delayed: "dict[int, DelayedDesk]" = field(default_factory=dict)
+    send: "Callable[[Session, Request, Callable[[Delivered], None]], None]" = _nobody
+    message_bytes: int = 16_384
+    sends_per_s: float = 5.0
+    identified: "Callable[[Session, Identity | None], None]" = lambda session, before: None
+    secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+
+    def conn_key(self, fd: str) -> str:
+        """Return the key of a connection: whoever knows it has it from the connection's own ``hello``."""
+        digest = hashlib.blake2b(fd.encode(), key=self.secret, digest_size=16).digest()
+        return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+
+    def is_key_of(self, fd: str, key: str) -> bool:
+        """Say whether ``key`` is that of ``fd``."""
+        return secrets.compare_digest(self.conn_key(fd).encode(), key.encode("utf-8", "replace"))
 
     @property
     def needs_identity(self) -> bool:

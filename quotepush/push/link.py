@@ -99,6 +99,16 @@ class SocketLink(asyncio.Protocol, ABC):
 
     # To the socket
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether nothing is written to it any more."""
+        return self._is_sealed
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What its socket has not taken yet."""
+        return self._transport.get_write_buffer_size()
+
     def write(self, data: bytes) -> None:
         if not self._is_sealed:
             self._transport.write(data)

@@ -13,16 +13,18 @@ What it knows of its surroundings is :mod:`quotepush.push.desk`; how the rows of
 """
 
 import logging
-import secrets
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from quotepush.auth import Identity, UnknownKey
 from quotepush.entitlement import Entitlement
 from quotepush.errors import PeerError
-from quotepush.push.desk import Answer, Desk, Gone, Limits, Link
+from quotepush.push.desk import Answer, Delivered, Desk, Gone, Limits, Link
 from quotepush.push.outbox import Outbox
 from quotepush.push.results import Results, understand
 from quotepush.push.subscriptions import Channel, Lane, Shape
@@ -30,6 +32,9 @@ from quotepush.push.watchlist import Watchlist
 from quotepush.wire import messages
 from quotepush.wire.formats import DEFAULT_FIELDS, DEFAULT_VIEW, JSON, Codec, Format, View
 from quotepush.wire.messages import CLOSE_CODES, Message, Request, RequestError, parse_request
+
+if TYPE_CHECKING:
+    from quotepush.push.members import Member
 
 __all__ = ["Session"]
 
@@ -39,6 +44,9 @@ log = logging.getLogger("quotepush.session")
 _RATE_PATIENCE_MS = 10_000
 # Codes in one status message.
 _CODES_PER_STATUS = 500
+
+# A message that could not be sent just now can be sent again after so long.
+_RETRY_SEND_MS = 1000
 
 _GONE = Gone()
 _NOT_ASKED = Answer({}, {})
@@ -52,13 +60,14 @@ class Session:
         codec: the language it speaks.
         identity: who it has proved to be; None: nobody yet, or this server takes no tokens.
         entitlement: what it may have.
+        member: its user, groups and session data; None: it has none.
         watchlist: what it is subscribed to.
     """
 
     __slots__ = (
         "_allowance", "_allowance_at_ms", "_claimed", "_desk", "_epoch", "_inbox", "_is_waiting", "_limited_since_ms",
-        "_limits", "_link", "_most", "codec", "entitlement", "fd", "identity", "is_closed", "opened_ms", "outbox",
-        "watchlist",
+        "_limits", "_link", "_most", "_send_due_ms", "codec", "entitlement", "fd", "identity", "is_closed", "member",
+        "opened_ms", "outbox", "watchlist",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +83,7 @@ class Session:
         self.codec = codec
         self.identity = identity
         self._link = link
+        self.member: Member | None = None
         self._most = limits or desk.limits  # whatever it is entitled to
         self._adopt(desk.entitlement_of(identity))
         self._desk = desk = desk.of(self.entitlement.delay_s)
@@ -85,6 +95,7 @@ class Session:
         self._allowance = max(2.0, self._limits.requests_per_s)
         self._allowance_at_ms = self.opened_ms
         self._limited_since_ms = 0
+        self._send_due_ms = 0.0
         self._is_waiting = False  # for main's answer to a request
         self._claimed: Sequence[str] = ()  # the codes of that request
         self._inbox: deque[str | bytes] | None = None
@@ -96,7 +107,7 @@ class Session:
             messages.hello(
                 server=desk.server,
                 conn=self.fd,
-                conn_key=secrets.token_urlsafe(16),
+                conn_key=desk.conn_key(self.fd),
                 epoch=self._epoch,
                 time_ms=self.opened_ms,
                 heartbeat_ms=desk.heartbeat_ms,
@@ -181,7 +192,12 @@ class Session:
             raise PeerError("bad_request", "this server takes no tokens; everybody may subscribe")
         if self.identity is not None and self.identity.user != identity.user:
             raise PeerError("already_authenticated", "this connection is another user's; open a new one for this token")
-        self.identity = identity
+        before, self.identity = self.identity, identity
+        try:
+            self._desk.identified(self, before)
+        except PeerError:
+            self.identity = before
+            raise
         self._adopt(identity.entitlement)
         expires = {} if identity.expires_ms is None else {"expires": identity.expires_ms}
         self._say_ack(request, now_ms, **expires, limits=self._limits.as_said())
@@ -412,6 +428,53 @@ class Session:
         self._say_results(request, now_ms, results)
         self._say_snapshot(now_ms, shown, self.codec.objects)
 
+    def _send(self, request: Request, now_ms: int) -> None:
+        kind, name = request.to
+        may_send = self.entitlement.may_send
+        allowed = {"user": may_send.to_user, "group": may_send.to_group}
+        if not (may_send.all if kind == "all" else allowed[kind](name)):
+            raise PeerError(
+                "not_entitled", f"this connection may not send to {'all' if kind == 'all' else f'this {kind}'}"
+            )
+        self._count_send(now_ms)
+        most = self._desk.message_bytes
+        try:
+            size = len(request.data) if isinstance(request.data, bytes) else len(orjson.dumps(request.data))
+        except TypeError as e:
+            raise PeerError("bad_request", f"data must be what JSON can say, or bytes alone: {e}") from None
+        if size > most:
+            raise PeerError("too_large", f"a message has at most {most} bytes of data")
+        self._is_waiting = True
+        self._link.hold_requests(True)
+        self._desk.send(self, request, lambda delivered: self._finish_send(request, delivered))
+
+    def _finish_send(self, request: Request, delivered: Delivered) -> None:
+        if self.is_closed:
+            return
+        now_ms = self._desk.clock_ms()
+        try:
+            if delivered.error:
+                retry_after_ms = _RETRY_SEND_MS if delivered.is_retryable else None
+                fault = PeerError(delivered.error, delivered.message, retry_after_ms=retry_after_ms)
+                self._say(messages.error(fault, now_ms, request.id, request.action))
+            else:
+                kept = {"kept": delivered.kept} if delivered.kept else {}
+                self._say_ack(request, now_ms, delivered=delivered.count, **kept)
+            self._go_on()
+        except Exception:
+            self._end_failed()
+
+    def _count_send(self, now_ms: int) -> None:
+        """Hold the rate of messages down: a burst of a second's worth, or of two messages."""
+        rate = self._desk.sends_per_s
+        due_ms = max(self._send_due_ms, now_ms)
+        early_ms = due_ms - now_ms - 1000 * (max(rate, 2.0) - 1) / rate
+        if early_ms > 0:
+            raise PeerError(
+                "rate_limited", f"at most {rate:g} messages a second", retry_after_ms=max(1, math.ceil(early_ms))
+            )
+        self._send_due_ms = due_ms + 1000 / rate
+
     def _ping(self, request: Request, now_ms: int) -> None:
         self._say(messages.pong(request.id, now_ms))
 
@@ -556,6 +619,7 @@ _HANDLERS: dict[str, Callable[[Session, Request, int], None]] = {
     "snapshot": Session._snapshot,
     "ping": Session._ping,
     "auth": Session._auth,
+    "send": Session._send,
 }
 
 # What may be asked without a token where one is needed.

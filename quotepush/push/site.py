@@ -5,15 +5,17 @@ Browsers do not show that status to scripts, so a plain ``GET`` of the WebSocket
 answers with it too (426 when an upgrade would be welcome).
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 from aiohttp import web
 
+from quotepush.auth import Identity
 from quotepush.errors import PeerError
 from quotepush.push.addresses import UNKNOWN, counted_by
 from quotepush.push.gate import Gate, cross_origin, refuse
 from quotepush.push.link import Detached
+from quotepush.push.members import check_data
 from quotepush.push.queries import Queries
 from quotepush.push.questions import asked_of
 from quotepush.push.worker import PushWorker
@@ -30,6 +32,9 @@ STATIC = Path(__file__).parent.parent / "static"
 _FILES = [STATIC / "quotepush.js", *STATIC.glob("page*.js"), *STATIC.glob("page*.css")]
 _RETRY_AFTER_S = 5
 _SUBPROTOCOLS = tuple(codec.subprotocol for codec in CODECS)
+
+# What the server itself reads of a query: no session data.
+_OWN_PARAMS = ("token", "codes", "fields", "format", "max_rate", "snapshot", "last_event_id")
 
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
@@ -48,7 +53,7 @@ def make_app(settings: Settings, worker: PushWorker, admit: Admit, leave: Callab
         leave: gives a place of an address back that was taken and not used.
     """
     gate = Gate(settings, worker.desk, worker.refusals)
-    door = _Door(gate, worker, admit, leave)
+    door = _Door(gate, worker, admit, leave, settings.secret_params)
     queries = Queries(gate, worker.desk)
     app = web.Application()
     app.router.add_get(settings.ws_url_path, door.handle)
@@ -91,11 +96,14 @@ def _slash_handler(target: str) -> Callable[[web.Request], Awaitable[web.StreamR
 class _Door:
     """The paths at which a connection begins: the WebSocket's and the stream's."""
 
-    def __init__(self, gate: Gate, worker: PushWorker, admit: Admit, leave: Callable[[str], None]) -> None:
+    def __init__(
+        self, gate: Gate, worker: PushWorker, admit: Admit, leave: Callable[[str], None], secret_params: Iterable[str]
+    ) -> None:
         self._worker = worker
         self._admit = admit
         self._leave = leave
         self._gate = gate
+        self._own_params = frozenset((*_OWN_PARAMS, *secret_params))
         self._handshake = web.WebSocketResponse(protocols=_SUBPROTOCOLS)  # only says whether a request is one
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
@@ -118,13 +126,17 @@ class _Door:
         identity = await self._gate.identify(request, is_needed=False)
         if isinstance(identity, web.Response):
             return identity
+        try:
+            data = self._first_data(request, identity)
+        except PeerError as e:
+            return refuse(request, 400, e.error, e.message)
         refusal = await self._find_place(request, wants_upgrade)
         if refusal is not None:
             return refusal
         if not wants_upgrade:
             headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
             return refuse(request, 426, "upgrade_required", "connect with a WebSocket", headers=headers)
-        return self._hand_over(request, lambda: self._worker.accept(request, subprotocol, identity))
+        return self._hand_over(request, lambda: self._worker.accept(request, subprotocol, identity, data))
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Answer ``GET`` of the stream, or refuse it before the response has begun."""
@@ -138,6 +150,7 @@ class _Door:
             return identity
         try:
             asked = asked_of(request, self._worker.desk)
+            data = self._first_data(request, identity)
         except PeerError as e:
             return refuse(request, 400, e.error, e.message)
         refusal = await self._find_place(request, is_wanted)
@@ -146,7 +159,18 @@ class _Door:
         headers = cross_origin(request) | {"X-Accel-Buffering": "no"}  # nginx would hold the events back
         if not is_wanted:
             return web.Response(headers=headers, content_type="text/event-stream", charset="utf-8")
-        return self._hand_over(request, lambda: self._worker.accept_stream(request, asked, identity, headers))
+        return self._hand_over(request, lambda: self._worker.accept_stream(request, asked, identity, headers, data))
+
+    def _first_data(self, request: web.Request, identity: Identity | None) -> dict[str, str]:
+        """Return the session data that a connection begins with; of a parameter that comes twice the last one counts.
+
+        Raises:
+            PeerError: ``too_large``, together with the claims of the token.
+        """
+        data = {name: value for name, value in request.query.items() if name not in self._own_params}
+        if data:
+            check_data({**data, **(identity.claims if identity is not None else {})})
+        return data
 
     async def _find_place(self, request: web.Request, take: bool) -> web.Response | None:
         """Return why there is no place for one more connection; None: there is, and with ``take`` it is taken."""

@@ -20,6 +20,8 @@ from quotepush.push.desk import Desk
 from quotepush.push.freshness import Freshness
 from quotepush.push.hub import Hub
 from quotepush.push.link import Detached, SocketLink
+from quotepush.push.members import Members
+from quotepush.push.orders import Orders
 from quotepush.push.outbox import Outbox
 from quotepush.push.refusals import Refusals
 from quotepush.push.session import Session
@@ -78,10 +80,16 @@ class Outside:
     Attributes:
         opened: a session is there, with the live collection of its codes.
         closed: it is gone; with the address of its peer.
+        changed: its user, its groups or its session data have changed, or it has got the first of them.
+        came: the same as ``opened``, for those who want to know who comes and goes.
+        left: and for the same, that it is gone: whose it was, who ended it, and why.
     """
 
     opened: Callable[[str, Collection[str]], None]
     closed: Callable[[str, str], None]
+    changed: Callable[[Session], None] = lambda session: None
+    came: Callable[[Session], None] = lambda session: None
+    left: Callable[[Session, str | None, str, str], None] = lambda session, user, by, reason: None
 
 
 class PushWorker:
@@ -90,6 +98,8 @@ class PushWorker:
     Attributes:
         links: by fd.
         desk: what its sessions are offered.
+        members: its sessions by user and group.
+        orders: carries out what the cluster wants done with them.
         refusals: who never became one.
     """
 
@@ -117,6 +127,11 @@ class PushWorker:
             clock_ms=desk.clock_ms,
         )
         self.freshness = Freshness(desk.subscriptions)
+        self.members = Members(outside.changed)
+        self.orders = Orders(
+            self.links, self.members, desk, needs_key=settings.require_conn_key, delays=settings.delays
+        )
+        desk.identified = self.members.identify
         desk.deliver = self.hub.deliver
         desk.replay = self.hub.replay
         self._left = asyncio.Event()
@@ -126,26 +141,39 @@ class PushWorker:
 
     # The life of a session
 
-    def accept(self, request: web.Request, subprotocol: str | None, identity: Identity | None = None) -> Detached:
+    def accept(
+        self,
+        request: web.Request,
+        subprotocol: str | None,
+        identity: Identity | None = None,
+        data: Mapping[str, str] | None = None,
+    ) -> Detached:
         """Turn a checked upgrade request into a session that speaks ``subprotocol`` (None: the usual one, unsaid).
 
         Args:
             identity: whom the token of the request names, if it brought one.
+            data: the first session data.
         """
         codec = next((codec for codec in CODECS if codec.subprotocol == subprotocol), JSON)
         link = WebSocketLink(self, request.remote or UNKNOWN)
         fd = f"{self._fd_prefix}{self._next_fd}"
         link.session = Session(fd, link, self.desk, codec, identity)
-        response = upgrade(request, link, subprotocol, self._settings.message_bytes, lambda: self.opened(link))
+        response = upgrade(request, link, subprotocol, self._settings.message_bytes, lambda: self.opened(link, data))
         self._next_fd += 1
         return response
 
     def accept_stream(
-        self, request: web.Request, asked: Asked, identity: Identity | None, headers: Mapping[str, str]
+        self,
+        request: web.Request,
+        asked: Asked,
+        identity: Identity | None,
+        headers: Mapping[str, str],
+        data: Mapping[str, str] | None = None,
     ) -> Detached:
         """Turn a checked request into a session that is sent events.
 
         Args:
+            data: the first session data.
             headers: of the response, besides those that every stream has.
         """
         link = StreamLink(self, request.remote or UNKNOWN, self.hub, self.desk.life, asked.selection)
@@ -154,7 +182,7 @@ class PushWorker:
         link.session = Session(fd, link, self.desk, EVENTS, identity, limits)
 
         def start() -> None:
-            self.opened(link)
+            self.opened(link, data)
             try:
                 link.session.carry_out(asked.request)
             except Exception:
@@ -166,13 +194,16 @@ class PushWorker:
         self._next_fd += 1
         return response
 
-    def opened(self, link: SocketLink) -> None:
+    def opened(self, link: SocketLink, data: Mapping[str, str] | None = None) -> None:
         """A link is ready: greet it."""
         session = link.session
         self.links[session.fd] = link
         self._wheel[hash(session.fd) % len(self._wheel)].add(link)
         self.opened_total += 1
         self._outside.opened(session.fd, session.watchlist.subscriptions.keys())
+        if data or session.identity is not None:
+            self.members.identify(session, None, data)
+        self._outside.came(session)
         session.greet()
         log.debug("%s: open from %s", session.fd, link.peer)
 
@@ -187,12 +218,15 @@ class PushWorker:
         fd = session.fd
         if self.links.pop(fd, None) is None:
             return
+        user = None if session.member is None else session.member.user
         for leave in (
             session.close,
+            lambda: self.members.forget(session),
             lambda: self.hub.forget([session.outbox]),
             lambda: self.freshness.forget(session),
             lambda: self._wheel[hash(fd) % len(self._wheel)].discard(link),
             lambda: self._outside.closed(fd, link.peer),
+            lambda: self._outside.left(session, user, link.closed_by, link.reason),
         ):
             try:
                 leave()

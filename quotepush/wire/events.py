@@ -31,6 +31,13 @@ class _Events(JsonCodec):
         retry = b"retry: %d\n" % message["retry_after_ms"] if "retry_after_ms" in message else b""
         return b"event: %b\n%bdata: %b\n\n" % (message["type"].encode(), retry, orjson.dumps(message))
 
+    def bare_frame(self, payload: str | bytes) -> bytes | None:
+        """Return a text as the data of an event ``message``; bytes cannot be the data of one."""
+        if not isinstance(payload, str):
+            return None
+        lines = re.split(r"\r\n|\r|\n", payload)  # the three ends of a line that the standard knows
+        return b"event: message\n%b\n" % b"".join(b"data: %b\n" % line.encode() for line in lines)
+
     def rows_frame(
         self, kind: str, time_ms: int, rows: Sequence[bytes], cols: int | None = None, **facts: Any
     ) -> bytes:

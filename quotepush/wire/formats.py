@@ -8,6 +8,7 @@ A *codec* is the language of a connection (its subprotocol), a *format* is how r
 a *view* is which fields they have.
 """
 
+import base64
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count
@@ -137,6 +138,17 @@ class Codec(ABC):
         """Return a message as a whole WebSocket frame."""
         payload = self.encode(message)
         return frame_header(len(payload), BINARY if self.is_binary else TEXT) + payload
+
+    def bare_frame(self, payload: str | bytes) -> bytes | None:
+        """Return a text or bytes alone as a whole frame of its kind; None: this connection cannot be sent that."""
+        body = payload.encode() if isinstance(payload, str) else payload
+        return frame_header(len(body), TEXT if isinstance(payload, str) else BINARY) + body
+
+    def binary(self, data: bytes) -> Mapping[str, Any]:
+        """Return the fields of a message that carry bytes."""
+        if self.is_binary:
+            return {"data": data}
+        return {"data": base64.b64encode(data).decode(), "encoding": "base64"}
 
     encode: Callable[[Any], bytes]
     decode: Callable[[bytes | str], Any]

@@ -8,19 +8,26 @@ from redis.exceptions import RedisError
 
 from tests.support.waiting import wait_until
 
-# What publishers and main keep beside the registry: the log of ticks, and rows.
-_OF_TICKS = ("epoch", "seq", "log", "publisher:", "row:", "rows")
+# What publishers and main keep beside the registry: the log of ticks, rows, the nodes, and what waits for them.
+_OF_TICKS = ("epoch", "seq", "log", "publisher:", "row:", "rows", "nodes", "inbox:", "kept:")
+_MEMBERS = ":members"
 
 __all__ = ["registry_equals", "registry_faults"]
 
 
 async def registry_faults(
-    redis: Redis, connections: Mapping[str, Set[str]], *, node: str = "test", prefix: str = "qp:"
+    redis: Redis,
+    connections: Mapping[str, Set[str]],
+    members: Mapping[str, Set[str]] | None = None,
+    *,
+    node: str = "test",
+    prefix: str = "qp:",
 ) -> list[str]:
     """Return every difference between the registry and ``connections`` (fd to its codes), one line each.
 
     Args:
         redis: a client that answers with ``str``.
+        members: the fds with a user, a group or session data, and the first two as ``u:<uid>`` and ``g:<group>``.
         node: whose connections they are; nobody else's may be there.
     """
     faults: list[str] = []
@@ -31,28 +38,45 @@ async def registry_faults(
         for code in codes:
             audience[code].add(fd)
 
-    async def members(key: str) -> set[str]:
+    async def held(key: str) -> set[str]:
         keys.discard(key)
         return set(await redis.smembers(key))
 
-    def compare(what: str, held: Set[str], true: Set[str]) -> None:
-        if stale := sorted(held - true):
+    def compare(what: str, found: Set[str], true: Set[str]) -> None:
+        if stale := sorted(found - true):
             faults.append(f"{what}: {len(stale)} too many: {' '.join(stale[:3])}")
-        if lacking := sorted(true - held):
+        if lacking := sorted(true - found):
             faults.append(f"{what}: {len(lacking)} missing: {' '.join(lacking[:3])}")
 
-    compare("codes", await members(f"{prefix}codes"), audience.keys())
+    compare("codes", await held(f"{prefix}codes"), audience.keys())
     for code, fds in audience.items():
-        compare(f"code:{code}", await members(f"{prefix}code:{code}"), fds)
+        compare(f"code:{code}", await held(f"{prefix}code:{code}"), fds)
     for fd, codes in connections.items():
-        compare(f"fd:{fd}", await members(f"{prefix}fd:{fd}"), codes)
-    lives = await members(f"{prefix}node:{node}")
+        compare(f"fd:{fd}", await held(f"{prefix}fd:{fd}"), codes)
+    of_tag: defaultdict[str, set[str]] = defaultdict(set)
+    for fd, tags in (members or {}).items():
+        for tag in tags:
+            of_tag[tag].add(fd)
+        compare(f"member:{fd}", await held(f"{prefix}member:{fd}"), tags)
+        if f"{prefix}conn:{fd}" not in keys:
+            faults.append(f"conn:{fd} is missing")
+        keys.discard(f"{prefix}conn:{fd}")
+    compare("members", await held(f"{prefix}members"), of_tag.keys())
+    for tag, fds in of_tag.items():
+        name = f"{'user' if tag[0] == 'u' else 'group'}:{tag[2:]}"
+        compare(name, await held(f"{prefix}{name}"), fds)
+    lives = await held(f"{prefix}node:{node}")
+    followed: set[str] = set()
+    for life in {life for life in lives if life.endswith(_MEMBERS)}:
+        lives.discard(life)
+        followed |= await held(f"{prefix}node:{node}:{life}")
+    compare(f"the members of {node}", followed, (members or {}).keys())
     workers = [life.partition(".")[0] for life in lives]
     if len(workers) != len(set(workers)):
         faults.append(f"node:{node}: two lives of one worker: {' '.join(sorted(lives))}")
     found: set[str] = set()
     for life in lives:
-        found |= await members(f"{prefix}node:{node}:{life}")
+        found |= await held(f"{prefix}node:{node}:{life}")
     compare(f"the lives of {node}", found, connections.keys())
     if keys:
         faults.append(f"{len(keys)} keys too many: {' '.join(sorted(keys)[:3])}")
@@ -62,6 +86,7 @@ async def registry_faults(
 async def registry_equals(
     redis: Redis,
     connections: Mapping[str, Set[str]],
+    members: Mapping[str, Set[str]] | None = None,
     *,
     node: str = "test",
     prefix: str = "qp:",
@@ -72,7 +97,7 @@ async def registry_equals(
 
     async def is_equal() -> bool:
         try:
-            faults[:] = await registry_faults(redis, connections, node=node, prefix=prefix)
+            faults[:] = await registry_faults(redis, connections, members, node=node, prefix=prefix)
         except RedisError as e:  # it has just come back
             faults[:] = [f"Redis: {e}"]
         return not faults

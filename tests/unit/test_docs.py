@@ -257,6 +257,8 @@ def test_the_table_of_spellings_is_right() -> None:
 def test_the_table_of_errors_is_complete() -> None:
     sources = [*trees("wire"), *trees("push"), *trees("node")]
     said = {constant(call.args[0], str) for call in calls(sources, "PeerError", "RequestError") if call.args}
+    answers = [word.value for call in calls(sources, "Sent") for word in call.keywords if word.arg == "error"]
+    said |= {constant(answer, str) for answer in answers}  # what main says to a client's message
     for node in (node for tree in sources for node in ast.walk(tree)):
         if isinstance(node, ast.Dict):
             keys = [constant(key, str) for key in node.keys]

@@ -1,0 +1,383 @@
+"""Commands to this node: heard on its channels, found in its inbox, carried out, answered.
+
+Laws:
+
+1. Nothing here waits for a client. A caller who waits gets one reply, or none when Redis is gone.
+2. A command that is none is counted and ignored; what is answered goes to channels of replies and to no others.
+3. A kept command stays in the inbox until it has been carried out; at most ``concurrency`` are in work. A kept message
+   for a user whom nobody here could hand it to goes to where messages wait for him.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import NoPermissionError, RedisError
+
+from quotepush.cluster.commands import (
+    BadCommand,
+    ClusterKeys,
+    Command,
+    Kept,
+    Reply,
+    To,
+    encode,
+    new_id,
+    node_of,
+    parse_command,
+)
+from quotepush.cluster.kept import keep, take
+
+__all__ = ["Give", "Inbox"]
+
+log = logging.getLogger("quotepush.main")
+
+# Carries out a command on this node's sessions; the callback gets the reply, once, in bounded time.
+Give = Callable[[Command, bytes, Callable[[Reply], None]], None]
+
+_PROBE_S = 1.0  # a link that says nothing for so long is asked for a sign of life
+_LOOK_S = 2.0  # into the inbox, in case the poke was lost
+_MAX_WAITING = 10_000  # replies
+_AGAIN_S = 1.0
+_FORBIDDEN_AGAIN_S = 30.0
+_PER_SLICE = 100
+_TROUBLE = (RedisError, OSError, TimeoutError)
+
+
+class Inbox:
+    """Hears what the cluster wants of this node.
+
+    Args:
+        redis: a client of the registry that answers with bytes.
+        pool: makes the connection on which commands are heard; nothing else uses it.
+        give: see :data:`Give`.
+        concurrency: kept commands in work at a time.
+        kept_max: messages that wait for one user.
+        kept_ttl_s: how long a message waits that says nothing itself.
+        on_up: called when commands are heard, or may not be.
+
+    Attributes:
+        heard: commands that were carried out.
+        refused: messages that were no command.
+        kept: messages that were put where messages for users who are away wait.
+        collected: messages that were taken from there and delivered.
+        is_up: commands are heard.
+        is_forbidden: they are not, for this user of Redis may not hear them.
+    """
+
+    def __init__(
+        self,
+        redis: Any,
+        pool: ConnectionPool,
+        keys: ClusterKeys,
+        node: str,
+        give: Give,
+        *,
+        concurrency: int,
+        kept_max: int,
+        kept_ttl_s: int,
+        timeout_s: float,
+        on_up: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._redis = redis
+        self._pool = pool
+        self._keys = keys
+        self._node = node
+        self._give = give
+        self._concurrency = concurrency
+        self._kept_max = kept_max
+        self._kept_ttl_s = kept_ttl_s
+        self._timeout_s = timeout_s
+        self._on_up = on_up
+        self._replies: deque[tuple[str, bytes]] = deque(maxlen=_MAX_WAITING)
+        self._has_replies = asyncio.Event()
+        self._has_mail = asyncio.Event()
+        self._after = b"-"  # where the inbox has been read to
+        self._done: list[bytes] = []  # entries that Redis has yet to remove
+        # Users for whom messages may wait, and the commands that say so, as far as somebody waits for their outcome.
+        self._came: dict[str, list[Command]] = {}
+        self._has_come = asyncio.Event()
+        self.heard = 0
+        self.refused = 0
+        self.kept = 0
+        self.collected = 0
+        self.is_up = False
+        self.is_forbidden = False
+
+    async def run(self) -> None:
+        """Hear and carry out until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listen(), name="commands")
+            group.create_task(self._answer(), name="replies")
+            group.create_task(self._work(), name="inbox")
+            group.create_task(self._collect(), name="kept")
+
+    def users_came(self, users: Sequence[str]) -> None:
+        """These users have got a connection here, and Redis knows of it."""
+        for user in users:
+            self._came.setdefault(user, [])
+        self._has_come.set()
+
+    # ------------------------------------------------------------------ heard at once
+
+    async def _listen(self) -> None:
+        wait_s = 0.0
+        while True:
+            try:
+                await self._hear()
+            except NoPermissionError as e:
+                if not self.is_forbidden:
+                    log.warning("commands are not heard: this user of Redis may not: %s", e)
+                self.is_up, self.is_forbidden = False, True
+                self._on_up()
+                wait_s = _FORBIDDEN_AGAIN_S
+            except _TROUBLE as e:
+                if self.is_up or not wait_s:
+                    log.warning("commands are not heard: %s; trying again", str(e) or type(e).__name__)
+                wait_s = random.uniform(0.02, 0.1) if self.is_up else random.uniform(0.05, min(2.0, wait_s * 2 + 0.1))
+                self.is_up = False
+            await asyncio.sleep(wait_s)
+
+    async def _hear(self) -> None:
+        """Hear commands on one connection until it is lost."""
+        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await connection.connect()  # type: ignore[no-untyped-call]
+                await connection.send_command("SUBSCRIBE", self._keys.to_node(self._node), self._keys.to_all)
+            is_asked = False
+            while True:
+                try:
+                    async with asyncio.timeout(_PROBE_S):
+                        said = await connection.read_response(disconnect_on_error=False)
+                except TimeoutError:
+                    if is_asked:
+                        raise TimeoutError("no answer of Redis") from None
+                    async with asyncio.timeout(_PROBE_S):
+                        await connection.send_command("PING")
+                    is_asked = True
+                    continue
+                is_asked = False
+                if said[0] == b"message":
+                    self._take(said[2])
+                elif said[0] == b"subscribe" and said[2] == 2:
+                    self.is_up, self.is_forbidden = True, False
+                    self._has_mail.set()  # a poke may have been lost
+                    self._on_up()
+        finally:
+            await connection.disconnect(nowait=True)
+
+    def _take(self, text: bytes) -> None:
+        try:
+            command = parse_command(text)
+        except BadCommand as e:
+            self._refuse(e)
+            return
+        if command.op == "poke":
+            self._has_mail.set()
+        elif command.op == "collect":
+            self._came.setdefault(command.user, []).append(command)
+            self._has_come.set()
+        else:
+            self.heard += 1
+            self._give(command, text, lambda reply: self._say(command.reply, reply))
+
+    def _refuse(self, fault: BadCommand) -> None:
+        self.refused += 1
+        if self.refused == 1:
+            log.warning("ignored what is no command (%s); further ones are counted only", fault)
+        self._say(fault.reply, Reply(fault.id, self._node, error=fault.error, message=str(fault)))
+
+    # ------------------------------------------------------------------ answers
+
+    def _say(self, channel: str, reply: Reply) -> None:
+        if channel.startswith(f"{self._keys.prefix}reply:"):
+            self._replies.append((channel, encode(reply)))
+            self._has_replies.set()
+
+    async def _answer(self) -> None:
+        while True:
+            await self._has_replies.wait()
+            self._has_replies.clear()
+            try:
+                while self._replies:
+                    pipeline = self._redis.pipeline(transaction=False)
+                    for _ in range(min(_PER_SLICE, len(self._replies))):
+                        pipeline.publish(*self._replies.popleft())
+                    async with asyncio.timeout(self._timeout_s):
+                        await pipeline.execute()
+            except _TROUBLE:
+                self._replies.clear()  # whoever waits for them does not wait for ever
+
+    # ------------------------------------------------------------------ kept commands
+
+    async def _work(self) -> None:
+        is_begun = False
+        is_well = True
+        while True:
+            self._has_mail.clear()
+            try:
+                if not is_begun:
+                    await self._put_away_old_mail()
+                    is_begun = True
+                await self._carry_out_mail()
+                is_well = True
+            except _TROUBLE as e:
+                if is_well:
+                    log.warning("inbox: Redis does not answer: %s; trying again", str(e) or type(e).__name__)
+                is_well = False
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_S):
+                    await self._has_mail.wait()
+
+    async def _mail(self, after: bytes, count: int) -> list[tuple[bytes, bytes]]:
+        """Return the next entries: id and command."""
+        async with asyncio.timeout(self._timeout_s):
+            page = await self._redis.xrange(self._keys.inbox(self._node), min=after, max="+", count=count)
+        return [(entry, fields.get(b"c", b"")) for entry, fields in page]
+
+    async def _put_away_old_mail(self) -> None:
+        """What a former life of this node has left: messages for users wait for them, the rest is nobody's any more."""
+        while page := await self._mail(b"-", _PER_SLICE):
+            for entry, text in page:
+                command = self._kept_command(entry, text)
+                if command is not None and command.to is not None and command.to.users:
+                    await self._put_back(command, command.to.users)
+            await self._remove([entry for entry, _ in page])
+
+    async def _carry_out_mail(self) -> None:
+        await self._remove([])
+        while page := await self._mail(self._after, self._concurrency):
+            self._after = b"(" + page[-1][0]
+            async with asyncio.TaskGroup() as group:
+                for entry, text in page:
+                    group.create_task(self._carry_out(entry, text))
+            await self._remove([entry for entry, _ in page])
+
+    async def _remove(self, entries: Sequence[bytes]) -> None:
+        self._done.extend(entries)
+        if self._done:
+            async with asyncio.timeout(self._timeout_s):
+                await self._redis.xdel(self._keys.inbox(self._node), *self._done)
+            self._done.clear()
+
+    def _kept_command(self, entry: bytes, text: bytes) -> Command | None:
+        """Return a command from the inbox, None when it is none or nobody wants it any more."""
+        try:
+            command = parse_command(text)
+        except BadCommand as e:
+            self._refuse(e)
+            return None
+        now_ms = time.time_ns() // 1_000_000
+        sent = command.sent or now_ms
+        until = command.until or sent + 1000 * self._kept_ttl_s
+        if until <= now_ms:
+            return None
+        kept_id = command.id or entry.decode()
+        return msgspec.structs.replace(command, keep=True, id=kept_id, sent=sent, until=until)
+
+    async def _carry_out(self, entry: bytes, text: bytes) -> None:
+        command = self._kept_command(entry, text)
+        if command is None or command.op in ("poke", "collect"):
+            return
+        self.heard += 1
+        reply = await self._given(command)
+        self._say(command.reply, reply)
+        users = command.to.users if command.to is not None else None
+        missed = [user for user in users or () if user not in reply.users]
+        if missed:
+            try:
+                await self._put_back(command, missed)
+            except _TROUBLE as e:
+                log.warning("inbox: a message for %d users is lost: %s", len(missed), str(e) or type(e).__name__)
+
+    async def _given(self, command: Command) -> Reply:
+        answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+        def then(reply: Reply) -> None:
+            if not answered.done():
+                answered.set_result(reply)
+
+        self._give(command, encode(command), then)
+        return await answered  # in bounded time: see Give
+
+    async def _put_back(self, command: Command, users: Sequence[str]) -> None:
+        """Let a message wait for these users, and say so where they are by now."""
+        message = Kept(
+            command.sent, command.until, command.data, command.encoding, command.raw, command.sender, command.id
+        )
+        for user in users:
+            async with asyncio.timeout(self._timeout_s):
+                await keep(self._redis, self._keys, user, [message], self._kept_max)
+                self.kept += 1
+                # He may have come while it was on its way.
+                fds = await self._redis.smembers(self._keys.user(user))
+                nodes = {node_of(fd.decode("utf-8", "replace")) for fd in fds}
+                for node in nodes - {self._node, ""}:
+                    await self._redis.publish(self._keys.to_node(node), encode(Command(op="collect", user=user)))
+            if self._node in nodes:
+                self.users_came([user])
+
+    # ------------------------------------------------------------------ messages that wait
+
+    async def _collect(self) -> None:
+        while True:
+            await self._has_come.wait()
+            self._has_come.clear()
+            while self._came:
+                users = list(self._came)[:_PER_SLICE]
+                try:
+                    async with asyncio.timeout(self._timeout_s):
+                        taken = dict(await take(self._redis, self._keys, users, self._kept_max))
+                except _TROUBLE:
+                    await asyncio.sleep(_AGAIN_S)  # what waits does so in Redis, and they wait here
+                    continue
+                callers = {user: self._came.pop(user) for user in users}
+                try:
+                    while users:
+                        some, users = users[: self._concurrency], users[self._concurrency :]
+                        async with asyncio.TaskGroup() as group:
+                            for user in some:
+                                group.create_task(self._bring(user, taken, callers[user]))
+                finally:
+                    # We are being stopped: what was taken and not brought goes back.
+                    for user, messages in taken.items():
+                        await self._put_first(user, messages)
+
+    async def _bring(self, user: str, taken: dict[str, list[Kept]], callers: Sequence[Command]) -> None:
+        """Hand a user what was taken for him, and tell those who wait for that to how many connections it went."""
+        delivered = 0
+        messages = taken.get(user)
+        if messages:
+            # All at once: they are carried out in this order, behind one another.
+            replies = await asyncio.gather(*(self._given(_command_of(user, message)) for message in messages))
+            del taken[user]
+            delivered = sum(reply.delivered for reply in replies)
+            left = [m for m, reply in zip(messages, replies, strict=True) if user not in reply.users]
+            self.collected += len(messages) - len(left)
+            await self._put_first(user, left)
+        for command in callers:
+            self._say(command.reply, Reply(command.id, self._node, delivered))
+
+    async def _put_first(self, user: str, messages: Sequence[Kept]) -> None:
+        """Put messages that nobody took back to where they were."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await keep(self._redis, self._keys, user, messages, self._kept_max, are_older=True)
+        except _TROUBLE as e:
+            log.warning("kept: %d messages for a user are lost: %s", len(messages), str(e) or type(e).__name__)
+
+
+def _command_of(user: str, message: Kept) -> Command:
+    return Command(
+        op="send", id=message.id or new_id(), to=To(users=[user]), data=message.data, encoding=message.encoding,
+        raw=message.raw, sender=message.sender, keep=True, sent=message.at, until=message.until,
+    )  # fmt: skip
