@@ -21,10 +21,18 @@ from quotepush.push.rates import Rates
 from quotepush.push.refusals import Refusals
 from quotepush.settings import Settings
 
-__all__ = ["Gate", "Refusal", "answer", "cross_origin", "refuse"]
+__all__ = ["Gate", "Refusal", "address_of", "answer", "cross_origin", "refuse"]
 
 # A token that cannot be taken counts as so many more attempts.
 _BAD_TOKEN_COSTS = 5
+
+
+_CLIENT = web.RequestKey("client", str)
+
+
+def address_of(request: web.Request) -> str:
+    """Return the address of the client, as :meth:`Gate.see` has noted it; else that of its connection."""
+    return request.get(_CLIENT) or request.remote or UNKNOWN
 
 
 class Refusal(web.Response):
@@ -58,18 +66,19 @@ class Gate:
 
     # Where it comes from
 
-    def seen(self, request: web.Request) -> web.Request:
-        """Return the request with the client's address as its ``remote``, whatever proxies stand between."""
+    def see(self, request: web.Request) -> None:
+        """Note whose request it is, whatever proxies stand between; :func:`address_of` tells from then on."""
         said = request.headers.getall(self._proxies.header, ())
         client = self._proxies.client_of(request.remote, said)
-        return request if client == request.remote else request.clone(remote=client)
+        if client != request.remote:
+            request[_CLIENT] = client
 
     def _hold_back(self, request: web.Request, *, is_connection: bool) -> web.Response | None:
         """Return what an address is told that asks too often; None: it does not, and this time is counted.
 
         A question is not welcome either as long as a connection would not be: it is how browsers look.
         """
-        who, now_s = counted_by(request.remote or UNKNOWN), time.monotonic()
+        who, now_s = counted_by(address_of(request)), time.monotonic()
         wait_s = self._connects.wait_s(who, now_s)
         if not is_connection:
             wait_s = max(wait_s, self._questions.wait_s(who, now_s))
@@ -81,7 +90,7 @@ class Gate:
     def note(self, request: web.Request, said: web.StreamResponse, *, is_connection: bool) -> web.StreamResponse:
         """Count an answer, if it is a refusal, and return it."""
         if isinstance(said, Refusal):
-            who, now_s = request.remote or UNKNOWN, time.monotonic()
+            who, now_s = address_of(request), time.monotonic()
             advice = ""
             if said.status == 429 and self._proxies.header in request.headers:
                 advice = f", which sends {self._proxies.header}: list it in trusted_proxies if it is a proxy of yours"

@@ -49,7 +49,7 @@ class Queries:
     async def _answer(
         self, request: web.Request, find: Callable[[web.Request, Entitlement], Any]
     ) -> web.StreamResponse:
-        request = self._gate.seen(request)
+        self._gate.see(request)
         return self._gate.note(request, await self._found(request, find), is_connection=False)
 
     async def _found(self, request: web.Request, find: Callable[[web.Request, Entitlement], Any]) -> web.StreamResponse:

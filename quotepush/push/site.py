@@ -12,8 +12,8 @@ from aiohttp import web
 
 from quotepush.auth import Identity
 from quotepush.errors import PeerError
-from quotepush.push.addresses import UNKNOWN, counted_by
-from quotepush.push.gate import Gate, cross_origin, refuse
+from quotepush.push.addresses import counted_by
+from quotepush.push.gate import Gate, address_of, cross_origin, refuse
 from quotepush.push.link import Detached
 from quotepush.push.members import check_data
 from quotepush.push.queries import Queries
@@ -108,7 +108,7 @@ class _Door:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer ``GET`` of the WebSocket's path, with an upgrade or without."""
-        request = self._gate.seen(request)
+        self._gate.see(request)
         wants_upgrade = request.headers.get("Upgrade", "").strip().lower() == "websocket"
         said = await self._open_websocket(request, wants_upgrade)
         return self._gate.note(request, said, is_connection=True) if wants_upgrade else said
@@ -140,7 +140,7 @@ class _Door:
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """Answer ``GET`` of the stream, or refuse it before the response has begun."""
-        request = self._gate.seen(request)
+        self._gate.see(request)
         is_wanted = request.method == "GET"
         return self._gate.note(request, await self._open_stream(request, is_wanted), is_connection=is_wanted)
 
@@ -174,7 +174,7 @@ class _Door:
 
     async def _find_place(self, request: web.Request, take: bool) -> web.Response | None:
         """Return why there is no place for one more connection; None: there is, and with ``take`` it is taken."""
-        address = counted_by(request.remote or UNKNOWN)
+        address = counted_by(address_of(request))
         error = await self._admit(address, take)
         if error == "too_many_connections":
             message = "this address has as many connections as one may have"
@@ -192,8 +192,8 @@ class _Door:
         try:
             return accept()
         except ConnectionResetError:  # it went away while main was asked: nobody is left to answer
-            self._leave(counted_by(request.remote or UNKNOWN))
+            self._leave(counted_by(address_of(request)))
             return Detached()
         except BaseException:
-            self._leave(counted_by(request.remote or UNKNOWN))
+            self._leave(counted_by(address_of(request)))
             raise

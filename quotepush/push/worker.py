@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from aiohttp import web
 
 from quotepush.auth import Identity
-from quotepush.push.addresses import UNKNOWN
 from quotepush.push.desk import Desk
 from quotepush.push.freshness import Freshness
+from quotepush.push.gate import address_of
 from quotepush.push.hub import Hub
 from quotepush.push.link import Detached, SocketLink
 from quotepush.push.members import Members
@@ -155,7 +155,7 @@ class PushWorker:
             data: the first session data.
         """
         codec = next((codec for codec in CODECS if codec.subprotocol == subprotocol), JSON)
-        link = WebSocketLink(self, request.remote or UNKNOWN)
+        link = WebSocketLink(self, address_of(request))
         fd = f"{self._fd_prefix}{self._next_fd}"
         link.session = Session(fd, link, self.desk, codec, identity)
         response = upgrade(request, link, subprotocol, self._settings.message_bytes, lambda: self.opened(link, data))
@@ -176,7 +176,7 @@ class PushWorker:
             data: the first session data.
             headers: of the response, besides those that every stream has.
         """
-        link = StreamLink(self, request.remote or UNKNOWN, self.hub, self.desk.life, asked.selection)
+        link = StreamLink(self, address_of(request), self.hub, self.desk.life, asked.selection)
         fd = f"{self._fd_prefix}{self._next_fd}"
         limits = replace(self.desk.limits, codes=min(MAX_STREAM_CODES, self.desk.limits.codes))
         link.session = Session(fd, link, self.desk, EVENTS, identity, limits)

@@ -12,6 +12,7 @@ from yarl import URL
 
 from quotepush.auth import Identity, Verifier
 from quotepush.push.desk import Desk, Limits
+from quotepush.push.gate import address_of
 from quotepush.push.refusals import Refusals
 from quotepush.push.site import STATIC, make_app
 from quotepush.push.subscriptions import Subscriptions
@@ -51,7 +52,7 @@ class FakeWorker:
             raise self.fault
         self.data = data
         self.accepted.append(subprotocol)
-        self.peers.append(request.remote)
+        self.peers.append(address_of(request))
         self.identities.append(identity)
         return web.Response(status=299, text="accepted")
 
