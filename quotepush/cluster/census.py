@@ -4,6 +4,7 @@ Invariant: what belongs to a node that is not alive is not there, and nothing is
 The registry follows the connections within ``registry_interval_s``, and so does what is found here.
 """
 
+import asyncio
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import orjson
 
 from quotepush.cluster.commands import ClusterKeys, decode_node, node_of
 from quotepush.cluster.line import Line, Words
-from quotepush.cluster.listing import Listing, Page
+from quotepush.cluster.pages import Listing, Page
 from quotepush.cluster.sets import RegistryKeys, text
 from quotepush.errors import CallRefused
 
@@ -21,6 +22,7 @@ __all__ = ["NODE_LEASE_MS", "Census", "Node", "Session"]
 
 # A node that has not renewed its entry for so long is not alive.
 NODE_LEASE_MS = 10_000
+_FIRST_LOOK_S, _SLOWEST_LOOK_S = 0.01, 0.2
 _FD = re.compile(r"([A-Za-z0-9-]{1,32})\.(\d{1,6})\.(\d{1,20})\Z")
 _LIFE = re.compile(r"(\d+)\.(\d+)\Z")
 _SET_CURSOR = re.compile(r"\d{1,20}\Z")
@@ -115,6 +117,14 @@ class Census:
         (codes,) = await self._line.ask(("SMEMBERS", self._registry().fd(conn)))
         return sorted(map(text, codes))
 
+    async def wait_for_user(self, conn: str, user: str, timeout_s: float) -> None:
+        """Return when the registry has a connection as the user's, or the time is over."""
+        await self._wait_for(self._keys.user(user), conn, timeout_s)
+
+    async def wait_for_group(self, conn: str, group: str, timeout_s: float) -> None:
+        """Return when the registry has a connection in a group, or the time is over."""
+        await self._wait_for(self._keys.group(group), conn, timeout_s)
+
     # Many connections
 
     def user_conns(self, user: str) -> Listing[str]:
@@ -183,6 +193,19 @@ class Census:
         found = await self._line.ask(*(("SMEMBERS", self._registry(node).node) for node in names))
         lives = zip(names, found, strict=True)
         return sorted((node, life) for node, some in lives for life in map(text, some) if _LIFE.match(life))
+
+    async def _wait_for(self, key: str, conn: str, timeout_s: float) -> None:
+        pause_s = _FIRST_LOOK_S
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    (is_there,) = await self._line.ask(("SISMEMBER", key, conn))
+                    if is_there:
+                        return
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(_SLOWEST_LOOK_S, pause_s * 1.5)
+        except TimeoutError:  # it lags, or the connection has gone
+            return
 
     def _conns(self, key: str | bytes) -> Listing[str]:
         async def fetch(cursor: str, count: int) -> Page[str]:
