@@ -79,7 +79,10 @@ def check(config: str | None, **flags: Any) -> None:
     settings = settings_module.load(config, flags=flags)
     click.echo(f"the configuration is right: node {settings.node}, {settings.worker_count} workers, ", nl=False)
     click.echo(f"Redis at {settings_module.without_password(settings.feed_redis)}, ", nl=False)
-    click.echo("every client needs a token" if settings.token_key else "no tokens: everybody may subscribe")
+    if not settings.has_tokens:
+        click.echo("no tokens: everybody may subscribe")
+    else:
+        click.echo("clients may come without a token" if settings.anonymous else "every client needs a token")
 
 
 @cli.command()
@@ -149,6 +152,91 @@ def publish(
     if plain and channel is None:
         channel = "quote.{code}"
     sys.exit(run(code, fields, text, found.feed_redis, found.redis_prefix, channel))
+
+
+@cli.group()
+def token() -> None:
+    """Make and check tokens, and make keys for them."""
+
+
+_TOKEN_CLAIMS = (
+    ("--sub", "USER", str, "The user."),
+    ("--codes", "PATTERN,...", str, "Codes that he may see, e.g. *.SH,AAPL; all without it."),
+    ("--max-rate", "N", float, "Most rows a second and code."),
+    ("--max-codes", "N", int, "Most codes on one connection."),
+    ("--max-conns", "N", int, "Most connections."),
+    ("--conns-win", "WHICH", str, "Which connections stay when there are more: newest or oldest."),
+    ("--delay-s", "SECONDS", int, "How old his quotes are."),
+    ("--groups", "NAME,...", str, "Groups that he is in."),
+    ("--aud", "NAME", str, "For whom the token is."),
+    ("--iss", "NAME", str, "Who has made it."),
+)
+
+
+def _with_claims(command: Callable[..., None]) -> Callable[..., None]:
+    for flag, metavar, kind, text in reversed(_TOKEN_CLAIMS):
+        command = click.option(flag, metavar=metavar, type=kind, help=text)(command)
+    return command
+
+
+_config = click.option("--config", metavar="FILE", envvar="QUOTEPUSH_CONFIG", help="TOML file with settings.")
+
+
+@token.command("make")
+@_with_claims
+@click.option("--claim", "others", metavar="NAME=JSON", multiple=True, help="Any other claim, such as may_send={...}.")
+@click.option("--ttl", default="1h", show_default=True, metavar="TIME", help="How long it lasts: 90s, 30m, 7d, never.")
+@click.option("--key-file", metavar="FILE", help="Secret, or private key as PEM  [default: the server's own secret]")
+@click.option("--kid", metavar="NAME", help="How the key is called in a JWKS.")
+@_config
+def make_token(
+    others: tuple[str, ...], ttl: str, key_file: str | None, kid: str | None, config: str | None, **claims: Any
+) -> None:
+    """Print a token.
+
+    Without --key-file it is signed with the secret of the configuration (token_key, token_key_file).
+    """
+    from quotepush import tokens
+
+    found = settings_module.load(config)
+    click.echo(tokens.make(tokens.claims_of(claims, others, ttl, found), key_file, kid, found))
+
+
+@token.command("check")
+@click.argument("text", metavar="[TOKEN]", required=False, envvar="QUOTEPUSH_TOKEN")
+@click.option("--token-key-file", metavar="FILE,...", help="Keys, instead of those of the configuration.")
+@_config
+def check_token(text: str | None, token_key_file: str | None, config: str | None) -> None:
+    """Say what a server would say to a token, and what is in it, as JSON.
+
+    The token comes from standard input with "-" or without TOKEN, or from QUOTEPUSH_TOKEN: every user of this
+    machine can read a command line. Exit codes: 0 it would be taken, 1 it would be refused, 2 a setting is wrong.
+    """
+    import orjson
+
+    from quotepush import tokens
+
+    found = settings_module.load(config, flags={"token_key_file": token_key_file})
+    is_taken, said = tokens.check(tokens.read_token(text), found)
+    click.echo(orjson.dumps(said, option=orjson.OPT_INDENT_2).decode())
+    sys.exit(0 if is_taken else 1)
+
+
+@token.command("keygen")
+@click.option(
+    "--alg",
+    type=click.Choice(["EdDSA", "ES256", "RS256", "HS256"]),
+    default="EdDSA",
+    show_default=True,
+    help="HS256 is one secret for both sides; of the others the server has the public half only.",
+)
+@click.option("--out", default="token.key", show_default=True, metavar="FILE", help="The public half goes to FILE.pub.")
+def keygen(alg: str, out: str) -> None:
+    """Make a key for tokens; no file is overwritten."""
+    from quotepush import tokens
+
+    files = tokens.keygen(alg, out)
+    click.echo(f"sign with {files[0]}; the server's token_key_file is {files[-1]}")
 
 
 @cli.command()

@@ -99,7 +99,7 @@ def _canonical_pattern(text: str) -> str:
         except BadCode:
             raise BadClaim("codes has what is neither a code nor a pattern") from None
     pattern = text.upper()
-    if len(text) > _LONGEST_PATTERN or not _LETTERS.issuperset(pattern):
+    if len(text) > _LONGEST_PATTERN or not text.isascii() or not _LETTERS.issuperset(pattern):
         raise BadClaim("codes has what is neither a code nor a pattern")
     while "**" in pattern:
         pattern = pattern.replace("**", "*")

@@ -238,6 +238,12 @@ class Settings:
     )
     kept_max: int = _setting(100, "Messages that wait for a user who is away; the oldest ones go first.", at_least=1)
     kept_ttl_s: int = _setting(86_400, "A message for a user who is away waits no longer.", unit="s", at_least=1)
+    client_message_bytes: int = _setting(
+        16_384, "Data of a message that a client sends; more is refused with too_large.", unit="bytes", at_least=1
+    )
+    client_sends_per_s: float = _setting(
+        5.0, "Messages that one client may send; more get rate_limited.", unit="1/s", at_least=0.01
+    )
     require_conn_key: bool = _setting(
         False, "A backend that binds a user to a connection has to know the conn_key of its hello."
     )
@@ -540,6 +546,8 @@ def _faults(s: Settings) -> list[str]:
             found.append(f"{name} must look like /quotes, without a slash at its end, not {path!r}")
     if s.ws_path in _OTHER_PATHS:
         found.append(f"ws_path must not be {s.ws_path}: something else is there")
+    if s.delivery not in ("now", "kept"):
+        found.append(f"delivery must be now or kept, not {s.delivery!r}")
     found += _token_faults(s)
     if bool(s.tls_cert) != bool(s.tls_key):
         found.append("tls_cert and tls_key go together")

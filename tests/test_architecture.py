@@ -72,7 +72,8 @@ FLOORS: dict[str, set[str]] = {
 SANS_IO = (
     "quotepush.errors", "quotepush.token_keys", "quotepush.entitlement", "quotepush.auth", "quotepush.quote.",
     "quotepush.wire.", "quotepush.ingest.probe",
-    "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.desk", "quotepush.push.results",
+    "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.members", "quotepush.push.desk",
+    "quotepush.push.results",
     "quotepush.push.watchlist", "quotepush.push.session", "quotepush.batches", "quotepush.client_state",
     "quotepush.client_messages", "quotepush.client_rows", "quotepush.client_errors", "quotepush.cluster.commands",
 )  # fmt: skip
@@ -93,6 +94,7 @@ TESTED_ELSEWHERE = {
     "quotepush.watching_table": "tests/unit/test_watching.py",
     "quotepush.cluster.nodes": "tests/unit/test_registry.py",
     "quotepush.cluster.sets": "tests/unit/test_registry.py",
+    "quotepush.cluster.kept": "tests/unit/test_inbox.py",
     "quotepush.feed": "tests/unit/test_feed.py",
     "quotepush.feed.run": "tests/unit/test_feed.py",
     "quotepush.ingest.keys": "tests/unit/test_batches.py",
@@ -104,6 +106,9 @@ TESTED_ELSEWHERE = {
     "quotepush.node.main": "tests/integration/test_lifecycle.py",
     "quotepush.node.supervisor": "tests/integration/test_lifecycle.py",
     "quotepush.node.worker": "tests/integration/test_lifecycle.py",
+    "quotepush.node.switchboard": "tests/integration/test_sending.py",
+    "quotepush.node.memberships": "tests/integration/test_sending.py",
+    "quotepush.node.carrying": "tests/integration/test_sending.py",
     "quotepush.node.logs": "tests/integration/test_lifecycle.py",
     "quotepush.node.collector": "tests/integration/test_lifecycle.py",
 }

@@ -126,12 +126,14 @@ class Order(_Message, tag="order"):
 
 
 class Sent(_Message, tag="sent"):
-    """The answer to :class:`ClientSend`: how many took it, or why it was not sent."""
+    """The answer to :class:`ClientSend`: how many took it and for how many it waits, or why it was not sent."""
 
     question: int
     delivered: int
+    kept: int = 0
     error: str = ""
     message: str = ""
+    is_retryable: bool = False
 
 
 class Drain(_Message, tag="drain"):
@@ -218,9 +220,13 @@ class Carried(_Message, tag="carried"):
 
 
 class UsersCame(_Message, tag="users_came"):
-    """These users have got a connection here, and Redis knows of it."""
+    """These users have got a connection here, and Redis knows of it.
+
+    ``limited``: those of them who may have so many in the cluster, and whether the newest of these stay.
+    """
 
     users: list[str]
+    limited: list[tuple[str, int, bool]] = []
 
 
 class ClientSend(_Message, tag="client_send"):

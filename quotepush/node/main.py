@@ -188,7 +188,6 @@ class _Main:
             )
             await self._rows.load()
             await self._keyring.begin()
-            await self._switchboard.begin()
             self._supervisor = Supervisor(
                 settings, sockets, self._relay, self._directory, registry, max_connections, self._feed_news,
                 self._tell_readiness, self._keyring, self._switchboard,
@@ -199,6 +198,7 @@ class _Main:
                 log.info("open-file limit %d, max_connections %d", open_files, max_connections)
                 self._lock.write(admin_address)
                 self._addresses = f"{_public_url(settings, sockets[0])} admin=http://{admin_address}"
+                await self._switchboard.begin()
                 await self._serve_until_stopped()
             if settings.rows_interval_s:
                 await self._rows.flush()

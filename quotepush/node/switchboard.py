@@ -12,13 +12,15 @@ from typing import Any
 from redis.asyncio import ConnectionPool
 
 from quotepush import __version__
+from quotepush.cluster.announcer import Announcer
 from quotepush.cluster.commands import ClusterKeys
-from quotepush.cluster.events import Announcer
+from quotepush.cluster.crowds import Crowds
 from quotepush.cluster.inbox import Inbox
 from quotepush.cluster.nodes import Told
 from quotepush.cluster.presence import Presence
 from quotepush.node import bus
 from quotepush.node.errands import Errands
+from quotepush.node.posts import Posts
 from quotepush.settings import Settings
 
 __all__ = ["Switchboard"]
@@ -48,6 +50,8 @@ class Switchboard:
             version=__version__, workers=settings.worker_count, ttl_s=settings.registry_ttl_s, timeout_s=timeout_s,
         )  # fmt: skip
         self._announcer = Announcer(redis, keys.events, clock_ms=_clock_ms, timeout_s=timeout_s)
+        self._crowds = Crowds(redis, keys, timeout_s=timeout_s)
+        self._posts = Posts(settings)
         self._has_events = settings.events
 
     @property
@@ -70,6 +74,9 @@ class Switchboard:
             "messages_kept": inbox.kept,
             "messages_collected": inbox.collected,
             "commands_up": inbox.is_up,
+            "client_messages": self._posts.sent,
+            "client_messages_refused": self._posts.refused,
+            "connections_replaced": self._crowds.closed,
             "events_told": self._announcer.told,
             "events_dropped": self._announcer.dropped,
         }
@@ -84,6 +91,8 @@ class Switchboard:
             group.create_task(self._inbox.run(), name="inbox")
             group.create_task(self._presence.run(), name="presence")
             group.create_task(self._announcer.run(), name="events")
+            group.create_task(self._crowds.run(), name="crowds")
+            group.create_task(self._posts.run(), name="posts")
 
     async def leave(self) -> None:
         """This node leaves the cluster; one attempt.
@@ -112,6 +121,10 @@ class Switchboard:
                 self._errands.carried(worker, message)
             case bus.UsersCame():
                 self._inbox.users_came(message.users)
+                if message.limited:
+                    self._crowds.came(message.limited)
+            case bus.ClientSend():
+                self._posts.send(self._ends.get(worker), message)
             case bus.Happened():
                 self._announcer.happened(message.events)
 

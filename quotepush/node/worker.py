@@ -9,6 +9,7 @@ Stop, when main says so: 1 no new connection, 2 sessions are closed, 3 the regis
 
 import argparse
 import asyncio
+import base64
 import logging
 import os
 import signal
@@ -24,8 +25,8 @@ from aiohttp import web
 from setproctitle import setproctitle
 
 from quotepush.auth import Verifier
-from quotepush.cluster.commands import encode, parse_command
-from quotepush.cluster.events import event_text
+from quotepush.cluster.announcer import event_text
+from quotepush.cluster.commands import Command, Sender, To, encode, parse_command
 from quotepush.cluster.registry import RegistryMirror, registry_client
 from quotepush.entitlement import Codes
 from quotepush.node import bus
@@ -35,7 +36,7 @@ from quotepush.node.collector import quiet_collector
 from quotepush.node.logs import set_up_logging
 from quotepush.node.memberships import Memberships
 from quotepush.node.places import Places
-from quotepush.push.desk import Answer, Desk, Limits
+from quotepush.push.desk import Answer, Delivered, Desk, Limits
 from quotepush.push.orders import Carrier, Outcome
 from quotepush.push.session import Session
 from quotepush.push.site import make_app
@@ -43,6 +44,7 @@ from quotepush.push.subscriptions import Subscriptions
 from quotepush.push.worker import FeedState, Outside, PushWorker, clock_ms
 from quotepush.settings import Settings
 from quotepush.token_keys import keys_of
+from quotepush.wire.messages import Request
 
 __all__ = ["main"]
 
@@ -74,6 +76,7 @@ class WorkerProcess:
         self._node = ""
         self._carrier = Carrier(self._carried)
         self._command_ids: dict[int, str] = {}
+        self._sends: dict[int, Callable[[Delivered], None]] = {}
         self._unwatched: list[str] = []
         self._feed = FeedState()
         self._places = Places(
@@ -119,7 +122,7 @@ class WorkerProcess:
             life,
             find=self._session,
             on_client_id=self._tell_client_id,
-            on_users=lambda users: self._bus.send(bus.UsersCame(list(users))),
+            on_users=self._tell_users,
             told=self._tell_listed if settings.events else None,
         )
         worker = self._worker = self._make_worker(setup, settings, life, mirror, memberships)
@@ -208,6 +211,9 @@ class WorkerProcess:
             auth_timeout_ms=round(settings.auth_timeout_s * 1000),
             clock_ms=clock_ms,
             life=setup.life,
+            send=self._client_send,
+            message_bytes=settings.client_message_bytes,
+            sends_per_s=settings.client_sends_per_s,
         )
 
         def closed(fd: str) -> None:
@@ -315,6 +321,35 @@ class WorkerProcess:
         link = self._worker.links.get(fd) if self._worker is not None else None
         return None if link is None else link.session
 
+    def _tell_users(self, users: Sequence[str]) -> None:
+        limited: dict[str, tuple[str, int, bool]] = {}
+        members = self._worker.members if self._worker is not None else None
+        for user in users if members is not None else ():
+            for session in members.of_user(user) if members is not None else ():
+                most = session.entitlement.max_conns
+                if most is not None:
+                    limited[user] = (user, most, session.entitlement.conns_win == "newest")
+        self._bus.send(bus.UsersCame(list(users), list(limited.values())))
+
+    def _client_send(self, session: Session, request: Request, then: Callable[[Delivered], None]) -> None:
+        kind, name = request.to
+        to = To(users=[name] if kind == "user" else None, group=name if kind == "group" else None, all=kind == "all")
+        is_binary = isinstance(request.data, bytes)
+        command = Command(
+            op="send",
+            to=to,
+            data=base64.b64encode(request.data).decode() if is_binary else request.data,
+            encoding="base64" if is_binary else "",
+            sender=Sender(session.fd, None if session.member is None else session.member.user),
+        )
+        self._next_question += 1
+        self._sends[self._next_question] = then
+        self._bus.send(bus.ClientSend(self._next_question, encode(command)))
+
+    def _sent(self, message: bus.Sent) -> None:
+        then = self._sends.pop(message.question)
+        then(Delivered(message.delivered, message.kept, message.error, message.message, message.is_retryable))
+
     def _tell_came(self, session: Session) -> None:
         user = None if session.member is None else session.member.user
         self._bus.send(bus.Happened([event_text("open", clock_ms(), fd=session.fd, uid=user)]))
@@ -374,6 +409,8 @@ class WorkerProcess:
             self._searches.pop(message.question)(message.text)
         elif kind is bus.Order:
             self._take_order(message)
+        elif kind is bus.Sent:
+            self._sent(message)
         elif kind is bus.TokenKeys:
             self._take_keys(message)
         elif kind is bus.PlacesGranted:

@@ -16,12 +16,12 @@ from quotepush.entitlement import UNLIMITED, Codes, Entitlement, unserved
 from quotepush.errors import PeerError
 from quotepush.push.outbox import Outbox
 from quotepush.push.subscriptions import Lane, Subscriptions
-from quotepush.wire.messages import CLOSE_CODES
+from quotepush.wire.messages import CLOSE_CODES, Request
 
 if TYPE_CHECKING:
     from quotepush.push.session import Session
 
-__all__ = ["Answer", "Desk", "Gone", "Limits", "Link"]
+__all__ = ["Answer", "Delivered", "Desk", "Gone", "Limits", "Link"]
 
 
 class Link(Protocol):
@@ -104,6 +104,24 @@ class Answer:
     behind: Mapping[str, tuple[int | None, Sequence[tuple[int, bytes, int]]]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """What has become of a client's message.
+
+    Attributes:
+        count: connections that took it.
+        kept: users for whom it waits.
+        error: why it was not sent; empty: it was.
+        is_retryable: the same can succeed soon.
+    """
+
+    count: int = 0
+    kept: int = 0
+    error: str = ""
+    message: str = ""
+    is_retryable: bool = False
+
+
 def _nobody(*_: object) -> None:
     raise AssertionError("no hub yet")
 
@@ -135,6 +153,9 @@ class Desk:
         subscribed: a session's codes have changed (for the registry).
         clock_ms: epoch milliseconds.
         life: of main, in which positions count.
+        send: hand a client's message to the cluster; calls back with how many took it, or why it was not sent.
+        message_bytes: of the data of a client's message.
+        sends_per_s: messages that a client may send.
         identified: a session has shown a token, and before that another one, or none; set by the worker.
         secret: of this worker, from which the keys of its connections are made.
     """
@@ -159,6 +180,9 @@ class Desk:
     renew_keys: Callable[[Callable[[], None]], None] = _at_once
     auth_timeout_ms: int = 10_000
     life: str = ""
+    send: "Callable[[Session, Request, Callable[[Delivered], None]], None]" = _nobody
+    message_bytes: int = 16_384
+    sends_per_s: float = 5.0
     identified: "Callable[[Session, Identity | None], None]" = lambda session, before: None
     secret: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 

@@ -13,15 +13,18 @@ What it knows of its surroundings is :mod:`quotepush.push.desk`; how the rows of
 """
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from quotepush.auth import Identity, UnknownKey
 from quotepush.entitlement import Entitlement
 from quotepush.errors import PeerError
-from quotepush.push.desk import Answer, Desk, Gone, Limits, Link
+from quotepush.push.desk import Answer, Delivered, Desk, Gone, Limits, Link
 from quotepush.push.outbox import Outbox
 from quotepush.push.results import Results, understand
 from quotepush.push.subscriptions import Channel, Lane, Shape
@@ -42,6 +45,9 @@ _RATE_PATIENCE_MS = 10_000
 # Codes in one status message.
 _CODES_PER_STATUS = 500
 
+# A message that could not be sent just now can be sent again after so long.
+_RETRY_SEND_MS = 1000
+
 _GONE = Gone()
 _NOT_ASKED = Answer({}, {})
 
@@ -60,8 +66,8 @@ class Session:
 
     __slots__ = (
         "_allowance", "_allowance_at_ms", "_claimed", "_desk", "_epoch", "_inbox", "_is_waiting", "_limited_since_ms",
-        "_limits", "_link", "_most", "codec", "entitlement", "fd", "identity", "is_closed", "member", "opened_ms",
-        "outbox", "watchlist",
+        "_limits", "_link", "_most", "_send_due_ms", "codec", "entitlement", "fd", "identity", "is_closed", "member",
+        "opened_ms", "outbox", "watchlist",
     )  # fmt: skip
 
     def __init__(
@@ -89,6 +95,7 @@ class Session:
         self._allowance = max(2.0, self._limits.requests_per_s)
         self._allowance_at_ms = self.opened_ms
         self._limited_since_ms = 0
+        self._send_due_ms = 0.0
         self._is_waiting = False  # for main's answer to a request
         self._claimed: Sequence[str] = ()  # the codes of that request
         self._inbox: deque[str | bytes] | None = None
@@ -383,6 +390,53 @@ class Session:
         self._say_results(request, now_ms, results)
         self._say_snapshot(now_ms, shown, self.codec.objects)
 
+    def _send(self, request: Request, now_ms: int) -> None:
+        kind, name = request.to
+        may_send = self.entitlement.may_send
+        allowed = {"user": may_send.to_user, "group": may_send.to_group}
+        if not (may_send.all if kind == "all" else allowed[kind](name)):
+            raise PeerError(
+                "not_entitled", f"this connection may not send to {'all' if kind == 'all' else f'this {kind}'}"
+            )
+        self._count_send(now_ms)
+        most = self._desk.message_bytes
+        try:
+            size = len(request.data) if isinstance(request.data, bytes) else len(orjson.dumps(request.data))
+        except TypeError as e:
+            raise PeerError("bad_request", f"data must be what JSON can say, or bytes alone: {e}") from None
+        if size > most:
+            raise PeerError("too_large", f"a message has at most {most} bytes of data")
+        self._is_waiting = True
+        self._link.hold_requests(True)
+        self._desk.send(self, request, lambda delivered: self._finish_send(request, delivered))
+
+    def _finish_send(self, request: Request, delivered: Delivered) -> None:
+        if self.is_closed:
+            return
+        now_ms = self._desk.clock_ms()
+        try:
+            if delivered.error:
+                retry_after_ms = _RETRY_SEND_MS if delivered.is_retryable else None
+                fault = PeerError(delivered.error, delivered.message, retry_after_ms=retry_after_ms)
+                self._say(messages.error(fault, now_ms, request.id, request.action))
+            else:
+                kept = {"kept": delivered.kept} if delivered.kept else {}
+                self._say_ack(request, now_ms, delivered=delivered.count, **kept)
+            self._go_on()
+        except Exception:
+            self._end_failed()
+
+    def _count_send(self, now_ms: int) -> None:
+        """Hold the rate of messages down: a burst of a second's worth, or of two messages."""
+        rate = self._desk.sends_per_s
+        due_ms = max(self._send_due_ms, now_ms)
+        early_ms = due_ms - now_ms - 1000 * (max(rate, 2.0) - 1) / rate
+        if early_ms > 0:
+            raise PeerError(
+                "rate_limited", f"at most {rate:g} messages a second", retry_after_ms=max(1, math.ceil(early_ms))
+            )
+        self._send_due_ms = due_ms + 1000 / rate
+
     def _ping(self, request: Request, now_ms: int) -> None:
         self._say(messages.pong(request.id, now_ms))
 
@@ -526,6 +580,7 @@ _HANDLERS: dict[str, Callable[[Session, Request, int], None]] = {
     "snapshot": Session._snapshot,
     "ping": Session._ping,
     "auth": Session._auth,
+    "send": Session._send,
 }
 
 # What may be asked without a token where one is needed.

@@ -5,6 +5,7 @@ with one is a :class:`~quotepush.errors.PeerError` that names the word on the wi
 Messages are built here and nowhere else. All of it: docs/protocol.md.
 """
 
+import base64
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,7 +58,7 @@ class Request:
     """One message of a client, checked.
 
     Attributes:
-        action: ``subscribe``, ``unsubscribe``, ``list``, ``snapshot``, ``ping`` or ``auth``.
+        action: ``subscribe``, ``unsubscribe``, ``list``, ``snapshot``, ``ping``, ``auth`` or ``send``.
         id: what the client called it, sent back in the answer; None: nothing.
         codes: as the client spelled them.
         snapshot: whether a subscribe wants the newest rows first.
@@ -67,6 +68,8 @@ class Request:
         since: from where to resume: canonical code to epoch and seq, or to a position (``@`` and the life of
             main, and an ordinal).
         token: of ``auth``; no ``repr`` shows it.
+        to: of ``send``: ``user``, ``group`` or ``all``, and which.
+        data: of ``send``; bytes where the message brought bytes.
     """
 
     action: str
@@ -78,6 +81,8 @@ class Request:
     format: str = "objects"
     since: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     token: str = field(default="", repr=False)
+    to: tuple[str, str] = ("", "")
+    data: Any = field(default=None, repr=False)
 
     def behind(self, since: Mapping[str, tuple[str, int]]) -> "Request":
         """Return the same request as one that resumes."""
@@ -222,6 +227,32 @@ def _parse_auth(action: str, request_id: _Id, said: _Said, max_codes: int, extra
     return Request(action, request_id, token=token)
 
 
+def _parse_send(action: str, request_id: _Id, said: _Said, max_codes: int, extra: Collection[str]) -> Request:
+    to = said.get("to")
+    if type(to) is not dict or len(named := [kind for kind in ("user", "group", "all") if kind in to]) != 1:
+        raise PeerError("bad_request", "to must name one of user, group and all")
+    (kind,) = named
+    name = to[kind]
+    if kind == "all":
+        if name is not True:
+            raise PeerError("bad_request", "to.all must be true")
+        name = ""
+    elif type(name) is not str or not name:
+        raise PeerError("bad_request", f"to.{kind} must be a text that is not empty")
+    if "data" not in said:
+        raise PeerError("bad_request", "a message has data")
+    data = said["data"]
+    encoding = said.get("encoding")
+    if encoding is not None:
+        if encoding != "base64" or type(data) is not str:
+            raise PeerError("bad_request", "encoding must be base64, and data a text")
+        try:
+            data = base64.b64decode(data, validate=True)
+        except ValueError:
+            raise PeerError("bad_request", "data is not base64") from None
+    return Request(action, request_id, to=(kind, name), data=data)
+
+
 _ACTIONS = {
     "subscribe": _parse_subscribe,
     "unsubscribe": _parse_codes,
@@ -229,6 +260,7 @@ _ACTIONS = {
     "snapshot": _parse_codes,
     "ping": _parse_plain,
     "auth": _parse_auth,
+    "send": _parse_send,
 }
 
 

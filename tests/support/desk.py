@@ -66,6 +66,7 @@ class Counter:
         self.looks: deque[Question] = deque()
         self.unwatched: list[str] = []
         self.touched: list[str] = []
+        self.delivered: list[str] = []
         self.rows: dict[str, tuple[int, bytes | None]] = {}
         self.books: dict[str, bytes] = {}
         self.unknown: set[str] = set()
@@ -85,6 +86,7 @@ class Counter:
             unwatch=self.unwatched.extend,
             subscribed=self.touched.append,
             clock_ms=lambda: self.now_ms,
+            deliver=lambda lane, outbox, restated: self.delivered.append(lane.channel.code),
         )
 
     def set_row(self, code: str, seq: int) -> None:

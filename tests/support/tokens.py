@@ -6,7 +6,14 @@ import hmac
 import json
 from typing import Any
 
-__all__ = ["KEY", "b64", "sign", "token"]
+import jwt
+from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, generate_private_key
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key as generate_rsa_key
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from jwt.algorithms import ECAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+__all__ = ["KEY", "KeyPair", "b64", "sign", "token"]
 
 KEY = "a secret of the tests, thirty-two bytes and more"
 
@@ -25,3 +32,37 @@ def sign(header: bytes, payload: bytes, key: str = KEY, digest: str = "sha256") 
 def token(key: str = KEY, *, header: dict[str, Any] | None = None, **claims: Any) -> str:
     """A token with these claims; ``header`` adds to the usual one."""
     return sign(json.dumps({"alg": "HS256", "typ": "JWT", **(header or {})}).encode(), json.dumps(claims).encode(), key)
+
+
+class KeyPair:
+    """A private key and its public half, as PEM and as a JWKS."""
+
+    def __init__(self, algorithm: str) -> None:
+        self.algorithm = algorithm
+        self.private: Any = {
+            "RS256": lambda: generate_rsa_key(65537, 2048),
+            "ES256": lambda: generate_private_key(SECP256R1()),
+            "EdDSA": Ed25519PrivateKey.generate,
+        }[algorithm]()
+        self._public = self.private.public_key()
+
+    @property
+    def public_pem(self) -> str:
+        return self._public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+    @property
+    def private_pem(self) -> str:
+        return self.private.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+
+    def jwk(self, *, kid: str = "", private: bool = False, **more: Any) -> dict[str, Any]:
+        to_jwk = {"RS256": RSAAlgorithm, "ES256": ECAlgorithm, "EdDSA": OKPAlgorithm}[self.algorithm].to_jwk
+        jwk: dict[str, Any] = to_jwk(self.private if private else self._public, as_dict=True)
+        jwk.pop("key_ops", None)
+        return {**jwk, **({"kid": kid} if kid else {}), **more}
+
+    def jwks(self, *, kid: str = "", **more: Any) -> str:
+        return json.dumps({"keys": [self.jwk(kid=kid, **more)]})
+
+    def token(self, *, kid: str = "", header: dict[str, Any] | None = None, **claims: Any) -> str:
+        headers = {**({"kid": kid} if kid else {}), **(header or {})}
+        return jwt.encode(claims, self.private, self.algorithm, headers=headers)

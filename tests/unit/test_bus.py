@@ -43,6 +43,9 @@ TO_WORKER = [
     bus.PlacesGranted(6),
     bus.Feed("ok", 1_721_872_800_123, "e1"),
     bus.Lend(1, True),
+    bus.Order(9, b'{"op":"poke"}'),
+    bus.Sent(3, 2),
+    bus.Sent(4, 0, 1, "not_online", "nobody", True),
     bus.Drain(10.5, 1000),
 ]
 TO_MAIN = [
@@ -56,7 +59,11 @@ TO_MAIN = [
     bus.Unwatch(["A"]),
     bus.PlacesWanted(2, 16),
     bus.PlacesBack(3),
-    bus.RegistryClient(17),
+    bus.RegistryClient(17, "0.1721872800000000:members"),
+    bus.Carried(9, b'{"id":"a","node":"n1"}'),
+    bus.UsersCame(["u1", "u2"], [("u1", 2, True)]),
+    bus.ClientSend(3, b'{"op":"send"}'),
+    bus.Happened([b"{}", b"{}"]),
     bus.Figures({"connections": 3, "connections_closed": {"closed": 2}, "lag": 0.5}),
 ]
 

@@ -24,9 +24,9 @@ class Bench:
     def tick(self, code: str, **fields: Any) -> None:
         self.board.apply(code, orjson.dumps(fields), NOW_MS)
 
-    async def found(self, text: str | None, limit: int = 20) -> Any:
+    async def found(self, text: str | None, limit: int = 20, allowed: tuple[str, ...] | None = None) -> Any:
         future: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
-        self.directory.ask(text, limit, future.set_result)
+        self.directory.ask(text, limit, future.set_result, allowed)
         answer = await asyncio.wait_for(future, 20)
         assert answer is not None
         return orjson.loads(answer)
@@ -60,6 +60,32 @@ async def test_codes_that_begin_so_come_before_names_that_contain_it() -> None:
         assert await b.codes("60051") == ["600518.SH", "600519.SH"]
         assert await b.codes("sh600519") == ["600519.SH"]
         assert await b.codes("nothing like it") == []
+
+
+async def test_nobody_hears_of_codes_that_he_may_not_have() -> None:
+    async with bench() as b:
+        for allowed, text, codes in (
+            (("*.SH",), "60051", ["600518.SH", "600519.SH"]),
+            (("*.SH",), "app", []),
+            (("A*",), "app", ["APP", "AAPL"]),
+            (("AAPL", "*8.SH"), "a", ["AAPL"]),
+            (("AAPL", "*8.SH"), "康美", ["600518.SH"]),
+            (("AAPL", "*8.SH"), "sh600519", []),
+            ((), "app", []),
+        ):
+            assert [entry["code"] for entry in await b.found(text, allowed=allowed)] == codes
+        found = await b.found(None, 10, ("*.SH", "AAPL"))
+        assert [[entry["code"] for entry in found[way]] for way in ("up", "down")] == [["600519.SH"], ["AAPL"]]
+        assert await b.found(None, 10, ()) == {"up": [], "down": []}
+
+
+async def test_a_limit_counts_only_codes_that_are_shown() -> None:
+    async with bench() as b:
+        for n in range(600):
+            b.tick(f"M{n:03}", last=20.0 + n, prev_close=10.0)
+        found = await b.found(None, 3, ("APP", "*.SH", "M0*9"))
+        assert [entry["code"] for entry in found["up"]] == ["M099", "M089", "M079"]
+        assert [e["code"] for e in await b.found("m", 2, ("*9",))] == ["M009", "M019"]
 
 
 async def test_an_entry_has_what_a_list_shows_and_nothing_that_is_unknown() -> None:

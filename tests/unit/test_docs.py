@@ -4,6 +4,7 @@ import ast
 import asyncio
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -36,8 +37,10 @@ README = ROOT / "README.md"
 CHINESE = ROOT / "README.zh-CN.md"
 PROTOCOL = ROOT / "docs" / "protocol.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
+BACKENDS = ROOT / "docs" / "backends.md"
 SETTINGS = ROOT / "docs" / "settings.md"
-WRITTEN = [README, PROTOCOL, OPERATIONS]  # by hand and about what the code does; settings.md is generated
+TRIED = [README, PROTOCOL, OPERATIONS]  # their commands run on a server as it is
+WRITTEN = [*TRIED, BACKENDS]  # by hand and about what the code does; settings.md is generated
 ALL = sorted({README, CHINESE, *(ROOT / "docs").glob("*.md")})
 
 # Words in code spans that belong to other programs.
@@ -543,7 +546,7 @@ def is_here(program: str) -> bool:
     return program in ("python", "quotepush") or shutil.which(program) is not None
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
+@pytest.mark.parametrize("path", TRIED, ids=name_of)
 async def test_the_commands_work_as_written(
     path: Path, start_server: Callable[..., Any], redis_server: RedisServer, tmp_path: Path
 ) -> None:
@@ -584,3 +587,102 @@ def test_the_flags_of_the_feed_in_the_readme_exist() -> None:
     assert lines
     for line in lines:
         assert {word for word in shlex.split(line) if word.startswith("--")} <= flags
+
+
+# --- docs/backends.md -------------------------------------------------------------------------------------------------
+
+
+async def output_of(*command: str, environment: dict[str, str]) -> str:
+    """What a program of the reader's prints; it must end well."""
+    process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, env=environment)
+    output, errors = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 0, f"{command}\n{errors.decode()}"
+    return output.decode()
+
+
+async def test_the_examples_for_backends_work_as_written(
+    start_server: Callable[..., Any], redis_server: RedisServer
+) -> None:
+    token = "the token of a test"[::-1].replace(" ", "-")
+    server = await start_server(api_token=token, events=True)
+    environment = os.environ | {"QUOTEPUSH_API_TOKEN": token, "QUOTEPUSH_FEED_REDIS": redis_server.url}
+
+    def here(text: str) -> str:
+        text = text.replace("redis://127.0.0.1:6379/0", redis_server.url).replace(
+            "quotepush ", "python -m quotepush ", 1
+        )
+        return text.replace("127.0.0.1:8009", f"127.0.0.1:{server.admin_port}").replace(
+            "python ", f"{sys.executable} ", 1
+        )
+
+    async def run(block: Block) -> str:
+        return await output_of(sys.executable, "-u", "-c", here(block.text), environment=environment)
+
+    python = {
+        key: block for block in blocks_of(BACKENDS) if block.language == "python" for key in _KEYS if key in block.text
+    }
+    assert len(python) == len([block for block in blocks_of(BACKENDS) if block.language == "python"]) == len(_KEYS)
+    async with aiohttp.ClientSession() as http, http.ws_connect(server.ws_url) as socket:
+        hello = await next_message(socket)
+        program = "-u", "-c", here(python["events()"].text)
+        async with running(sys.executable, *program) as events, redis_server.client() as redis:
+
+            async def are_heard() -> bool:
+                return (
+                    bool(await redis.pubsub_numsub("qp:events")) and (await redis.pubsub_numsub("qp:events"))[0][1] > 0
+                )
+
+            await wait_until(are_heard, 30)
+            # One after the other: the second binds the connection that the others speak of.
+            assert await run(python["send_to_all"]) == "1 connections took it\n"
+            assert await run(python["send_to_user"]) == "1 connections took it\n"
+            assert [(await next_message(socket))["from"] for _ in range(2)] == ["all", "user"]
+            assert await run(python[".page("]) == f"{hello['conn']}\n1 1 True\n"
+            while "user_online" not in (line := (await asyncio.wait_for(events.readline(), 30)).decode()):
+                assert line
+        for block, command in commands_of(BACKENDS):
+            if command.startswith("export") or check_without_running(command) or not is_here(program_of(command)):
+                continue
+            output = await output_of("sh", "-c", here(command), environment=environment)
+            if "/send" in command:
+                assert json.loads(output)["delivered"] == 1, block
+                assert (await next_message(socket))["data"] == {"title": "Order filled"}
+            elif command.startswith("curl"):
+                assert "error" not in json.loads(output), block
+        if shutil.which("php"):
+            (block,) = (block for block in blocks_of(BACKENDS) if block.language == "php")
+            output = await output_of("php", "-r", here(block.text), environment=environment)
+            assert json.loads(output)["delivered"] == 1
+
+
+# What names each of the Python examples of docs/backends.md.
+_KEYS = ("send_to_all", "send_to_user", ".page(", "events()")
+
+
+def test_the_table_of_gatewayworker_names_calls_that_exist() -> None:
+    from quotepush import Backend
+    from quotepush.node.api_routes import ROUTES
+
+    (table,) = tables_of(BACKENDS, "Coming from GatewayWorker")
+    routes = {f"{route.method} {route.path}" for route in ROUTES}
+    for _, library, http, command in table[1:]:
+        for call in words_of(library):
+            assert call == "user" or hasattr(Backend, call.partition("(")[0]), call
+        assert set(words_of(http)) <= routes, http
+        for words in words_of(command):
+            first, second, *_ = [*words.split(), ""]
+            found = cli.commands[first]
+            assert not isinstance(found, click.Group) or not second or second in found.commands, words
+            if second.startswith("--"):
+                assert second in flags_of(found), words
+
+
+def test_the_table_of_the_errors_of_backends_is_complete() -> None:
+    from quotepush.node.api import STATUSES
+
+    (table,) = tables_of(BACKENDS, "Errors")
+    said = {word for row in table[1:] for word in words_of(row[2])}
+    assert said == STATUSES.keys()
+    for row in table[1:]:
+        statuses = {int(number) for number in row[1].split(", ")}
+        assert {STATUSES[word] for word in words_of(row[2])} == statuses

@@ -1,5 +1,6 @@
 """Questions over HTTP: what is asked of main, what is refused, and a main that does not answer."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -9,14 +10,14 @@ import pytest
 from aiohttp import web
 
 from quotepush.auth import Verifier
-from quotepush.entitlement import Codes
+from quotepush.entitlement import Codes, Entitlement
 from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.gate import Gate
 from quotepush.push.queries import Queries
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.settings import load
-from quotepush.token_keys import secret_key
-from tests.support.tokens import KEY, token
+from quotepush.token_keys import parse_key_set, secret_key
+from tests.support.tokens import KEY, KeyPair, token
 
 ROW = b'{"code":"A","seq":7,"ts":1,"last":2.5,"volume":9}'
 
@@ -151,3 +152,48 @@ async def test_tokens_and_origins_are_those_of_the_websocket() -> None:
             assert (await b.get(path, **good, Origin="https://evil.example"))[0] == 403
             status, headers, _ = await b.get(path, **good, Origin="https://page.example")
             assert (status, headers["Access-Control-Allow-Origin"]) == (200, "https://page.example")
+
+
+async def test_an_answer_says_nothing_of_codes_outside_the_permission() -> None:
+    async with bench(KEY) as b:
+        some = {"Authorization": f"Bearer {token(sub='ann', codes=['A', '*.SH'], max_codes=2)}"}
+        status, _, body = await b.get("/quotes?codes=b,B,a,600519,688001.SH", **some)
+        assert status == 200
+        assert [(r["as"], r["error"]) for r in body["rejected"]] == [
+            ("b", "not_entitled"), ("B", "not_entitled"), ("600519", "unknown_code"), ("688001.SH", "code_limit")
+        ]  # fmt: skip
+        assert [row["code"] for row in body["quotes"]] == ["A"]
+        assert b.asked.pop() == ("A", "600519.SH", False)
+        await b.get("/codes?q=b", **some)
+        await b.get("/codes?movers=3", **some)
+        assert b.asked == [("b", 20, ("A", "*.SH")), (None, 3, ("A", "*.SH"))]
+
+
+async def test_who_comes_without_a_token_has_what_the_anonymous_have() -> None:
+    async with bench(KEY) as b:
+        b.desk.anonymous = Entitlement(codes=Codes(["B"]))
+        assert [r["as"] for r in (await b.get("/quotes?codes=A,B"))[2]["rejected"]] == ["A"]
+        await b.get("/codes?q=b")
+        assert b.asked[-1] == ("b", 20, ("B",))
+        assert (await b.get("/quotes?codes=B", Authorization=f"Bearer {token('x' * 32)}"))[0] == 401
+
+
+async def test_a_request_waits_for_keys_that_may_be_newer() -> None:
+    async with bench(KEY) as b:
+        pair = KeyPair("EdDSA")
+        verifier = b.desk.verifier
+        assert verifier is not None
+        asked: list[None] = []
+
+        def renew(then: Callable[[], None]) -> None:
+            asked.append(None)
+            if len(asked) == 2:
+                verifier.renew(parse_key_set(pair.jwks(kid="new")))
+            asyncio.get_running_loop().call_soon(then)
+
+        b.desk.renew_keys = renew
+        for expected in (401, 200, 200):
+            assert (await b.get("/quotes?codes=A", Authorization=f"Bearer {pair.token(kid='new')}"))[0] == expected
+        assert len(asked) == 2
+        assert (await b.get("/quotes?codes=A", Authorization=f"Bearer {KeyPair('EdDSA').token(kid='new')}"))[0] == 401
+        assert len(asked) == 2

@@ -38,10 +38,13 @@ def test_hello_names_the_connection_and_its_limits() -> None:
 def test_every_connection_has_a_key_of_its_own() -> None:
     counter = Counter()
     keys = set()
-    for _ in range(20):
-        session, link = counter.open()
+    for number in range(20):
+        session, link = counter.open(f"n.0.{number}")
         session.greet()
-        keys.add(only(link)["conn_key"])
+        key = only(link)["conn_key"]
+        assert counter.desk.is_key_of(session.fd, key)
+        assert not counter.desk.is_key_of("n.0.20", key)
+        keys.add(key)
     assert len(keys) == 20
 
 

@@ -12,8 +12,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from quotepush import settings as settings_module
+from quotepush.entitlement import UNLIMITED, Codes, Entitlement
 from quotepush.errors import SettingsError
 from quotepush.settings import Settings, default_node, example_toml, load, markdown, without_password
+from tests.support.tokens import KeyPair
 
 SECRET = "s3cret-w0rds"
 
@@ -371,7 +373,8 @@ KEY = "key-of-tokens-" * 3
 
 def test_without_a_key_there_are_no_tokens() -> None:
     found = load(env={})
-    assert (found.token_key, found.token_key_file, found.token_leeway_s, found.auth_timeout_s) == ("", "", 5.0, 10.0)
+    assert (found.token_key, found.token_key_file, found.token_leeway_s, found.auth_timeout_s) == ("", [], 5.0, 10.0)
+    assert not found.has_tokens and found.anonymous_entitlement is None
 
 
 def test_the_key_of_tokens_may_come_from_anywhere(tmp_path: Path) -> None:
@@ -379,11 +382,24 @@ def test_the_key_of_tokens_may_come_from_anywhere(tmp_path: Path) -> None:
     path.write_text(f"\n {KEY} \n", encoding="utf-8")
     for found in (
         load(env={"QUOTEPUSH_TOKEN_KEY": KEY}),
-        load(env={"QUOTEPUSH_TOKEN_KEY_FILE": str(path)}),
         load(env={}, flags={"token_key": KEY}),
-        load(write(tmp_path, f'token_key_file = "{path}"'), {}),
     ):
-        assert found.token_key == KEY
+        assert found.token_key == KEY and found.has_tokens
+    for found in (
+        load(env={"QUOTEPUSH_TOKEN_KEY_FILE": str(path)}),
+        load(write(tmp_path, f'token_key_file = "{path}"'), {}),
+        load(write(tmp_path, f'token_key_file = ["{path}"]'), {}),
+    ):
+        assert found.token_key_file == [str(path)] and found.has_tokens
+
+
+def test_there_may_be_several_keys_of_several_kinds(tmp_path: Path) -> None:
+    first, second = tmp_path / "token.key", tmp_path / "public.pem"
+    first.write_text(KEY)
+    second.write_text(KeyPair("ES256").public_pem)
+    url = "https://id.example/keys"
+    found = load(env={}, flags={"token_key": KEY[::-1], "token_key_file": f"{first},{second}", "token_jwks_url": url})
+    assert (found.token_key_file, found.token_jwks_url) == ([str(first), str(second)], url)
 
 
 def test_no_repr_shows_a_secret() -> None:
@@ -404,18 +420,61 @@ def test_a_key_that_can_be_guessed_is_a_fault(tmp_path: Path, key: str) -> None:
         assert "32 bytes" in fault and key not in fault
 
 
-def test_a_public_key_is_no_secret(tmp_path: Path) -> None:
+def test_a_file_without_a_usable_key_is_a_fault(tmp_path: Path) -> None:
     path = tmp_path / "public.pem"
-    path.write_text("-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE\n-----END PUBLIC KEY-----\n")
-    (fault,) = faults(token_key_file=str(path))
-    assert "secret" in fault and "MFkw" not in fault
+    pair = KeyPair("ES256")
+    for text, reason in (
+        ("-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE\n-----END PUBLIC KEY-----\n", "be read"),
+        (pair.private_pem, "private key"),
+        (pair.jwks(private=True), "no key"),
+    ):
+        path.write_text(text)
+        (fault,) = faults(token_key_file=str(path))
+        assert fault.startswith("token_key_file") and reason in fault and text[40:60] not in fault
 
 
-def test_the_key_and_its_file_are_not_both_set(tmp_path: Path) -> None:
-    path = tmp_path / "token.key"
-    path.write_text(KEY)
-    (fault,) = faults(token_key=KEY[::-1], token_key_file=str(path))
-    assert "token_key_file" in fault and KEY not in fault and KEY[::-1] not in fault
+@pytest.mark.parametrize(
+    "url", ["https://id.example/keys", "http://127.0.0.1:1/k", "http://[::1]/k", "http://localhost/k"]
+)
+def test_keys_may_be_fetched_from_a_safe_place(url: str) -> None:
+    assert load(env={}, flags={"token_jwks_url": url}).has_tokens
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://id.example/keys", "ftp://127.0.0.1/k", "file:///etc/passwd", "https://", "127.0.0.1/k", "https://u:secret@h/k",
+        "http://127.0.0.1.evil.example/k", "http://127.0.0.1@evil.example/", "http://0.0.0.0/", "https://h:x/", "https://[",
+    ],
+)  # fmt: skip
+def test_keys_are_not_fetched_from_where_anybody_may_put_his_own(url: str) -> None:
+    (fault,) = faults(token_jwks_url=url)
+    assert fault.startswith("token_jwks_url") and "secret" not in fault
+
+
+def test_what_the_anonymous_may_have_is_checked() -> None:
+    few = {"anonymous": True, "anonymous_codes": "*.sh,aapl", "anonymous_max_rate": 2, "anonymous_max_codes": 5}
+    found = load(env={}, flags={"token_key": KEY, **few}).anonymous_entitlement
+    assert found == Entitlement(codes=Codes(["*.SH", "AAPL"]), max_rate=2.0, max_codes=5)
+    assert load(env={}, flags={"token_key": KEY, "anonymous": True}).anonymous_entitlement == UNLIMITED
+    assert load(env={}, flags={"token_key": KEY, "anonymous": True, "anonymous_codes": ""}).anonymous_entitlement == (
+        Entitlement(codes=Codes([]))
+    )
+    for flags in (
+        few, {"token_key": KEY, **few, "anonymous": False}, {"token_key": KEY, **few, "anonymous_codes": "no such"},
+        {"token_key": KEY, **few, "anonymous_max_rate": 1001}, {"token_key": KEY, **few, "anonymous_delay_s": 60},
+        {"token_key": KEY, **few, "anonymous_delay_s": 900}, {"anonymous": True},
+    ):  # fmt: skip
+        assert all(fault.startswith("anonymous") for fault in faults(**flags))
+
+
+def test_delays_are_whole_numbers(tmp_path: Path) -> None:
+    assert load(env={}).delays == [900]
+    assert load(env={"QUOTEPUSH_DELAYS": "60, 900"}).delays == [60, 900]
+    assert load(write(tmp_path, "delays = [60]"), {}).delays == [60]
+    for text in ('"x"', "[1.5]", "[true]", "900", "[0]", "[-5]"):
+        (fault,) = faults(write(tmp_path, f"delays = {text}"))
+        assert "delays" in fault and "whole number" in fault
 
 
 @pytest.mark.parametrize("text", [None, "", " \n"])
@@ -432,7 +491,10 @@ def test_a_key_that_is_no_text_is_not_repeated(tmp_path: Path) -> None:
     assert "token_key" in fault and "31415" not in fault
 
 
-@pytest.mark.parametrize(("name", "value"), [("token_leeway_s", 61), ("token_leeway_s", -1), ("auth_timeout_s", 0)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("token_leeway_s", 61), ("token_leeway_s", -1), ("auth_timeout_s", 0), ("token_jwks_refresh_s", 9)],
+)
 def test_the_times_of_tokens_have_bounds(name: str, value: int) -> None:
     (fault,) = faults(**{name: value})
     assert name in fault

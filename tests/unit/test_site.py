@@ -40,9 +40,12 @@ class FakeWorker:
     def _never(self, *_: Any) -> None:
         raise AssertionError("the door asks nobody for codes")
 
-    def accept(self, request: web.Request, subprotocol: str | None, identity: Identity | None) -> web.StreamResponse:
+    def accept(
+        self, request: web.Request, subprotocol: str | None, identity: Identity | None, data: dict[str, str]
+    ) -> web.StreamResponse:
         if self.fault is not None:
             raise self.fault
+        self.data = data
         self.accepted.append(subprotocol)
         self.identities.append(identity)
         return web.Response(status=299, text="accepted")

@@ -14,6 +14,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from quotepush.entitlement import Entitlement
 from quotepush.node import relay as relay_module
 from quotepush.node.bus import Answered, Ask, Rows
 from quotepush.node.relay import Relay, WorkerFeed
@@ -276,6 +277,26 @@ async def test_what_was_missed_comes_once_and_in_order_also_from_another_worker(
     assert client.seen == {"A": [1, 2, 3, 4, 5], "B": [1, 2, 3]} == other.seen
     assert [row["code"] for m in client.of("tick") if m.get("replay") for row in m["data"]] == list("BAAB")
     assert client.snapshots == [("A", 0), ("B", 0)]
+
+
+async def test_a_stream_that_may_not_have_every_row_has_no_position(main: Main) -> None:
+    for worker in main.workers:
+        worker.desk.anonymous = Entitlement(max_rate=0.001)
+    client = come(main, "A", "B")
+    for code in "AABA":
+        main.tick(code)
+    assert (client.seen, client.last_id) == ({"A": [1], "B": [1]}, "")
+    client.cut()
+    client.come(1)
+    assert client.snapshots[-2:] == [("A", 3), ("B", 1)]
+    held = come(main, "A")
+    main.workers[0].desk.anonymous = None
+    free = come(main, "A")
+    free.wire.link.session.entitle(Entitlement(max_rate=0.001))  # type: ignore[union-attr]
+    for _ in range(2):
+        main.tick("A")
+    assert held.last_id == free.last_id == ""
+    assert free.of("status")[-1]["limits"]["max_rate"] == 0.001
 
 
 async def test_who_has_missed_nothing_is_sent_nothing(main: Main) -> None:
