@@ -234,26 +234,27 @@ class Census:
         return Listing(fetch, str)
 
     async def _page_of_sessions(self, cursor: str, count: int) -> Page[Session]:
-        """A page of one life; its cursor is ``node/life/cursor of the set``."""
+        """A page of as many lives as it takes; its cursor is ``node/life/cursor of the set``."""
         match = _LIFE_CURSOR.match(cursor)
         if cursor and match is None:
             raise _no_cursor(cursor)
         here, at = ((match[1], match[2]), match[3]) if match else (("", ""), "0")
-        lives = [life for life in await self._lives(await self.nodes()) if life >= here]
-        if not lives:
-            return Page((), "")
-        node, life = lives.pop(0)
-        if (node, life) != here:
-            at = "0"
-        ((after, members),) = await self._line.ask(
-            ("SSCAN", self._registry(node, life).life, at, "COUNT", count),
-        )
-        following = _next_cursor(after)
-        if following:
-            following = f"{node}/{life}/{following}"
-        elif lives:
-            following = f"{lives[0][0]}/{lives[0][1]}/0"
-        return Page(await self._sessions_of(map(text, members)), following)
+        conns: list[str] = []
+        following = ""
+        for life in await self._lives(await self.nodes()):
+            if life < here:
+                continue
+            if len(conns) >= count:
+                following = f"{life[0]}/{life[1]}/0"
+                break
+            ((after, members),) = await self._line.ask(
+                ("SSCAN", self._registry(*life).life, at if life == here else "0", "COUNT", count - len(conns))
+            )
+            conns += map(text, members)
+            if after := _next_cursor(after):
+                following = f"{life[0]}/{life[1]}/{after}"
+                break
+        return Page(await self._sessions_of(conns), following)
 
     async def _sessions_of(self, conns: Iterable[str]) -> tuple[Session, ...]:
         names = list(conns)
