@@ -36,7 +36,7 @@ format: dev ## let ruff format the code and fix what it can
 	$(RUN) ruff check --fix
 
 clean: ## remove .venv and everything built or cached
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv tests/browser/node_modules build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 dev:

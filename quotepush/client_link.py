@@ -155,10 +155,11 @@ class ClientLink:
             Refused: it wants a token, and there is none.
         """
         assert self._greeted is not None
-        if hello.get("auth") == "required":
-            if self._token is None:
+        if hello.get("auth") in ("required", "optional"):
+            if self._token is not None:
+                self._on_token(self._token)  # something on the way has taken it out of the handshake
+            elif hello["auth"] == "required":
                 raise Refused(self.url, "auth_failed: it wants a token", close_code=_NO_TOKEN)
-            self._on_token(self._token)  # something on the way has taken it out of the handshake
         told_ms = hello.get("time")
         now_ms = time.monotonic() * 1000
         self._greeted.set_result((told_ms if isinstance(told_ms, int) else time.time() * 1000) - now_ms)

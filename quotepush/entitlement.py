@@ -14,7 +14,7 @@ from quotepush.quote.code import BadCode, parse_code
 
 __all__ = [
     "CLAIMS", "EVERYBODY", "EVERY_CODE", "MOST_RATE", "NOBODY", "UNLIMITED", "BadClaim", "Codes", "Entitlement",
-    "MaySend", "codes_of", "entitlement_of", "unserved",
+    "MaySend", "codes_of", "entitlement_of",
 ]  # fmt: skip
 
 # As the option max_rate of a subscription: whoever may have more may have every row.
@@ -122,7 +122,7 @@ def _fits(code: str, parts: tuple[str, ...]) -> bool:
 
 @lru_cache(maxsize=64)
 def codes_of(patterns: tuple[str, ...]) -> Codes:
-    """Return the codes of these patterns; for those who hand patterns on and meet the same ones again."""
+    """Return the codes of these patterns: many tokens have the same ones, and share them."""
     return Codes(patterns)
 
 
@@ -187,13 +187,6 @@ class Entitlement:
 UNLIMITED = Entitlement()
 
 
-def unserved(entitlement: Entitlement) -> str:
-    """Return why this server cannot give somebody what he is entitled to; nothing when it can."""
-    if entitlement.delay_s:
-        return "delayed quotes (delay_s) are not served yet, and live ones are more than this token allows"
-    return ""
-
-
 def entitlement_of(claims: Mapping[str, Any], delays: Collection[int] = ()) -> Entitlement:
     """Return what the claims of a token give.
 
@@ -215,7 +208,7 @@ def entitlement_of(claims: Mapping[str, Any], delays: Collection[int] = ()) -> E
 def _codes(value: Any) -> Codes:
     if type(value) is not list or not all(type(item) is str for item in value):
         raise BadClaim("codes must be a list of texts")
-    return Codes(value)
+    return codes_of(tuple(value))
 
 
 def _rate(value: Any) -> float:

@@ -29,7 +29,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from quotepush.entitlement import MOST_RATE, BadClaim, Codes, Entitlement, unserved
+from quotepush.entitlement import MOST_RATE, BadClaim, Codes, Entitlement
 from quotepush.errors import SettingsError
 from quotepush.token_keys import BadKey, parse_keys, secret_key
 
@@ -44,6 +44,7 @@ _MOST_LEEWAY_S = 60
 _LEAST_REFRESH_S = 10
 _SECRETS = ("token_key", "api_token")
 _LEAST_API_TOKEN = 16  # letters
+_PROXY_HEADERS = ("x-forwarded-for", "forwarded")
 # What else is at the public port, below base_path.
 _OTHER_PATHS = ("/stream", "/quotes", "/codes")
 
@@ -68,6 +69,19 @@ class Settings:
     allowed_origins: list[str] = _setting(
         [], 'Origins of pages that may connect; empty: only pages of the server\'s own host; ["*"]: all.'
     )
+    trusted_proxies: list[str] = _setting(
+        [],
+        "Addresses and networks of proxies whose word for a client's address is taken, e.g. 127.0.0.1 or 10.0.0.0/8; "
+        "empty: nobody's, and the client is whoever is at the other end.",
+    )
+    proxy_header: str = _setting(
+        "x-forwarded-for", "Where trusted_proxies name their clients: x-forwarded-for or forwarded; only one is read."
+    )
+    request_timeout_s: float = _setting(
+        30.0,
+        "A connection that has sent no whole request so long after it came, or after its last answer, is closed.",
+        unit="s", at_least=0.1,
+    )  # fmt: skip
     backlog: int = _setting(4096, "Connections the kernel holds until a worker accepts them.", at_least=1)
     tls_cert: str = _setting("", "PEM file with the certificate chain; with tls_key the public listener speaks TLS.")
     tls_key: str = _setting("", "PEM file with the private key of tls_cert.")
@@ -108,16 +122,21 @@ class Settings:
         5.0, "By how much the clocks of whoever signs tokens and of this machine may differ, at most 60.", unit="s",
         at_least=0,
     )  # fmt: skip
-    delays: list[int] = _setting([900], "What a token's delay_s may be; delayed quotes are not served yet.", unit="s")
+    delays: list[int] = _setting(
+        [900], "What a token's delay_s may be; with tokens, what the board showed is kept for the longest. []: none.",
+        unit="s",
+    )  # fmt: skip
+    delay_bytes: int = _setting(
+        268_435_456, "What is kept for delayed quotes; above it their rows stand for longer than a second.",
+        unit="bytes", at_least=1 << 20,
+    )  # fmt: skip
     anonymous: bool = _setting(False, "Whether clients without a token may come in where tokens are taken.")
     anonymous_codes: list[str] = _setting(["*"], "Codes that they may see, as in a token's codes: *.SH,AAPL.")
     anonymous_max_rate: float = _setting(
         0.0, "Most rows a second and code for them, at most 1000; 0: every row.", unit="1/s", at_least=0
     )
     anonymous_max_codes: int = _setting(0, "Codes of one connection of theirs; 0: max_codes.", at_least=0)
-    anonymous_delay_s: int = _setting(
-        0, "How old their quotes are, one of delays; not served yet.", unit="s", at_least=0
-    )
+    anonymous_delay_s: int = _setting(0, "How old their quotes are, one of delays; 0: live.", unit="s", at_least=0)
     auth_timeout_s: float = _setting(
         10.0, "Without a token for so long a connection that needs one is closed with 4408.", unit="s", at_least=0.1
     )
@@ -190,6 +209,23 @@ class Settings:
     max_connections: int = _setting(
         0, "Connections of this machine; more get HTTP 503. 0: the open-file limit less a reserve.", at_least=0
     )
+    max_connections_per_ip: int = _setting(
+        0,
+        "Connections of one address to this machine (IPv6: of its /64); more get HTTP 429. 0: any number.",
+        at_least=0,
+    )
+    connects_per_ip_s: float = _setting(
+        0.0,
+        "Attempts of one address to open a connection, in each worker; more get HTTP 429. As many as in 10 s may come "
+        "at once; 0: any number.",
+        unit="1/s", at_least=0,
+    )  # fmt: skip
+    questions_per_ip_s: float = _setting(
+        100.0,
+        "Questions of one address over HTTP (/quotes, /codes, the look at the WebSocket's path), in each worker; more "
+        "get HTTP 429. As many as in 10 s may come at once; 0: any number.",
+        unit="1/s", at_least=0,
+    )  # fmt: skip
     max_codes: int = _setting(1000, "Codes of one connection; more are rejected with code_limit.", at_least=1)
     codes_per_request: int = _setting(1000, "Codes in one request; more get bad_request.", at_least=1)
     requests_per_s: float = _setting(
@@ -549,6 +585,13 @@ def _faults(s: Settings) -> list[str]:
     if s.delivery not in ("now", "kept"):
         found.append(f"delivery must be now or kept, not {s.delivery!r}")
     found += _token_faults(s)
+    for text in s.trusted_proxies:
+        try:
+            ipaddress.ip_network(text)
+        except ValueError as e:
+            found.append(f"trusted_proxies: {e}")
+    if s.proxy_header not in _PROXY_HEADERS:
+        found.append(f"proxy_header must be {' or '.join(_PROXY_HEADERS)}, not {s.proxy_header!r}")
     if bool(s.tls_cert) != bool(s.tls_key):
         found.append("tls_cert and tls_key go together")
     for name in ("tls_cert", "tls_key", "symbol_file"):
@@ -599,11 +642,9 @@ def _anonymous_faults(s: Settings) -> list[str]:
     if s.anonymous_delay_s and s.anonymous_delay_s not in s.delays:
         found.append(f"anonymous_delay_s must be one of delays, not {s.anonymous_delay_s}")
     try:
-        entitlement = s.anonymous_entitlement
+        _ = s.anonymous_entitlement
     except BadClaim as e:
-        return [*found, f"anonymous_codes: {e}"]
-    if entitlement is not None and (fault := unserved(entitlement)):
-        found.append(f"anonymous_delay_s: {fault}")
+        found.append(f"anonymous_codes: {e}")
     return found
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from quotepush.auth import MAX_TOKEN_BYTES, Identity, Verifier
-from quotepush.entitlement import BadClaim, entitlement_of, unserved
+from quotepush.entitlement import BadClaim, entitlement_of
 from quotepush.errors import PeerError, SettingsError
 from quotepush.settings import Settings
 from quotepush.token_keys import BadKey, Key, keys_of, secret_key
@@ -155,8 +155,6 @@ def check(token: str, settings: Settings) -> tuple[bool, dict[str, Any]]:
     )
     try:
         identity = verifier.verify(token, time.time_ns() // 1_000_000)
-        if reason := unserved(identity.entitlement):
-            raise PeerError("auth_failed", reason)
     except PeerError as e:
         return False, {"taken": False, "error": e.error, "message": e.message, "claims_unverified": _unverified(token)}
     return True, {"taken": True, **_shown(identity)}

@@ -73,8 +73,8 @@ SANS_IO = (
     "quotepush.errors", "quotepush.token_keys", "quotepush.entitlement", "quotepush.auth", "quotepush.quote.",
     "quotepush.wire.", "quotepush.ingest.probe",
     "quotepush.push.subscriptions", "quotepush.push.outbox", "quotepush.push.members", "quotepush.push.desk",
-    "quotepush.push.results",
-    "quotepush.push.watchlist", "quotepush.push.session", "quotepush.batches", "quotepush.client_state",
+    "quotepush.push.results", "quotepush.push.watchlist", "quotepush.push.session", "quotepush.push.addresses",
+    "quotepush.push.rates", "quotepush.node.allotment", "quotepush.batches", "quotepush.client_state",
     "quotepush.client_messages", "quotepush.client_rows", "quotepush.client_errors", "quotepush.cluster.commands",
 )  # fmt: skip
 NOT_SANS_IO = {"asyncio", "aiohttp", "redis", "uvloop", "socket", "threading", "time", "os"}
@@ -99,6 +99,8 @@ TESTED_ELSEWHERE = {
     "quotepush.cluster.hearing": "tests/unit/test_backend_events.py",
     "quotepush.node.api_routes": "tests/integration/test_api.py",
     "quotepush.cluster.kept": "tests/unit/test_inbox.py",
+    "quotepush.cluster.crowds": "tests/integration/test_sending.py",
+    "quotepush.node.posts": "tests/integration/test_sending.py",
     "quotepush.feed": "tests/unit/test_feed.py",
     "quotepush.feed.run": "tests/unit/test_feed.py",
     "quotepush.ingest.keys": "tests/unit/test_batches.py",

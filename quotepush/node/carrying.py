@@ -44,7 +44,7 @@ async def _send(orders: Orders, command: Command) -> Outcome:
 
 async def _entitle(orders: Orders, command: Command) -> Outcome:
     try:
-        entitlement = entitlement_of(command.claims or {})
+        entitlement = entitlement_of(command.claims or {}, orders.delays)
     except BadClaim as e:
         return Outcome(error="bad_request", message=str(e))
     return await orders.entitle(entitlement, command.conns, command.users or ())

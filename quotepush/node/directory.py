@@ -10,14 +10,15 @@ import heapq
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
 
 from quotepush.entitlement import EVERY_CODE, Codes, codes_of
-from quotepush.quote.board import Board, Quote
+from quotepush.quote.board import Quote
 from quotepush.quote.code import BadCode, parse_code
+from quotepush.quote.delay import plain_code
 
 __all__ = ["MOST_FOUND", "Directory"]
 
@@ -44,11 +45,12 @@ class Directory:
     """Answers what codes there are.
 
     Args:
+        quotes: those of the board, or delayed ones, alive.
         is_known: whether a code may be subscribed to; others are not shown.
     """
 
-    def __init__(self, board: Board, is_known: Callable[[str], bool]) -> None:
-        self._board = board
+    def __init__(self, quotes: Mapping[str, Quote], is_known: Callable[[str], bool]) -> None:
+        self._quotes = quotes
         self._is_known = is_known
         self._waiting: deque[tuple[str | None, int, Then, Codes]] = deque()
         self._has_waiting = asyncio.Event()
@@ -105,17 +107,18 @@ class Directory:
         moved: list[_Moved] = []
         up: list[_Moved] = []
         down: list[_Moved] = []
-        quotes = list(self._board.quotes.values())
+        quotes = list(self._quotes.values())
         for start in range(0, len(quotes), _READ_PER_SLICE):
             moved.clear()
             for quote in quotes[start : start + _READ_PER_SLICE]:
-                if not self._is_known(quote.code):
+                code = plain_code(quote.code)
+                if not self._is_known(code):
                     continue
                 row = quote.row
                 percent = row.get("change_pct") or 0.0
-                entries.append((quote.code, str(row.get("name", "")).casefold(), quote, percent))
+                entries.append((code, str(row.get("name", "")).casefold(), quote, percent))
                 if percent:
-                    moved.append((percent, quote.code, quote))
+                    moved.append((percent, code, quote))
             up, down = _most_moved(up, down, moved, MOST_FOUND)
             await asyncio.sleep(_READ_REST_S)
         self._entries, self._up, self._down = entries, up, down

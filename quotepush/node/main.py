@@ -38,6 +38,7 @@ from quotepush.node import lock
 from quotepush.node.admin import make_admin_app
 from quotepush.node.api import BODY_BYTES, add_api
 from quotepush.node.collector import quiet_collector
+from quotepush.node.delaying import Delaying
 from quotepush.node.directory import Directory
 from quotepush.node.keyring import Keyring
 from quotepush.node.logs import set_up_logging
@@ -48,6 +49,7 @@ from quotepush.node.supervisor import Supervisor
 from quotepush.node.switchboard import Switchboard
 from quotepush.quote.board import Board, TradingDays
 from quotepush.quote.code import BadCode, parse_code
+from quotepush.quote.delay import DelayLine
 from quotepush.quote.ring import Ring
 from quotepush.settings import Settings, without_password
 
@@ -98,11 +100,13 @@ class _Main:
             life=self._epoch[:8],
         )
         is_known = _symbol_check(settings.symbol_file)
+        self._delays = _delay_line(settings, self._epoch)
         self._relay = Relay(
             is_known,
             self._ring,
             settings.ring_age_s,
             stale_ms=math.ceil(settings.code_stale_s * 1000),
+            delays=self._delays,
         )
         self._board = self._relay.board = Board(
             epoch=self._epoch,
@@ -114,11 +118,16 @@ class _Main:
             watched=self._relay.wanted,
             books_watched=self._relay.books,
         )
-        self._directory = Directory(self._board, is_known)
+        self._directories = {0: Directory(self._board.quotes, is_known)}
+        if self._delays is not None:
+            self._delays.books_watched = self._relay.books
+            for delay_s in settings.delays:
+                self._directories[delay_s] = Directory(self._delays.quotes(delay_s), is_known)
         self._keyring = Keyring(settings, on_change=self._tell_keys)
         self._listener: FeedListener
         self._follower: LogFollower
         self._rows: RowStore
+        self._delaying: Delaying | None = None
         self._supervisor: Supervisor
         self._switchboard: Switchboard
         self._addresses = ""
@@ -187,9 +196,14 @@ class _Main:
                 timeout_s=settings.redis_timeout_s,
             )
             await self._rows.load()
+            if self._delays is not None:
+                self._delaying = Delaying(
+                    self._delays, self._board, self._follower, publish=self._relay.offer, on_batch=self._relay.flush
+                )
+                await self._delaying.begin()
             await self._keyring.begin()
             self._supervisor = Supervisor(
-                settings, sockets, self._relay, self._directory, registry, max_connections, self._feed_news,
+                settings, sockets, self._relay, self._directories, registry, max_connections, self._feed_news,
                 self._tell_readiness, self._keyring, self._switchboard,
             )  # fmt: skip
             async with self._admin_site() as admin_address:
@@ -227,12 +241,14 @@ class _Main:
                     group.create_task(self._rows.run(), name="rows"),
                     group.create_task(self._expire_rows(), name="expire"),
                     group.create_task(self._sweep_codes(), name="sweep"),
-                    group.create_task(self._directory.run(), name="directory"),
+                    *(group.create_task(d.run(), name="directory") for d in self._directories.values()),
                     group.create_task(self._keyring.run(), name="keys"),
                     group.create_task(self._switchboard.run(), name="switchboard"),
                     group.create_task(self._report_faults(), name="faults"),
                     group.create_task(self._feed_watchdog(), name="watchdog"),
                 ]
+                if self._delaying is not None:
+                    helpers.append(group.create_task(self._delaying.run(), name="delays"))
                 workers = group.create_task(self._supervisor.run(), name="workers")
                 stopped = group.create_task(self._stop.wait(), name="stop")
                 await asyncio.wait([workers, stopped], return_when=asyncio.FIRST_COMPLETED)
@@ -277,6 +293,8 @@ class _Main:
             self._relay.tidy()
             oldest = time.time_ns() // 1_000_000 - self._settings.last_max_age_s * 1000
             self._board.expire(oldest, keep=self._relay.wanted)
+            if self._delays is not None:
+                self._delays.expire(self._board.quotes, keep=self._relay.wanted)
 
     async def _sweep_codes(self) -> None:
         """Find the codes that have become stale or fresh, and let those who watch them know."""
@@ -337,7 +355,7 @@ class _Main:
             "log": self._follower.state,
             "workers": supervisor.ready,
             "connections": supervisor.connections,
-            "max_connections": supervisor.max_connections,
+            "max_connections": supervisor.places.most,
             "codes": len(self._board.quotes),
             "registry_lag_ms": round(1000 * max([s.figures.get("registry_lag_seconds", 0) for s in supervisor.slots])),
         }
@@ -364,10 +382,13 @@ class _Main:
             "codes_watched": [(self._relay.watched, nothing)],
             "codes_stale": [(self._relay.stale, nothing)],
             "workers_ready": [(supervisor.ready, nothing)],
-            "connections_refused": [(supervisor.refused, nothing)],
             **{name: [(value, nothing)] for name, value in self._switchboard.figures.items()},
+            "client_addresses": [(supervisor.places.addresses, nothing)],
             "worker_restarts": [(s.restarts, {"worker": str(s.index)}) for s in supervisor.slots],
         }
+        if self._delays is not None:
+            samples["delay_bytes"] = [(self._delays.bytes, nothing)]
+            samples["delay_interval_seconds"] = [(self._delays.interval_s, nothing)]
         if self._board.newest_ms:
             samples["feed_age_seconds"] = [(max(0.0, time.time() - self._board.newest_ms / 1000), nothing)]
         for slot in supervisor.slots:
@@ -479,6 +500,13 @@ def _raise_file_limit(wanted: int) -> int:
     if wanted > room:
         log.warning("max_connections is lowered from %d to %d: only %d files may be open", wanted, room, soft)
     return min(wanted, room) if wanted else room
+
+
+def _delay_line(settings: Settings, epoch: str) -> DelayLine | None:
+    """Return what keeps the board for delayed quotes; None where nobody can be entitled to any."""
+    if not settings.delays or not settings.has_tokens:
+        return None
+    return DelayLine(settings.delays, epoch=epoch, max_bytes=settings.delay_bytes)
 
 
 def _symbol_check(path: str) -> Callable[[str], bool]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from quotepush.node.bus import Answered, Ask, BusEnd, Freshness, Rows
 from quotepush.quote.board import Board, Quote
+from quotepush.quote.delay import DelayLine, plain_code
 from quotepush.quote.ring import Ring
 
 __all__ = ["Relay", "WorkerFeed"]
@@ -132,6 +133,7 @@ class Relay:
         ring: gets every row that is sent.
         keep_s: how long rows of a code are kept that nobody watches any more.
         stale_ms: a code whose newest tick arrived so long ago is stale; 0: no code ever is.
+        delays: what is shown of codes whose names have a delay behind them; None: there are none.
         clock_ms: epoch milliseconds.
 
     Attributes:
@@ -151,11 +153,13 @@ class Relay:
         keep_s: float,
         *,
         stale_ms: int = 0,
+        delays: DelayLine | None = None,
         clock_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._is_known = is_known
         self.life = ring.life
         self._stale_ms = stale_ms
+        self._delays = delays
         self._clock_ms = clock_ms
         self._ring = ring
         self._keep_s = keep_s
@@ -213,7 +217,7 @@ class Relay:
 
     def ask(self, feed: WorkerFeed, question: Ask) -> None:
         """Answer a worker's question; with ``watch`` also note what it wants from now on."""
-        refused = {code: "unknown_code" for code in question.codes if not self._is_known(code)}
+        refused = {code: "unknown_code" for code in question.codes if not self._is_known(plain_code(code))}
         rows: list[tuple[str, int, bytes | None, bytes | None, str]] = []
         missed: dict[str, list[tuple[int, bytes]]] = {}
         behind: dict[str, tuple[int | None, list[tuple[int, bytes, int]]]] = {}
@@ -223,13 +227,13 @@ class Relay:
                 continue
             if question.watch:
                 if code not in feed.codes:
-                    feed.watch(code, self._is_stale(self.board.quotes.get(code), now_ms))
+                    feed.watch(code, self._is_stale(self._quote(code), now_ms))
                     self._want(code).append(feed)
                     self._left.pop(code, None)
                 if question.books and code not in feed.books:
                     feed.books.add(code)
                     self.books[code] += 1
-            quote = self.board.quotes.get(code)
+            quote = self._quote(code)
             since = question.since.get(code)
             # The ring has not got a row yet that waits because main is late.
             if since is not None and (code in self._late or feed.is_holding):
@@ -240,7 +244,8 @@ class Relay:
                     behind[code] = place
                 since = None
             if quote is None:
-                rows.append((code, 0, None, b"{}" if question.books else None, self.board.epoch))
+                epoch = self.board.epoch + code[len(plain_code(code)) :]
+                rows.append((code, 0, None, b"{}" if question.books else None, epoch))
             else:
                 book = quote.encoded_book() if question.books else None
                 rows.append((code, quote.seq, quote.encoded(), book, quote.epoch))
@@ -258,8 +263,14 @@ class Relay:
         feeds = self.wanted.get(code)
         if feeds is None:
             feeds = self.wanted[code] = []
-            self._ring.watch(code, self.board.seq(code))
+            quote = self._quote(code)
+            self._ring.watch(code, quote.seq if quote is not None else 0)
         return feeds
+
+    def _quote(self, name: str) -> Quote | None:
+        """Return what there is of a code, or of a code with a delay behind it."""
+        quote = self.board.quotes.get(name)
+        return self._delays.get(name) if quote is None and self._delays is not None else quote
 
     def unwatch(self, feed: WorkerFeed, codes: Iterable[str]) -> None:
         """A worker no longer wants these codes."""
@@ -291,7 +302,7 @@ class Relay:
                 break
             del self._left[code], self.wanted[code]
             self._ring.unwatch(code)
-            if (quote := self.board.quotes.get(code)) is not None:
+            if (quote := self._quote(code)) is not None:
                 self._ring.forget([quote])
 
     def _is_stale(self, quote: Quote | None, now_ms: int) -> bool:
@@ -305,7 +316,7 @@ class Relay:
         """
         if not self._stale_ms:
             return
-        quotes, wanted = self.board.quotes, self.wanted
+        wanted = self.wanted
         concerned: dict[WorkerFeed, None] = {}
         found = 0
         oldest_ms = self._clock_ms() - self._stale_ms
@@ -313,7 +324,7 @@ class Relay:
         for start in range(0, len(codes), _SWEPT_PER_SLICE):
             for code in codes[start : start + _SWEPT_PER_SLICE]:
                 feeds = wanted.get(code)
-                quote = quotes.get(code) if feeds else None
+                quote = self._quote(code) if feeds else None
                 if feeds is None or quote is None:
                     continue
                 is_stale = 0 < quote.arrived_ms <= oldest_ms

@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from redis.asyncio import Redis
@@ -29,6 +29,7 @@ from quotepush import __version__
 from quotepush.cluster.nodes import cut_connection, purge_life
 from quotepush.errors import WorkerUnfit
 from quotepush.node import bus
+from quotepush.node.allotment import Allotment
 from quotepush.node.directory import Directory
 from quotepush.node.keyring import Keyring
 from quotepush.node.relay import Relay, WorkerFeed
@@ -59,7 +60,6 @@ class WorkerSlot:
     """A worker's place: it outlives the workers that fill it.
 
     Attributes:
-        places: connections that this worker may have: those it has, and a few to spare.
         figures: what the worker last counted.
     """
 
@@ -73,7 +73,6 @@ class WorkerSlot:
         self.registry_clients: dict[str, int] = {}  # by what its life is called there
         self.is_ready = False
         self.borrower: WorkerSlot | None = None  # accepts at our socket while we are empty
-        self.places = 0
         self.restarts = 0
         self.heard_s = 0.0
         self.figures: dict[str, Any] = {}
@@ -95,10 +94,14 @@ class Supervisor:
 
     Args:
         listening: one socket per worker, or one for all.
+        directories: of live quotes (0), and of those with a delay.
         registry: for cleaning up after dead workers.
         feed_news: the feed's state and the arrival of its newest tick.
         on_ready: called whenever the number of ready workers changes.
         keyring: the keys of tokens.
+
+    Attributes:
+        places: of this machine, and who has them.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class Supervisor:
         settings: Settings,
         listening: list[socket.socket],
         relay: Relay,
-        directory: Directory,
+        directories: Mapping[int, Directory],
         registry: Redis,
         max_connections: int,
         feed_news: Callable[[], tuple[str, int, str]],
@@ -118,12 +121,11 @@ class Supervisor:
         self._keyring = keyring
         self._switchboard = switchboard
         self._relay = relay
-        self._directory = directory
+        self._directories = directories
         self._registry = registry
         self._feed_news = feed_news
         self._on_ready = on_ready
-        self.max_connections = max_connections
-        self.refused = 0
+        self.places = Allotment(settings.worker_count, max_connections, settings.max_connections_per_ip)
         self.slots = [WorkerSlot(i, listening[i % len(listening)]) for i in range(settings.worker_count)]
         self._stopping = asyncio.Event()
         self._drain: bus.Drain | None = None
@@ -206,7 +208,7 @@ class Supervisor:
         """Let the least busy sibling accept what waits at the socket of an empty slot."""
         siblings = [s for s in self.slots if s.is_ready and s.listening is not slot.listening]
         if slot.borrower is None and siblings:
-            slot.borrower = min(siblings, key=lambda s: s.places)
+            slot.borrower = min(siblings, key=lambda s: self.places.held(s.index))
             assert slot.borrower.bus is not None
             slot.borrower.bus.send(bus.Lend(slot.index, True))
 
@@ -264,7 +266,7 @@ class Supervisor:
             for other in self.slots:
                 if other.borrower is slot:
                     other.borrower = None
-            slot.places = 0
+            self.places.forget(slot.index)
             slot.figures = {}
             self._relay.forget(slot.feed)
             slot.end_feed()
@@ -337,7 +339,7 @@ class Supervisor:
                 self._relay.ask(slot.feed, message)
             case bus.Find():
                 answering, question = slot.bus, message.question
-                self._directory.ask(
+                self._directories[message.delay_s].ask(
                     message.text, message.limit, lambda text: answering.send(bus.Found(question, text)), message.codes
                 )
             case bus.KeysWanted():
@@ -346,9 +348,10 @@ class Supervisor:
             case bus.Unwatch():
                 self._relay.unwatch(slot.feed, message.codes)
             case bus.PlacesWanted():
-                slot.bus.send(bus.PlacesGranted(self._grant(slot, message.needed, message.spare)))
+                granted = self.places.grant(slot.index, message.needed, message.spare)
+                slot.bus.send(bus.PlacesGranted(granted, self.places.seat(slot.index, message.addresses)))
             case bus.PlacesBack():
-                slot.places -= message.count
+                self.places.give_back(slot.index, message.count, message.addresses)
             case bus.Figures():
                 slot.figures = message.figures
             case bus.RegistryClient():
@@ -362,15 +365,6 @@ class Supervisor:
                 self._on_ready()
             case _:
                 self._switchboard.heard(slot.index, message)
-
-    def _grant(self, slot: WorkerSlot, needed: int, spare: int) -> int:
-        """Give a worker what it needs, and spare places as long as all workers together can hardly fill the machine."""
-        free = self.max_connections - sum(s.places for s in self.slots)
-        granted = max(0, min(needed, free))
-        self.refused += needed - granted
-        granted += max(0, min(spare, (free - granted) // (4 * len(self.slots))))
-        slot.places += granted
-        return granted
 
     def tell_keys(self, sources: list[tuple[str, bool]]) -> None:
         """The keys of tokens have changed."""

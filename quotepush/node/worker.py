@@ -35,7 +35,8 @@ from quotepush.node.carrying import carry_out, reply_of
 from quotepush.node.collector import quiet_collector
 from quotepush.node.logs import set_up_logging
 from quotepush.node.memberships import Memberships
-from quotepush.node.places import Places
+from quotepush.node.places import Places, PlacesByAddress
+from quotepush.push.addresses import counted_by
 from quotepush.push.desk import Answer, Delivered, Desk, Limits
 from quotepush.push.orders import Carrier, Outcome
 from quotepush.push.session import Session
@@ -52,7 +53,6 @@ log = logging.getLogger("quotepush.worker")
 
 _FIGURES_S = 1.0
 _SETUP_TIMEOUT_S = 10.0
-_KEEPALIVE_S = 30.0
 _UNFIT = 3
 _FINISH_TIMEOUT_S = 5.0
 
@@ -79,7 +79,7 @@ class WorkerProcess:
         self._sends: dict[int, Callable[[Delivered], None]] = {}
         self._unwatched: list[str] = []
         self._feed = FeedState()
-        self._places = Places(
+        self._places: Places | PlacesByAddress = Places(
             ask=lambda needed, spare: self._bus.send(bus.PlacesWanted(needed, spare)),
             give_back=lambda count: self._bus.send(bus.PlacesBack(count)),
         )
@@ -125,14 +125,19 @@ class WorkerProcess:
             on_users=self._tell_users,
             told=self._tell_listed if settings.events else None,
         )
+        if settings.max_connections_per_ip:
+            self._places = PlacesByAddress(
+                ask=lambda addresses: self._bus.send(bus.PlacesWanted(0, 0, addresses)),
+                give_back=lambda addresses: self._bus.send(bus.PlacesBack(0, addresses)),
+            )
         worker = self._worker = self._make_worker(setup, settings, life, mirror, memberships)
         runner = web.AppRunner(
             make_app(settings, worker, self._admit, self._places.leave), access_log=None,
-            keepalive_timeout=_KEEPALIVE_S, tcp_keepalive=False, handle_signals=False,
+            keepalive_timeout=settings.request_timeout_s, tcp_keepalive=False, handle_signals=False,
         )  # fmt: skip
         await runner.setup()
         assert runner.server is not None
-        acceptor = Acceptor(runner.server, tls=_tls(settings))
+        acceptor = Acceptor(runner.server, tls=_tls(settings), tls_timeout_s=settings.request_timeout_s)
         acceptor.open(self._listening[self._index], settings.backlog)
         quiet_collector()
         tasks = [
@@ -216,10 +221,10 @@ class WorkerProcess:
             sends_per_s=settings.client_sends_per_s,
         )
 
-        def closed(fd: str) -> None:
+        def closed(fd: str, peer: str) -> None:
             mirror.close(fd)
             memberships.close(fd)
-            self._places.leave()
+            self._places.leave(counted_by(peer))
 
         outside = Outside(mirror.open, closed, memberships.changed)
         if settings.events:
@@ -258,10 +263,13 @@ class WorkerProcess:
         self._tell_unwatched()
         self._bus.send(bus.Ask(self._next_question, list(codes), watch, books, dict(since)))
 
-    def _find(self, text: str | None, limit: int, codes: Codes, then: Callable[[bytes | None], None]) -> None:
+    def _find(
+        self, text: str | None, limit: int, codes: Codes, then: Callable[[bytes | None], None], delay_s: int = 0
+    ) -> None:
         self._next_question += 1
         self._searches[self._next_question] = then
-        self._bus.send(bus.Find(self._next_question, text, limit, None if codes.has_all else codes.patterns))
+        patterns = None if codes.has_all else codes.patterns
+        self._bus.send(bus.Find(self._next_question, text, limit, patterns, delay_s))
 
     def _renew_keys(self, then: Callable[[], None]) -> None:
         if not self._keys_wanted:
@@ -281,11 +289,11 @@ class WorkerProcess:
                 except Exception:
                     log.exception("a request could not go on with newer keys")
 
-    async def _admit(self, take: bool) -> bool:
-        is_welcome = await self._places.take()
-        if is_welcome and not take:
-            self._places.leave()
-        return is_welcome
+    async def _admit(self, address: str, take: bool) -> str:
+        error = await self._places.take(address)
+        if not error and not take:
+            self._places.leave(address)
+        return error
 
     def _unwatch(self, codes: Iterable[str]) -> None:
         if not self._unwatched:
@@ -374,6 +382,8 @@ class WorkerProcess:
                         "connections": len(worker.links),
                         "connections_opened": worker.opened_total,
                         "connections_closed": worker.closed_total,
+                        "connections_refused": worker.refusals.connections,
+                        "questions_refused": worker.refusals.questions,
                         "subscriptions": worker.subscriptions.count,
                         "rows_in": worker.hub.rows_in,
                         "rows_out": worker.hub.rows_out,
@@ -414,7 +424,7 @@ class WorkerProcess:
         elif kind is bus.TokenKeys:
             self._take_keys(message)
         elif kind is bus.PlacesGranted:
-            self._places.granted(message.count)
+            self._places.granted(message.count, message.words)
         elif kind is bus.Freshness:
             if self._worker is not None:
                 self._worker.freshness.note(message.stale, message.fresh)

@@ -9,19 +9,22 @@ import hashlib
 import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from quotepush.auth import Identity, Verifier
-from quotepush.entitlement import UNLIMITED, Codes, Entitlement, unserved
-from quotepush.errors import PeerError
+from quotepush.entitlement import UNLIMITED, Codes, Entitlement
 from quotepush.push.outbox import Outbox
 from quotepush.push.subscriptions import Lane, Subscriptions
-from quotepush.wire.messages import CLOSE_CODES, Request
+from quotepush.quote.delay import suffix_of
+from quotepush.wire.messages import Request
 
 if TYPE_CHECKING:
     from quotepush.push.session import Session
 
-__all__ = ["Answer", "Delivered", "Desk", "Gone", "Limits", "Link"]
+__all__ = ["Answer", "DelayedDesk", "Delivered", "Desk", "Gone", "Limits", "Link"]
+
+_T = TypeVar("_T")
+Then = Callable[["Answer"], None]
 
 
 class Link(Protocol):
@@ -54,6 +57,7 @@ class Limits:
     Attributes:
         replay_bytes: of missed rows that wait for it; what it has missed beyond that it gets as a snapshot.
         max_rate: most rows a second and code; None: every row.
+        delay_s: how old its quotes are; 0: live.
     """
 
     codes: int
@@ -62,13 +66,15 @@ class Limits:
     message_bytes: int
     replay_bytes: int = 1 << 20
     max_rate: float | None = None
+    delay_s: int = 0
 
     def under(self, entitlement: Entitlement) -> "Limits":
         """Return what remains of them for somebody who may have no more than ``entitlement``."""
-        if entitlement.max_codes is None and entitlement.max_rate is None:
+        if entitlement.max_codes is None and entitlement.max_rate is None and not entitlement.delay_s:
             return self
         codes = self.codes if entitlement.max_codes is None else min(self.codes, entitlement.max_codes)
-        return replace(self, codes=codes, max_rate=entitlement.capped(self.max_rate))
+        max_rate = entitlement.capped(self.max_rate)
+        return replace(self, codes=codes, max_rate=max_rate, delay_s=entitlement.delay_s)
 
     def as_said(self) -> Mapping[str, Any]:
         """Return them as ``hello`` says them."""
@@ -79,6 +85,7 @@ class Limits:
             "requests_per_s": int(rate) if rate == int(rate) else rate,
             "message_bytes": self.message_bytes,
             "max_rate": self.max_rate,
+            **({"delay_s": self.delay_s} if self.delay_s else {}),
         }
 
 
@@ -141,7 +148,8 @@ class Desk:
         look: the same without their later ticks.
         read: the same with their books, if wanted.
         find: ask main which codes begin so or have such names (None: which have moved most), how many at most, and
-            of which codes only; answers with JSON text, or with None when too many ask.
+            of which codes only (callback, and with which delay): answers with JSON text, or with None when too many
+            ask.
         deliver: queue a lane's newest row for one of its newcomers; set by the worker that has the hub.
         replay: begin to send an outbox what it replays; set by the worker too.
         extra_fields: what views may name besides the fields of the protocol.
@@ -158,6 +166,7 @@ class Desk:
         sends_per_s: messages that a client may send.
         identified: a session has shown a token, and before that another one, or none; set by the worker.
         secret: of this worker, from which the keys of its connections are made.
+        delayed: the desks of those who are shown everything later, by their delay; see :meth:`of`.
     """
 
     subscriptions: Subscriptions
@@ -172,7 +181,7 @@ class Desk:
     clock_ms: Callable[[], int]
     extra_fields: frozenset[str] = frozenset()
     read: Callable[[Sequence[str], bool, Callable[[Answer], None]], None] = _nobody
-    find: Callable[[str | None, int, Codes, Callable[[bytes | None], None]], None] = _nobody
+    find: Callable[..., None] = _nobody
     deliver: Callable[[Lane, Outbox, int], None] = _nobody
     replay: Callable[[Outbox], None] = _nobody
     verifier: Verifier | None = None
@@ -180,6 +189,7 @@ class Desk:
     renew_keys: Callable[[Callable[[], None]], None] = _at_once
     auth_timeout_ms: int = 10_000
     life: str = ""
+    delayed: "dict[int, DelayedDesk]" = field(default_factory=dict)
     send: "Callable[[Session, Request, Callable[[Delivered], None]], None]" = _nobody
     message_bytes: int = 16_384
     sends_per_s: float = 5.0
@@ -207,15 +217,72 @@ class Desk:
             PeerError: ``auth_failed``, with the close code.
             UnknownKey: one of these: it may be another one after :attr:`renew_keys`.
         """
-        if self.verifier is None:
-            return None
-        identity = self.verifier.verify(token, self.clock_ms())
-        if reason := unserved(identity.entitlement):
-            raise PeerError("auth_failed", reason, close_code=CLOSE_CODES["auth_failed"])
-        return identity
+        return None if self.verifier is None else self.verifier.verify(token, self.clock_ms())
 
     def entitlement_of(self, identity: Identity | None) -> Entitlement:
         """Return what somebody may have who has proved to be ``identity`` (None: who has brought no token)."""
         if identity is not None:
             return identity.entitlement
         return UNLIMITED if self.anonymous is None else self.anonymous
+
+    def of(self, delay_s: int) -> "Desk":
+        """Return the desk of those whose quotes are so old; 0: this one."""
+        if not delay_s:
+            return self
+        desk = self.delayed.get(delay_s)
+        if desk is None:
+            desk = self.delayed[delay_s] = DelayedDesk(self, delay_s)
+        return desk  # type: ignore[return-value]  # it is one in all that a session asks of it
+
+
+class DelayedDesk:
+    """The desk of those who are shown everything later; all else is as at the desk behind it.
+
+    Law: no row that is asked for here, or sent to somebody who sits here, is younger than the delay; for main knows it
+    by another name, in another epoch.
+    """
+
+    def __init__(self, behind: Desk, delay_s: int) -> None:
+        self._behind = behind
+        self._delay_s = delay_s
+        self._suffix = suffix_of(delay_s)
+        self.subscriptions = behind.subscriptions.delayed(self._suffix)
+
+    @property
+    def epoch(self) -> str:
+        return self._behind.epoch + self._suffix
+
+    def watch(self, codes: Sequence[str], books: bool, since: Mapping[str, tuple[str, int]], then: Then) -> None:
+        self._behind.watch(self._names(codes), books, self._named(since), self._answering(then))
+
+    def look(self, codes: Sequence[str], then: Then) -> None:
+        self._behind.look(self._names(codes), self._answering(then))
+
+    def read(self, codes: Sequence[str], books: bool, then: Then) -> None:
+        self._behind.read(self._names(codes), books, self._answering(then))
+
+    def find(self, text: str | None, limit: int, codes: Codes, then: Callable[[bytes | None], None]) -> None:
+        self._behind.find(text, limit, codes, then, self._delay_s)
+
+    def _names(self, codes: Iterable[str]) -> list[str]:
+        return [code + self._suffix for code in codes]
+
+    def _named(self, facts: Mapping[str, _T]) -> dict[str, _T]:
+        return {code + self._suffix: fact for code, fact in facts.items()}
+
+    def _answering(self, then: Then) -> Then:
+        def of_codes(facts: Mapping[str, _T]) -> dict[str, _T]:
+            return {name.removesuffix(self._suffix): fact for name, fact in facts.items()}
+
+        return lambda answer: then(
+            Answer(
+                of_codes(answer.rows),
+                of_codes(answer.refused),
+                of_codes(answer.missed),
+                {name.removesuffix(self._suffix) for name in answer.stale},
+                of_codes(answer.behind),
+            )
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._behind, name)

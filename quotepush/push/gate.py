@@ -1,9 +1,12 @@
 """Who may come in at the public HTTP side, and how everybody else is told.
 
-Law: no answer repeats a token; a page gets nothing that its origin may not have.
+Law: no answer repeats a token; a page gets nothing that its origin may not have; limits of an address are those of the
+client, not of a trusted proxy before it.
 """
 
 import asyncio
+import math
+import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -12,32 +15,95 @@ from aiohttp import web
 
 from quotepush.auth import Identity, UnknownKey
 from quotepush.errors import PeerError
+from quotepush.push.addresses import UNKNOWN, Proxies, counted_by
 from quotepush.push.desk import Desk
+from quotepush.push.rates import Rates
+from quotepush.push.refusals import Refusals
 from quotepush.settings import Settings
 
-__all__ = ["Gate", "answer", "cross_origin", "refuse"]
+__all__ = ["Gate", "Refusal", "answer", "cross_origin", "refuse"]
+
+# A token that cannot be taken counts as so many more attempts.
+_BAD_TOKEN_COSTS = 5
+
+
+class Refusal(web.Response):
+    """An answer that says why not.
+
+    Attributes:
+        error: the word for programs.
+    """
+
+    error = ""
+
 
 # For main, which fetches keys of tokens that may be newer.
 _KEYS_PATIENCE_S = 10.0
 
 
 class Gate:
-    """Checks where a request comes from and whom it names."""
+    """Checks where a request comes from, whom it names, and how often it is heard.
 
-    def __init__(self, settings: Settings, desk: Desk) -> None:
+    Args:
+        refusals: where it counts whom it has refused.
+    """
+
+    def __init__(self, settings: Settings, desk: Desk, refusals: Refusals) -> None:
         self._desk = desk
+        self._refusals = refusals
+        self._proxies = Proxies(settings.trusted_proxies, settings.proxy_header)
+        self._connects = Rates(settings.connects_per_ip_s)
+        self._questions = Rates(settings.questions_per_ip_s)
         self._origins = frozenset(origin.rstrip("/").lower() for origin in settings.allowed_origins)
 
-    async def let_in(self, request: web.Request) -> Identity | web.Response | None:
+    # Where it comes from
+
+    def seen(self, request: web.Request) -> web.Request:
+        """Return the request with the client's address as its ``remote``, whatever proxies stand between."""
+        said = request.headers.getall(self._proxies.header, ())
+        client = self._proxies.client_of(request.remote, said)
+        return request if client == request.remote else request.clone(remote=client)
+
+    def _hold_back(self, request: web.Request, *, is_connection: bool) -> web.Response | None:
+        """Return what an address is told that asks too often; None: it does not, and this time is counted.
+
+        A question is not welcome either as long as a connection would not be: it is how browsers look.
+        """
+        who, now_s = counted_by(request.remote or UNKNOWN), time.monotonic()
+        wait_s = self._connects.wait_s(who, now_s)
+        if not is_connection:
+            wait_s = max(wait_s, self._questions.wait_s(who, now_s))
+        if wait_s:
+            return refuse(request, 429, "rate_limited", "this address asks too often", retry_after_s=math.ceil(wait_s))
+        (self._connects if is_connection else self._questions).charge(who, now_s)
+        return None
+
+    def note(self, request: web.Request, said: web.StreamResponse, *, is_connection: bool) -> web.StreamResponse:
+        """Count an answer, if it is a refusal, and return it."""
+        if isinstance(said, Refusal):
+            who, now_s = request.remote or UNKNOWN, time.monotonic()
+            advice = ""
+            if said.status == 429 and self._proxies.header in request.headers:
+                advice = f", which sends {self._proxies.header}: list it in trusted_proxies if it is a proxy of yours"
+            self._refusals.note(said.error, who, now_s, is_connection=is_connection, advice=advice)
+            if said.error == "auth_failed":
+                for rates in (self._connects, self._questions):
+                    rates.charge(counted_by(who), now_s, _BAD_TOKEN_COSTS)
+        return said
+
+    async def let_in(self, request: web.Request, *, is_connection: bool) -> Identity | web.Response | None:
         """Return whom a request without a handshake names, as :meth:`identify` does, or why it is refused."""
-        refusal = self.refusal(request)
+        refusal = self.refusal(request, is_connection=is_connection)
         return refusal if refusal is not None else await self.identify(request, is_needed=True)
 
-    def refusal(self, request: web.Request) -> web.Response | None:
-        """Return what a page of an origin that may not come in is told; None: it may."""
-        if self._is_allowed(request):
-            return None
-        return refuse(request, 403, "forbidden_origin", "pages of this origin may not connect")
+    def refusal(self, request: web.Request, *, is_connection: bool) -> web.Response | None:
+        """Return what a page of an origin that may not come in is told, and who asks too often; None: it is welcome.
+
+        Such a page uses up nothing of what its visitor's address may ask.
+        """
+        if not self._is_allowed(request):
+            return refuse(request, 403, "forbidden_origin", "pages of this origin may not connect")
+        return self._hold_back(request, is_connection=is_connection)
 
     async def identify(self, request: web.Request, *, is_needed: bool) -> Identity | web.Response | None:
         """Return whom the request's token names (None: it brings none, or this server takes none), or the refusal.
@@ -89,8 +155,13 @@ class Gate:
 
     def _is_allowed(self, request: web.Request) -> bool:
         """Pages of our own host, pages that are listed, and whatever is no page at all."""
-        origin = request.headers.get("Origin")
-        if origin is None or "*" in self._origins or origin.lower() in self._origins:
+        origins = request.headers.getall("Origin", ())
+        if not origins or "*" in self._origins:
+            return True
+        if len(origins) > 1:  # no browser says two; which one counts must not depend on who reads them
+            return False
+        (origin,) = origins
+        if origin.lower() in self._origins:
             return True
         try:
             host = urlsplit(origin).netloc
@@ -123,9 +194,12 @@ def refuse(
     *,
     retry_after_s: int | None = None,
     headers: dict[str, str] | None = None,
-) -> web.Response:
+) -> Refusal:
     """Return an answer that says why not; ``error`` is the word for programs."""
-    headers = dict(headers or {})
+    headers = cross_origin(request) | (headers or {})
     if retry_after_s is not None:
         headers["Retry-After"] = str(retry_after_s)
-    return answer(request, {"error": error, "message": message}, status, headers)
+    body = orjson.dumps({"error": error, "message": message})
+    refusal = Refusal(status=status, body=body, content_type="application/json", headers=headers)
+    refusal.error = error
+    return refusal

@@ -16,7 +16,7 @@ from quotepush.auth import Identity
 from quotepush.errors import PeerError
 from quotepush.push.session import Session
 
-__all__ = ["MAX_GROUPS", "MAX_SESSION_BYTES", "Member", "Members", "check_data"]
+__all__ = ["MAX_GROUPS", "MAX_SESSION_BYTES", "Member", "Members", "TooManyGroups", "check_data"]
 
 # Of one session.
 MAX_GROUPS = 1000
@@ -26,6 +26,13 @@ MAX_SESSION_BYTES = 8192  # session data as JSON
 _KEPT_REMEMBERED = 100
 
 _EMPTY: frozenset[Session] = frozenset()
+
+
+class TooManyGroups(PeerError):
+    """A session is in as many groups as it may be; only programs that put it there are told."""
+
+    def __init__(self) -> None:
+        super().__init__("group_limit", f"a connection is in at most {MAX_GROUPS} groups")
 
 
 class Member:
@@ -132,12 +139,12 @@ class Members:
         """Put the session into a group, where it may be already.
 
         Raises:
-            PeerError: ``group_limit``: it is in so many.
+            TooManyGroups: it is in so many.
         """
         member = self._member(session)
         if f"g:{group}" not in member.tags:
             if len(member.tags) > MAX_GROUPS:
-                raise PeerError("group_limit", f"a connection is in at most {MAX_GROUPS} groups")
+                raise TooManyGroups
             self._add(session, member, group)
             self._changed(session)
 

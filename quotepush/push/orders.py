@@ -12,7 +12,7 @@ Laws:
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,17 +121,28 @@ class Orders:
     Args:
         links: by fd.
         needs_key: ``bind`` needs the key of the connection.
+        delays: how old quotes may be made by another entitlement.
 
     Attributes:
+        delays: the same.
         delivered: messages that sockets took.
         undelivered: messages that they were too slow for, or could not be sent.
     """
 
-    def __init__(self, links: Mapping[str, SocketLink], members: Members, desk: Desk, *, needs_key: bool) -> None:
+    def __init__(
+        self,
+        links: Mapping[str, SocketLink],
+        members: Members,
+        desk: Desk,
+        *,
+        needs_key: bool,
+        delays: Collection[int] = (),
+    ) -> None:
         self._links = links
         self._members = members
         self._desk = desk
         self._needs_key = needs_key
+        self.delays = delays
         self.delivered = 0
         self.undelivered = 0
 

@@ -49,7 +49,11 @@ class Queries:
     async def _answer(
         self, request: web.Request, find: Callable[[web.Request, Entitlement], Any]
     ) -> web.StreamResponse:
-        identity = await self._gate.let_in(request)
+        request = self._gate.seen(request)
+        return self._gate.note(request, await self._found(request, find), is_connection=False)
+
+    async def _found(self, request: web.Request, find: Callable[[web.Request, Entitlement], Any]) -> web.StreamResponse:
+        identity = await self._gate.let_in(request, is_connection=False)
         if isinstance(identity, web.Response):
             return identity
         try:
@@ -62,7 +66,7 @@ class Queries:
             )
 
     async def _newest_rows(self, request: web.Request, entitlement: Entitlement) -> bytes:
-        desk = self._desk
+        desk = self._desk.of(entitlement.delay_s)
         wanted = subscription_of(request, desk)
         view = View.of(wanted.fields)
         most = min(MAX_STREAM_CODES, desk.limits.under(entitlement).codes)
@@ -93,7 +97,7 @@ class Queries:
             limit = _number("movers", movers or "")
 
         def ask(then: Callable[[bytes | None], None]) -> None:
-            self._desk.find(text, limit, entitlement.codes, then)
+            self._desk.of(entitlement.delay_s).find(text, limit, entitlement.codes, then)
 
         found = await _in_time(ask)
         if found is None:

@@ -83,10 +83,10 @@ class Session:
         self.codec = codec
         self.identity = identity
         self._link = link
-        self._desk = desk
         self.member: Member | None = None
         self._most = limits or desk.limits  # whatever it is entitled to
         self._adopt(desk.entitlement_of(identity))
+        self._desk = desk = desk.of(self.entitlement.delay_s)
         self.outbox = Outbox(self, link.write, codec)
         self.watchlist = Watchlist(desk.subscriptions, self.outbox)
         self.is_closed = False
@@ -224,7 +224,10 @@ class Session:
         self._limits = self._most.under(entitlement)
 
     def _enforce(self) -> None:
-        """Drop what is subscribed and not allowed, then the newest subscriptions beyond the limit; hold rates down."""
+        """Drop what is subscribed and not allowed, then the newest subscriptions beyond the limit; hold rates down.
+
+        Where quotes are older or younger now, show what stays anew; behind a request that main is being asked about.
+        """
         for word in ("not_entitled", "code_limit"):
             refused = self.watchlist.refused(self.watchlist.subscriptions, self.entitlement, self._limits.codes)
             codes = [code for code, reason in refused.items() if reason == word]
@@ -234,6 +237,41 @@ class Session:
                 self._desk.subscribed(self.fd)
         for lane, restated in self.watchlist.hold_down(self.entitlement):
             self._desk.deliver(lane, self.outbox, restated)
+        if not self._is_waiting:
+            self._change_desk()
+
+    def _change_desk(self) -> None:
+        """Go to the desk of the delay that the session has now, and watch there what it watched."""
+        desk = self._desk.of(self.entitlement.delay_s)
+        if desk is self._desk:
+            return
+        shapes = {code: subscription.lane.shape for code, subscription in self.watchlist.subscriptions.items()}
+        self._unwatch(self.watchlist.move(desk.subscriptions))
+        self._desk = desk
+        if not shapes:
+            return
+        results = understand(shapes)
+        has_books = any(shape.view.has_book for shape in shapes.values())
+        self._answer(
+            results, list(shapes),
+            lambda then: desk.watch(list(shapes), has_books, {}, then),
+            lambda answer: self._show_anew(shapes, results, answer),
+            is_subscribing=True,
+        )  # fmt: skip
+
+    def _show_anew(self, shapes: Mapping[str, Shape], results: Results, answer: Answer) -> None:
+        """Begin to watch codes at a desk that the session has just come to."""
+        now_ms = self._desk.clock_ms()
+        shown: dict[tuple[View, Format], list[tuple[Channel, View]]] = {}
+        for code in results.codes:
+            shape = replace(shapes[code], max_rate=self.entitlement.capped(shapes[code].max_rate))
+            channel = self._desk.subscriptions.open(code, *_found(answer, code), is_stale=code in answer.stale)
+            self.watchlist.begin(channel, shape, channel.seq)
+            shown.setdefault((shape.view, shape.format), []).append((channel, shape.view))
+        self._release()
+        for (_, spelled), some in shown.items():
+            self._say_snapshot(now_ms, some, spelled)
+        self._say_codes("stale", self.watchlist.stale(results.codes))
 
     def check_identity(self, now_ms: int) -> None:
         """Close the session when its token has expired, or when it has sent none in time."""
@@ -278,7 +316,7 @@ class Session:
         # An array has the columns that its ack names, and no field that nobody knows.
         fields = DEFAULT_FIELDS if spelled.is_array and request.fields is None else request.fields
         shape = Shape(View.of(fields), spelled, self.entitlement.capped(request.max_rate))
-        channels = self._desk.subscriptions.channels
+        subscriptions = self._desk.subscriptions
         # Kept rows have no books; with a rate nobody wants every row; who is subscribed has missed nothing.
         since: dict[str, tuple[str, int]] = {}
         if not shape.view.has_book and shape.max_rate is None:
@@ -286,7 +324,7 @@ class Session:
         missing = [
             code
             for code in results.codes
-            if (channel := channels.get(code)) is None
+            if (channel := subscriptions.get(code)) is None
             or (shape.view.has_book and channel.book is None)
             or code in since
         ]
@@ -366,8 +404,8 @@ class Session:
 
     def _snapshot(self, request: Request, now_ms: int) -> None:
         results = understand(request.codes, allowed=self.entitlement.codes)
-        channels = self._desk.subscriptions.channels
-        missing = [code for code in results.codes if code not in channels]
+        subscriptions = self._desk.subscriptions
+        missing = [code for code in results.codes if subscriptions.get(code) is None]
         self._answer(
             results, missing,
             lambda then: self._desk.look(missing, then),
@@ -378,7 +416,7 @@ class Session:
         now_ms = self._desk.clock_ms()
         shown: list[tuple[Channel, View]] = []
         for code in results.codes:
-            channel = self._desk.subscriptions.channels.get(code) or Channel(code, *_found(answer, code))
+            channel = self._desk.subscriptions.get(code) or Channel(code, *_found(answer, code))
             before = self.watchlist.subscriptions.get(code)
             view = DEFAULT_VIEW
             if before is not None:
@@ -483,6 +521,7 @@ class Session:
     def _go_on(self) -> None:
         """Carry out what has come in while main was asked."""
         self._is_waiting = False
+        self._change_desk()
         inbox = self._inbox
         while inbox and not self._is_waiting and not self.is_closed:
             self.receive(inbox.popleft())

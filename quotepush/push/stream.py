@@ -5,6 +5,7 @@ stream that goes on from it repeats no row, and leaves none out that main still 
 """
 
 import asyncio
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ __all__ = ["MAX_STREAM_CODES", "Asked", "StreamLink", "begin_stream"]
 
 # More do not fit in the address of a request anyway.
 MAX_STREAM_CODES = 300
+# How soon a browser comes back to a stream that was cut: between these, by chance.
+_RETRY_MS = (500, 4000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,8 @@ def begin_stream(
     said = {"Content-Type": "text/event-stream; charset=utf-8", "Connection": "close", **headers}
     # No Transfer-Encoding: a chunk around each event would cost every write, and HTTP/1.0 has none (RFC 9112 §6.3).
     head = "".join(f"{name}: {value}\r\n" for name, value in said.items())
-    link.write(f"HTTP/1.1 200 OK\r\n{head}\r\n".encode("latin-1"))
+    # A browser comes back after this time to the millisecond, so each stream of a server that dies has another one.
+    retry_ms = random.randrange(*_RETRY_MS)
+    link.write(f"HTTP/1.1 200 OK\r\n{head}\r\nretry: {retry_ms}\n\n".encode("latin-1"))
     start()
     return Detached()

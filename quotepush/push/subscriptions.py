@@ -149,6 +149,7 @@ class Channel:
     """One code in this worker.
 
     Attributes:
+        name: under which main sends it: the code, with its delay behind it where it has one.
         seq: of the newest row, 0 before the first.
         row: the newest row, whole but without the book, as JSON; None before the first.
         epoch: in which ``seq`` counts; empty before the first row.
@@ -158,10 +159,15 @@ class Channel:
         is_stale: main says that its newest tick arrived too long ago.
     """
 
-    __slots__ = ("_fields", "_texts", "_values", "book", "code", "epoch", "is_stale", "lanes", "plain", "row", "seq")
+    __slots__ = (
+        "_fields", "_texts", "_values", "book", "code", "epoch", "is_stale", "lanes", "name", "plain", "row", "seq",
+    )  # fmt: skip
 
-    def __init__(self, code: str, seq: int, row: bytes | None, book: bytes | None = None, epoch: str = "") -> None:
+    def __init__(
+        self, code: str, seq: int, row: bytes | None, book: bytes | None = None, epoch: str = "", name: str = ""
+    ) -> None:
         self.code = code
+        self.name = name or code
         self.epoch = epoch
         self.is_stale = False
         self.plain: Lane | None = None
@@ -311,12 +317,27 @@ class Subscription:
 
 
 class Subscriptions:
-    """The channels of this worker."""
+    """The channels of this worker, by name.
 
-    def __init__(self) -> None:
-        self.channels: dict[str, Channel] = {}
+    Args:
+        behind: where the channels are, of which this is a view.
+        suffix: what stands behind the codes of this view in the names of its channels: their delay.
+    """
+
+    def __init__(self, behind: "Subscriptions | None" = None, suffix: str = "") -> None:
+        self.channels: dict[str, Channel] = {} if behind is None else behind.channels
         self.count = 0
-        self._claims: Counter[str] = Counter()
+        self._claims: Counter[str] = Counter() if behind is None else behind._claims
+        self._all = self if behind is None else behind
+        self._suffix = suffix
+
+    def delayed(self, suffix: str) -> "Subscriptions":
+        """Return a view of the same channels, in which each code stands for the one with ``suffix`` behind it."""
+        return Subscriptions(self, suffix)
+
+    def get(self, code: str) -> Channel | None:
+        """Return the channel of ``code``; None: nobody here watches or claims it."""
+        return self.channels.get(code + self._suffix)
 
     def open(
         self,
@@ -329,9 +350,10 @@ class Subscriptions:
         is_stale: bool = False,
     ) -> Channel:
         """Return the channel of ``code``, made from its newest row and its staleness if it is new here."""
-        channel = self.channels.get(code)
+        name = code + self._suffix
+        channel = self.channels.get(name)
         if channel is None:
-            channel = self.channels[code] = Channel(code, seq, row, book, epoch)
+            channel = self.channels[name] = Channel(code, seq, row, book, epoch, name)
             channel.is_stale = is_stale
         elif book is not None and channel.book is None:
             channel.begin_book(book)
@@ -351,7 +373,7 @@ class Subscriptions:
             else:
                 channel.lanes[shape] = lane
         if outbox not in lane.audience and outbox not in lane.newcomers:
-            self.count += 1
+            self._all.count += 1
         lane.audience.discard(outbox)
         lane.newcomers.pop(outbox, None)
         if base is not None and base == lane.seq:
@@ -367,7 +389,7 @@ class Subscriptions:
     def leave(self, lane: Lane, outbox: "Outbox") -> None:
         """Take ``outbox`` out of a lane; the channel stays, for the caller goes on with it or gives it up."""
         if outbox in lane.audience or outbox in lane.newcomers:
-            self.count -= 1
+            self._all.count -= 1
             lane.audience.discard(outbox)
             lane.newcomers.pop(outbox, None)
         if not lane.is_watched:
@@ -378,30 +400,31 @@ class Subscriptions:
                 del channel.lanes[lane.shape]
 
     def discard(self, lanes: Iterable[Lane], outbox: "Outbox") -> list[str]:
-        """Take ``outbox`` out of these lanes; return the codes that are not wanted here any more."""
+        """Take ``outbox`` out of these lanes; return the names of the channels that are not wanted here any more."""
         left = []
         for lane in lanes:
             self.leave(lane, outbox)
-            left += self._close(lane.channel.code)
+            left += self._close(lane.channel.name)
         return left
 
     def claim(self, codes: Iterable[str]) -> None:
         """Keep these codes until :meth:`release`: main is being asked about them."""
-        self._claims.update(list(codes))  # a list: a mapping would be taken for counts
+        self._claims.update([code + self._suffix for code in codes])
 
     def release(self, codes: Iterable[str]) -> list[str]:
-        """Give up the claims; return the codes that are not wanted here any more."""
+        """Give up the claims; return the names of the channels that are not wanted here any more."""
         left = []
         for code in codes:
-            self._claims[code] -= 1
-            if self._claims[code] <= 0:
-                del self._claims[code]
-                left += self._close(code)
+            name = code + self._suffix
+            self._claims[name] -= 1
+            if self._claims[name] <= 0:
+                del self._claims[name]
+                left += self._close(name)
         return left
 
-    def _close(self, code: str) -> list[str]:
-        channel = self.channels.get(code)
-        if code in self._claims or (channel is not None and channel.is_watched):
+    def _close(self, name: str) -> list[str]:
+        channel = self.channels.get(name)
+        if name in self._claims or (channel is not None and channel.is_watched):
             return []
-        self.channels.pop(code, None)
-        return [code]
+        self.channels.pop(name, None)
+        return [name]

@@ -141,6 +141,16 @@ class Watchlist:
         self._outbox.drop(lanes)
         return self._index.discard(lanes, self._outbox)
 
+    def move(self, index: Subscriptions) -> list[str]:
+        """Give up everything, and watch in another index from now on; return as :meth:`drop`.
+
+        The rates that were asked for are kept: the same codes are to be watched there.
+        """
+        asked = dict(self._asked)
+        left = self.drop(list(self.subscriptions))
+        self._index, self._asked = index, asked
+        return left
+
     # What may be watched
 
     def refused(self, codes: Collection[str], entitlement: Entitlement, most: int | None) -> dict[str, str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from aiohttp import web
 
 from quotepush.auth import Identity
+from quotepush.push.addresses import UNKNOWN
 from quotepush.push.desk import Desk
 from quotepush.push.freshness import Freshness
 from quotepush.push.hub import Hub
@@ -22,6 +23,7 @@ from quotepush.push.link import Detached, SocketLink
 from quotepush.push.members import Members
 from quotepush.push.orders import Orders
 from quotepush.push.outbox import Outbox
+from quotepush.push.refusals import Refusals
 from quotepush.push.session import Session
 from quotepush.push.stream import MAX_STREAM_CODES, Asked, StreamLink, begin_stream
 from quotepush.push.subscriptions import Subscriptions
@@ -37,6 +39,8 @@ log = logging.getLogger("quotepush.session")
 
 _SLOT_S = 0.1
 _CLOSE_BATCH = 200
+# They are told to come back one behind the other, at a rate that a starting worker takes beside its other work.
+_RETURNS_PER_S = 2000
 
 
 def clock_ms() -> int:
@@ -75,14 +79,14 @@ class Outside:
 
     Attributes:
         opened: a session is there, with the live collection of its codes.
-        closed: it is gone.
+        closed: it is gone; with the address of its peer.
         changed: its user, its groups or its session data have changed, or it has got the first of them.
         came: the same as ``opened``, for those who want to know who comes and goes.
         left: and for the same, that it is gone: whose it was, who ended it, and why.
     """
 
     opened: Callable[[str, Collection[str]], None]
-    closed: Callable[[str], None]
+    closed: Callable[[str, str], None]
     changed: Callable[[Session], None] = lambda session: None
     came: Callable[[Session], None] = lambda session: None
     left: Callable[[Session, str | None, str, str], None] = lambda session, user, by, reason: None
@@ -96,6 +100,7 @@ class PushWorker:
         desk: what its sessions are offered.
         members: its sessions by user and group.
         orders: carries out what the cluster wants done with them.
+        refusals: who never became one.
     """
 
     def __init__(self, settings: Settings, fd_prefix: str, first_fd: int, desk: Desk, outside: Outside) -> None:
@@ -109,6 +114,7 @@ class PushWorker:
         self.is_draining = False
         self.opened_total = 0
         self.closed_total: dict[str, int] = {}
+        self.refusals = Refusals()
         self.subscriptions: Subscriptions = desk.subscriptions
         self.hub = Hub(
             desk.subscriptions,
@@ -122,7 +128,9 @@ class PushWorker:
         )
         self.freshness = Freshness(desk.subscriptions)
         self.members = Members(outside.changed)
-        self.orders = Orders(self.links, self.members, desk, needs_key=settings.require_conn_key)
+        self.orders = Orders(
+            self.links, self.members, desk, needs_key=settings.require_conn_key, delays=settings.delays
+        )
         desk.identified = self.members.identify
         desk.deliver = self.hub.deliver
         desk.replay = self.hub.replay
@@ -147,7 +155,7 @@ class PushWorker:
             data: the first session data.
         """
         codec = next((codec for codec in CODECS if codec.subprotocol == subprotocol), JSON)
-        link = WebSocketLink(self, request.remote or "?")
+        link = WebSocketLink(self, request.remote or UNKNOWN)
         fd = f"{self._fd_prefix}{self._next_fd}"
         link.session = Session(fd, link, self.desk, codec, identity)
         response = upgrade(request, link, subprotocol, self._settings.message_bytes, lambda: self.opened(link, data))
@@ -168,7 +176,7 @@ class PushWorker:
             data: the first session data.
             headers: of the response, besides those that every stream has.
         """
-        link = StreamLink(self, request.remote or "?", self.hub, self.desk.life, asked.selection)
+        link = StreamLink(self, request.remote or UNKNOWN, self.hub, self.desk.life, asked.selection)
         fd = f"{self._fd_prefix}{self._next_fd}"
         limits = replace(self.desk.limits, codes=min(MAX_STREAM_CODES, self.desk.limits.codes))
         link.session = Session(fd, link, self.desk, EVENTS, identity, limits)
@@ -217,7 +225,7 @@ class PushWorker:
             lambda: self.hub.forget([session.outbox]),
             lambda: self.freshness.forget(session),
             lambda: self._wheel[hash(fd) % len(self._wheel)].discard(link),
-            lambda: self._outside.closed(fd),
+            lambda: self._outside.closed(fd, link.peer),
             lambda: self._outside.left(session, user, link.closed_by, link.reason),
         ):
             try:
@@ -272,15 +280,22 @@ class PushWorker:
     # The end
 
     async def drain(self, timeout_s: float, retry_after_ms: int) -> None:
-        """Close every session, a batch at a time; cut off who has not gone after ``timeout_s``."""
+        """Close every session, a batch at a time; cut off who has not gone after ``timeout_s``.
+
+        Args:
+            retry_after_ms: the least time that a client is told to stay away; each is told a little more than the
+                one before it, for a browser's stream comes back at that very moment.
+        """
         self.is_draining = True
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         leaving = list(self.links.values())
+        said = 0
         for start in range(0, len(leaving), _CLOSE_BATCH):
             for link in leaving[start : start + _CLOSE_BATCH]:
                 if not link.session.is_closed:
-                    link.session.say_closing(retry_after_ms)
+                    link.session.say_closing(retry_after_ms + said * 1000 // _RETURNS_PER_S)
+                    said += 1
                     link.close(messages.CLOSE_CODES["restart"], "restart")
             await asyncio.sleep(0)
         try:

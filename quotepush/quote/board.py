@@ -56,6 +56,7 @@ class Quote:
         epoch: in which ``seq`` counts.
         seq: number of the newest row; 0 before the first tick.
         restated: why those who watch need the row anew (:data:`NEW_EPOCH`, :data:`GAP`) before its next tick; or 0.
+        gaps: how many times rows of it were lost.
         ts: of the newest row.
         row: fields in wire order, ``code``, ``seq`` and ``ts`` first; without the book.
         book: ``bids`` and ``asks``, up to five ``[price, size]`` each.
@@ -68,7 +69,7 @@ class Quote:
 
     __slots__ = (
         "_book", "_encoded", "_encoded_book", "_row", "_row_bound", "_waiting", "_waiting_shape", "arrived_ms", "code",
-        "day_end_ms", "epoch", "recent", "recent_base", "recent_bytes", "recent_from", "restated", "seq", "ts",
+        "day_end_ms", "epoch", "gaps", "recent", "recent_base", "recent_bytes", "recent_from", "restated", "seq", "ts",
     )  # fmt: skip
 
     def __init__(self, code: str, seq: int, epoch: str) -> None:
@@ -76,6 +77,7 @@ class Quote:
         self.epoch = epoch
         self.seq = seq
         self.restated = 0
+        self.gaps = 0
         self.recent: deque[RecentRow] | None = None
         self.recent_base = 0
         self.recent_from = 0
@@ -331,6 +333,7 @@ class Board:
                 quote.epoch = self.log_epoch
             elif seq > quote.seq + 1:
                 quote.restated = GAP
+                quote.gaps += 1
             # Also when it is refused below: the next one must not look like one behind a gap.
             quote.seq = seq
             shape = SHAPES.get(tuple(tick)) or shape_of(tick)
@@ -393,6 +396,7 @@ class Board:
         if quote.epoch != epoch:
             self._retired_seq = max(self._retired_seq, quote.seq)
         quote.restated = max(quote.restated, reason)
+        quote.gaps += reason == GAP
         quote.epoch, quote.seq = epoch, seq
         quote.ts = fields.get("ts") or arrived_ms
         quote.arrived_ms = arrived_ms

@@ -12,14 +12,10 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import orjson
-
-from quotepush.quote.board import Quote, RecentRow, exact
-from quotepush.quote.tick import BadTick, check_tick, clear_nulls, derive_change, merge_fields, shape_of
+from quotepush.quote.board import Quote, RecentRow
+from quotepush.quote.past import PastRow
 
 __all__ = ["Ring"]
-
-_DERIVED = frozenset(("seq", "ts", "change", "change_pct"))
 
 
 class Ring:
@@ -116,25 +112,13 @@ class Ring:
         """
         if not ticks or ticks[-1][0] != quote.seq or quote.recent:
             return False
-        told = {name for _, tick, _ in ticks for name in tick}
-        row = {"code": quote.code, "seq": 0, "ts": 0}
-        row |= {name: value for name, value in quote.row.items() if name not in told and name not in _DERIVED}
-        _derive(row)
+        row = PastRow(quote, {name for _, tick, _ in ticks for name in tick})
         recent = self._begin(quote)
         quote.recent_base, quote.recent_from = ticks[0][0] - 1, self.ordinal
         for seq, tick, arrived_ms in ticks:
-            shape = shape_of(tick)
-            try:
-                check_tick(tick, shape)
-            except BadTick:
+            if not row.merge(seq, tick, arrived_ms):
                 continue
-            if shape.resets and tick["reset"] is True:
-                row = {"code": quote.code, "seq": 0, "ts": 0}
-            ts = tick.get("ts") or arrived_ms
-            merge_fields(row, {}, tick, shape)
-            clear_nulls(row)
-            row["seq"], row["ts"] = seq, ts
-            text = quote.encoded() if seq == quote.seq else exact(orjson.dumps(row))
+            text = quote.encoded() if seq == quote.seq else row.encoded()
             recent.append((seq, text, arrived_ms, self.ordinal))
             quote.recent_bytes += len(text)
             self.bytes += len(text)
@@ -180,9 +164,3 @@ class Ring:
         quote.recent_base, quote.recent_from = seq, ordinal
         quote.recent_bytes -= len(text)
         self.bytes -= len(text)
-
-
-def _derive(row: dict[str, Any]) -> None:
-    change = derive_change(row.get("last"), row.get("prev_close"))
-    if change is not None:
-        row["change"], row["change_pct"] = change

@@ -1,566 +1,458 @@
 /**
- * The ticker page: a list of codes, kept in the address and in the browser, live on quotepush.js.
+ * The ticker page: watchlists, kept in the address and in the browser, live on quotepush.js.
  *
- * Rows only mark their line as changed; lines are painted once per frame, and only cells whose
- * text is new are touched. Whatever a vendor sends is shown as text, never as markup.
+ * Law: this is the wiring and the only place that knows the connection. What is on the page follows from the list, and
+ * what is subscribed follows from the lines on the page and the code whose details are open. Whatever a vendor sends is
+ * shown as text, never as markup.
  */
+import { Days } from "./page-day.js";
+import { Detail } from "./page-detail.js";
+import { whole } from "./page-figures.js";
+import { Lists, MOST_CODES, addressOf, readAddress } from "./page-lists.js";
+import { Movers } from "./page-movers.js";
+import { Search } from "./page-search.js";
+import { State } from "./page-state.js";
+import { Table } from "./page-table.js";
+import { Tabs } from "./page-tabs.js";
+import { currentLanguage, locale, said, speak, t, translate } from "./page-words.js";
 import { connect } from "./quotepush.js";
 
 const DEFAULT_LIST = [
   "600519.SH", "000001.SZ", "300750.SZ", "601318.SH", "002594.SZ", "600036.SH",
   "AAPL", "MSFT", "NVDA", "TSLA", "AMZN", "GOOGL",
 ];
-const LIST_KEY = "quotepush.list";
 const COLOURS_KEY = "quotepush.up";
-const MOST_CODES = 500;
-const TREND_S = 300;
-const FLASH_EVERY_MS = 1000; // a code that ticks all the time should not glow all the time
-const UNKNOWN = "–";
-
-const REASONS = {
-  connection_lost: "Connection lost",
-  forbidden: "The server refuses this page",
-  going_away: "The server is going away",
-  kicked: "Closed by the server",
-  overloaded: "The server is busy",
-  rate_limited: "Too many requests",
-  replaced: "A newer connection took over",
-  restart: "The server is restarting",
-  silent: "The server stopped answering",
-  unreachable: "The server cannot be reached",
+// A view replaces the one before: these are the fields of the table and the book.
+const WIDE = {
+  fields: [
+    "name", "last", "prev_close", "open", "high", "low", "change", "change_pct", "volume", "amount", "bid", "ask",
+    "bids", "asks", "limit_up", "limit_down", "phase", "status",
+  ],
 };
+const USUAL = {};
+const BOOK_EVERY_MS = 2000;
+const SHEET = matchMedia("(max-width: 1000px)"); // the details lie over the list
 
 const $ = (id) => document.getElementById(id);
 const root = document.documentElement;
+const url = (path) => new URL(path, document.baseURI);
 
-// ---------------------------------------------------------------- numbers and times as text
+root.lang = locale();
+translate(document);
+document.title = t("title");
 
-const locale = root.lang;
-const whole = new Intl.NumberFormat(locale, { maximumFractionDigits: 0 });
-const compact = new Intl.NumberFormat(locale, {
-  notation: "compact", minimumSignificantDigits: 3, maximumSignificantDigits: 3,
+const quotes = connect(url(document.body.dataset.ws));
+const days = new Days(Date.now());
+const lists = new Lists(DEFAULT_LIST);
+const state = new State({
+  state: $("state"), countdown: $("countdown"), link: $("link"), retry: $("retry"), slow: $("slow"), slowRows: $("slow-rows"),
+  feedAge: $("feed-age"), latency: $("latency"), rate: $("rate"),
 });
-const clock = new Intl.DateTimeFormat(locale, {
-  hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23",
+const table = new Table({
+  table: $("quotes"),
+  template: $("line"),
+  isFeedStale: () => state.isFeedStale,
+  onOpen: (line) => open(line.name),
+  onRemove: dismiss,
+  onMove: (line, place) => {
+    remember({ isEdit: true });
+    hear(t("moved", { code: line.name, place: place + 1, count: table.size }));
+  },
 });
-const fullDate = new Intl.DateTimeFormat(locale, { dateStyle: "full", timeStyle: "long" });
-const fixed = new Map(); // decimals → format
-
-function price(value, decimals, signDisplay = "auto") {
-  if (value == null) return UNKNOWN;
-  const key = decimals + signDisplay;
-  if (!fixed.has(key)) {
-    fixed.set(key, new Intl.NumberFormat(locale, {
-      minimumFractionDigits: decimals, maximumFractionDigits: decimals, signDisplay,
-    }));
-  }
-  return fixed.get(key).format(value).replace("-", "−"); // as wide as a plus
-}
-
-function decimalsOf(value) {
-  if (value == null) return 0;
-  const text = String(value);
-  if (text.includes("e-")) return 8;
-  const point = text.indexOf(".");
-  return point < 0 ? 0 : Math.min(8, text.length - point - 1);
-}
-
-function quantity(value) {
-  if (value == null) return UNKNOWN;
-  return value < 1000 ? whole.format(value) : compact.format(value);
-}
-
-function duration(ms) {
-  const seconds = Math.max(0, ms) / 1000;
-  if (seconds < 1) return "< 1 s";
-  if (seconds < 120) return `${Math.round(seconds)} s`;
-  return seconds < 7200 ? `${Math.round(seconds / 60)} min` : `${Math.round(seconds / 3600)} h`;
-}
-
-/** The time of day, or the date if it was another day. */
-function moment(ms) {
-  const date = new Date(ms);
-  if (date.toDateString() === new Date().toDateString()) return clock.format(date);
-  const [month, day] = [date.getMonth() + 1, date.getDate()].map((n) => String(n).padStart(2, "0"));
-  return `${date.getFullYear()}-${month}-${day}`;
-}
-
-// ---------------------------------------------------------------- one line of the table
-
-/** The last price of each second, drawn over the full width from the first to the last. */
-class Trend {
-  #points = []; // [second, price]
-  #area;
-  #stroke;
-
-  constructor(svg) {
-    this.#area = svg.querySelector(".area");
-    this.#stroke = svg.querySelector(".stroke");
-  }
-
-  add(value, nowMs) {
-    const second = Math.floor(nowMs / 1000);
-    const newest = this.#points.at(-1);
-    if (newest?.[0] === second) {
-      newest[1] = value;
-      return;
-    }
-    this.#points.push([second, value]);
-    while (this.#points[0][0] < second - TREND_S) this.#points.shift();
-    this.#draw();
-  }
-
-  #draw() {
-    const [[first]] = this.#points;
-    const [last] = this.#points.at(-1);
-    let low = Infinity;
-    let high = -Infinity;
-    for (const [, value] of this.#points) {
-      low = Math.min(low, value);
-      high = Math.max(high, value);
-    }
-    // A price that hardly moves should look like one.
-    const range = Math.max(high - low, high * 0.0004) || 1;
-    const base = (high + low - range) / 2;
-    let path = "";
-    for (const [second, value] of this.#points) {
-      const x = ((second - first) / (last - first || 1)) * 100;
-      const y = 22 - ((value - base) / range) * 20;
-      path += `${path ? "L" : "M"}${x.toFixed(1)} ${y.toFixed(1)}`;
-    }
-    if (first === last) path += "H100";
-    this.#stroke.setAttribute("d", path);
-    this.#area.setAttribute("d", `${path}V24H0Z`);
-  }
-}
-
-class Line {
-  code = null; // as the server spells it, once it has said so
-  row = null;
-  refusal = null;
-  isStale = false; // the server says that this code alone is stale
-  isNear = true; // on the screen, or nearly
-
-  #cells = {};
-  #texts = {};
-  #flashed = {}; // cell → value and time of its last flash
-  #decimals = 2;
-  #shown = null; // the row on the screen
-  #trend;
-
-  /** `isNew`: the user has just asked for it, so a refusal is told at the input. */
-  constructor(spelling, isNew) {
-    this.spelling = spelling;
-    this.isNew = isNew;
-    this.element = $("line").content.firstElementChild.cloneNode(true);
-    for (const name of ["code", "label", "tag", "last", "change", "pct", "bid", "ask", "volume", "time"]) {
-      this.#cells[name] = this.element.querySelector(`.${name}`);
-    }
-    this.removeButton = this.element.querySelector("button");
-    this.#trend = new Trend(this.element.querySelector("svg"));
-    this.paint();
-  }
-
-  get name() {
-    return this.code ?? this.spelling;
-  }
-
-  is(spelling) {
-    const wanted = spelling.toUpperCase();
-    return this.spelling.toUpperCase() === wanted || this.code === wanted;
-  }
-
-  paint() {
-    const row = this.row ?? {};
-    const { last, prev_close: previousClose, bid, ask, change, change_pct: percent, ts } = row;
-    this.#decimals = Math.max(this.#decimals, ...[last, previousClose, bid, ask].map(decimalsOf));
-    this.#write("code", this.name);
-    this.#write("label", row.name ?? (row.seq === 0 ? "no quote yet" : ""));
-    this.#write("last", price(last, this.#decimals));
-    this.#write("change", price(change, this.#decimals, "exceptZero"));
-    this.#write("pct", percent == null ? UNKNOWN : `${price(percent, 2, "exceptZero")}%`);
-    this.#write("bid", price(bid, this.#decimals));
-    this.#write("ask", price(ask, this.#decimals));
-    this.#write("volume", quantity(row.volume));
-    this.#write("time", ts == null ? UNKNOWN : moment(ts));
-    this.#tag();
-    if (this.refusal) this.#refuse();
-    this.#cells.time.title = ts == null ? "" : fullDate.format(ts);
-    this.removeButton.setAttribute("aria-label", `Remove ${this.name}`);
-    this.element.dataset.move = change > 0 ? "up" : change < 0 ? "down" : "flat";
-    this.element.toggleAttribute("data-refused", this.refusal !== null);
-    this.element.toggleAttribute("data-empty", !row.name);
-    if (row === this.#shown || last == null) return;
-    for (const name of ["last", "bid", "ask"]) this.#flash(name, row[name]);
-    this.#trend.add(last, Date.now());
-    this.#shown = row;
-  }
-
-  #tag() {
-    const { status, phase } = this.row ?? {};
-    let tag = "";
-    if (this.row?.seq && (this.isStale || feedIsStale())) tag = "stale";
-    else if (status && status !== "trading") tag = status.replaceAll("_", " ");
-    else if (phase && phase !== "regular") tag = phase;
-    this.#write("tag", tag);
-    this.#cells.tag.hidden = !tag;
-    this.element.toggleAttribute("data-stale", tag === "stale");
-  }
-
-  #refuse() {
-    for (const name of ["last", "change", "pct", "bid", "ask", "volume", "time", "tag"]) this.#write(name, "");
-    this.#cells.tag.hidden = true;
-    this.#write("label", `Refused: ${this.refusal}`);
-  }
-
-  #write(name, text) {
-    if (this.#texts[name] === text) return;
-    this.#texts[name] = text;
-    this.#cells[name].textContent = text;
-  }
-
-  /** Flash a cell in the direction in which it went since its last flash. */
-  #flash(name, value) {
-    const before = this.#flashed[name];
-    const now = performance.now();
-    if (value == null || value === before?.value) return;
-    if (before && (!this.isNear || now - before.at < FLASH_EVERY_MS)) return;
-    this.#flashed[name] = { value, at: before ? now : -Infinity };
-    if (!before) return;
-    // Two names for one animation: the other one starts it again without a forced layout.
-    const cell = this.#cells[name];
-    const side = value > before.value ? "up" : "down";
-    cell.dataset.flash = cell.dataset.flash === `${side}-a` ? `${side}-b` : `${side}-a`;
-  }
-}
+const detail = new Detail({
+  pane: $("detail"),
+  dayOf: (code) => days.of(code),
+  onClose: () => close({ isAsked: true }),
+  onAdd: () => wish(detail.code),
+});
+const tabs = new Tabs({
+  nav: $("lists"),
+  dialog: $("naming"),
+  lists,
+  buttons: { create: $("new-list"), rename: $("rename-list"), delete: $("delete-list") },
+  onSelect: (place) => {
+    lists.select(place);
+    show();
+  },
+  onCreate: (name) => {
+    lists.create({ codes: [], name });
+    show();
+    $("code").focus();
+  },
+  onRename: (name) => {
+    lists.rename(name);
+    remember();
+  },
+  onDelete: () => {
+    const name = tabs.nameOf();
+    const undo = lists.delete();
+    show();
+    notify(t("listDeleted", { name }), { undo: () => (undo(), show()) });
+  },
+});
+const movers = new Movers({ strip: $("movers"), url: url("codes"), onOpen: open });
+const search = new Search({
+  input: $("code"),
+  list: $("found"),
+  count: $("found-count"),
+  url: url("codes"),
+  isListed: (code) => Boolean(table.find(code)),
+  onChoose: (code) => {
+    notify("");
+    wish(code);
+  },
+});
 
 // ---------------------------------------------------------------- the list
 
-const lines = new Map(); // spelling → Line, in the order on the page
-const lineOf = new WeakMap(); // element → Line
-const dirty = new Set(); // to be painted in the next frame
-const far = new Set(); // out of sight: to be painted with the next second
-
-const sight = new IntersectionObserver((entries) => {
-  for (const { target, isIntersecting } of entries) {
-    const line = lineOf.get(target);
-    line.isNear = isIntersecting;
-    if (far.delete(line)) touch(line);
-  }
-}, { rootMargin: "200px 0px" });
-
-function touch(line) {
-  if (!line.isNear) {
-    far.add(line);
-    return;
-  }
-  if (!dirty.size) requestAnimationFrame(paint);
-  dirty.add(line);
-}
-
-function touchAll() {
-  for (const line of lines.values()) touch(line);
-}
-
-function paint() {
-  paintAll(dirty);
-}
-
-function paintAll(set) {
-  const lines = [...set];
-  set.clear();
-  for (const line of lines) line.paint();
-}
-
-function add(spelling, isNew = false) {
-  const line = new Line(spelling, isNew);
-  lines.set(spelling, line);
-  $("lines").append(line.element);
-  lineOf.set(line.element, line);
-  sight.observe(line.element);
-  line.removeButton.addEventListener("click", () => {
-    const next = line.element.nextElementSibling ?? line.element.previousElementSibling;
-    remove(line);
-    remember();
-    (next?.querySelector("button") ?? $("code")).focus();
-  });
+function add(spelling, options) {
+  const line = table.add(spelling, options);
   quotes.subscribe(spelling, (row) => {
-    line.row = row;
-    rowsSeen++;
-    touch(line);
+    line.take(row, Date.now());
+    table.touch(line);
   });
+  return line;
 }
 
-function remove(line) {
+function drop(line) {
   quotes.unsubscribe(line.spelling);
-  lines.delete(line.spelling);
-  dirty.delete(line);
-  far.delete(line);
-  sight.unobserve(line.element);
-  line.element.remove();
+  return table.remove(line);
 }
 
-function point(line) {
-  line.element.scrollIntoView({ block: "nearest" });
-  line.element.animate?.([{ backgroundColor: "var(--accent-soft)" }, {}], 1200);
+/** What the user asks for: a new line, or a look at the one that is there. */
+function wish(spelling) {
+  const present = table.find(spelling);
+  if (present) {
+    notify(t("isOnList", { code: present.name }));
+    table.point(present);
+  } else if (table.size >= MOST_CODES) {
+    notify(t("full", { most: MOST_CODES }), { isError: true });
+  } else {
+    add(spelling, { isNew: true });
+    aim();
+    remember();
+  }
+}
+
+function dismiss(line) {
+  const next = table.neighbour(line) ?? table.neighbour(line, -1);
+  const place = drop(line);
+  aim();
+  remember({ isEdit: true });
+  (next?.removeButton ?? $("code")).focus();
+  const undo = () => {
+    if (!table.find(line.name)) add(line.name, { place: Math.min(place, table.size) });
+    aim();
+    remember({ isEdit: true });
+    table.find(line.name).openButton.focus();
+  };
+  notify(t("removed", { code: line.name }), { undo });
+}
+
+/** Put the lines of the list that is current on the page, in the place of those that are there. */
+function show() {
+  notify("");
+  for (const line of table.lines) drop(line);
+  for (const code of lists.current.codes) add(code);
+  aim();
+  remember();
 }
 
 /** Put the list into the address and, when the visitor has changed it, into the browser's storage. */
-function remember({ isEdit = true } = {}) {
-  const codes = [...lines.values()].map((line) => line.name);
-  const hash = codes.map(encodeURIComponent).join(",");
-  history.replaceState(null, "", hash ? `#${hash}` : location.pathname + location.search);
-  if (isEdit) store(LIST_KEY, JSON.stringify(codes));
-  $("empty").hidden = codes.length > 0;
-  showFigures();
+function remember({ isEdit = false } = {}) {
+  if (isEdit) lists.change(table.names);
+  const address = addressOf({ codes: table.names, name: lists.current.name, open: detail.code });
+  history.replaceState(null, "", address || location.pathname + location.search);
+  $("empty").hidden = table.size > 0;
+  $("shared").hidden = lists.place >= 0;
+  tabs.show();
+  summarize();
 }
 
-function listFromAddress() {
-  try {
-    return location.hash.slice(1).split(/[,\s]+/).map(decodeURIComponent).filter(Boolean);
-  } catch {
-    return []; // not a list of ours
-  }
-}
-
-function storedList() {
-  try {
-    return JSON.parse(localStorage.getItem(LIST_KEY)).map(String);
-  } catch {
-    return null; // nothing there, or storage is blocked
-  }
-}
-
-function store(key, text) {
-  try {
-    localStorage.setItem(key, text);
-  } catch {
-    // Storage is blocked or full: the address still holds the list.
-  }
-}
-
-function show(codes) {
-  notify("");
-  for (const line of [...lines.values()]) remove(line);
-  for (const code of new Set(codes.slice(0, MOST_CODES))) add(code);
-}
-
-// ---------------------------------------------------------------- connection state and figures
-
-let link = { state: "connecting" };
-let trouble = ""; // why the connection was lost, until it is back
-let feed = null; // ok, stale or down, as the last heartbeat said
-let feedHeardAt = null;
-let roundTrips = []; // of this connection, in ms
-let rowsSeen = 0;
-let figuresAt = performance.now();
-
-function feedIsStale() {
-  return link.state !== "open" || feed === "stale" || feed === "down";
-}
-
-function showState() {
-  const { state, retryAt } = link;
-  let text = trouble || "Connecting";
-  let tone = trouble ? "bad" : "wait";
-  let countdown = "";
-  if (state === "open") {
-    text = { ok: "Live", stale: "Connected, but the feed is stale", down: "Connected, but the feed is down" }[feed] ?? "Connected";
-    tone = { stale: "wait", down: "bad" }[feed] ?? "good";
-  } else if (state === "closed") {
-    tone = "bad";
-  } else if (state === "waiting") {
-    countdown = `next attempt in ${Math.max(0, Math.ceil((retryAt - Date.now()) / 1000))} s`;
-  } else if (trouble) {
-    countdown = "connecting…";
-  }
-  // The live region is written only when it has something new to say; the countdown stands outside.
-  if ($("state").textContent !== text) $("state").textContent = text;
-  $("countdown").textContent = countdown;
-  $("link").dataset.tone = tone;
-  $("retry").hidden = state !== "closed" && !trouble;
-  $("retry").textContent = state === "closed" ? "Connect" : "Try now";
-}
-
-function showFigures() {
-  const now = performance.now();
-  const rate = (rowsSeen * 1000) / Math.max(1, now - figuresAt);
-  const isOpen = link.state === "open";
-  if (now - figuresAt > 900) {
-    $("rate").textContent = isOpen ? `${whole.format(rate)}/s` : UNKNOWN;
-    rowsSeen = 0;
-    figuresAt = now;
-  }
-  $("feed-age").textContent = feedHeardAt === null ? UNKNOWN : duration(Date.now() - feedHeardAt);
-  if (!isOpen) $("latency").textContent = UNKNOWN;
-  const facts = [`${lines.size} ${lines.size === 1 ? "code" : "codes"}`];
-  if (quotes.merged) facts.push(`${whole.format(quotes.merged)} rows merged`);
+function summarize() {
+  const facts = [table.size === 1 ? t("oneCode") : t("codes", { count: whole(table.size) })];
+  if (quotes.merged) facts.push(t("merged", { count: whole(quotes.merged) }));
   if (quotes.hello) facts.push(`quotepush ${quotes.hello.server}`);
   $("summary").textContent = facts.join(" · ");
 }
 
-function sentence(word) {
-  return word.charAt(0).toUpperCase() + word.slice(1).replaceAll("_", " ");
-}
-
-function notify(text, isError = false) {
+function notify(text, { isError = false, undo = null } = {}) {
   $("notice").textContent = text;
   $("notice").toggleAttribute("data-error", isError);
+  $("undo").hidden = !undo;
+  $("undo").onclick = () => {
+    notify("");
+    undo();
+  };
   if (isError) $("code").setAttribute("aria-invalid", "true");
   else $("code").removeAttribute("aria-invalid");
 }
 
-// ---------------------------------------------------------------- wiring
+/** Say something that those who see the page see. */
+function hear(text) {
+  $("heard").textContent = text;
+}
 
-const quotes = connect(new URL(document.body.dataset.ws, document.baseURI));
+/** A code that was just typed goes away with a message; one that was on the list stays and says why. */
+function refuse(spelling, message) {
+  if (spelling === aimedAt) detail.refuse(message);
+  const line = table.get(spelling);
+  if (line?.isNew) {
+    drop(line);
+    notify(`${spelling}: ${message}`, { isError: true });
+    if (!$("code").value) $("code").value = spelling;
+    $("code").select();
+  } else if (line) {
+    line.refusal = message;
+    table.touch(line);
+  }
+}
+
+// ---------------------------------------------------------------- the details
+
+let aimedAt = null; // the spelling whose subscription has the wide view
+let opener = null; // gets the focus back
+
+function open(code) {
+  if (detail.code === null) opener = document.activeElement;
+  const line = table.find(code);
+  detail.open(line?.name ?? code, quotes.rows.get(line?.code ?? code));
+  lay(true);
+  aim();
+  remember();
+  detail.focus();
+}
+
+function close({ isAsked }) {
+  detail.close();
+  lay(false);
+  aim();
+  remember();
+  if (isAsked) (opener?.isConnected ? opener : $("code")).focus();
+}
+
+/** Make room for the details; where they lie over everything else, nothing else can be reached. */
+function lay(isOpen) {
+  root.toggleAttribute("data-detail", isOpen);
+  for (const part of document.querySelectorAll("[data-under]")) part.inert = isOpen && SHEET.matches;
+}
+
+/** Bring the wide view to the code that is open, by the spelling its line has, and take it from the one before. */
+function aim() {
+  const line = detail.code && table.find(detail.code);
+  const wanted = line?.spelling ?? detail.code;
+  if (aimedAt !== null && aimedAt !== wanted) {
+    if (table.get(aimedAt)) quotes.subscribe(aimedAt, USUAL);
+    else quotes.unsubscribe(aimedAt);
+  }
+  if (wanted !== null) quotes.subscribe(wanted, WIDE);
+  aimedAt = wanted;
+  table.mark(line);
+  place();
+}
+
+function place() {
+  if (detail.code === null) return;
+  const line = table.find(detail.code);
+  detail.setPlace({ isListed: Boolean(line), isStale: state.isFeedStale || line?.isStale === true });
+}
+
+/** A stream has one view for all its codes, so the book is asked for. */
+async function askForBook() {
+  const { code } = detail;
+  if (code === null || !state.isStream || document.hidden) return;
+  const where = url("quotes");
+  where.search = new URLSearchParams({ codes: code, fields: "bids,asks" });
+  try {
+    const answer = await fetch(where, { cache: "no-store", signal: AbortSignal.timeout(BOOK_EVERY_MS) });
+    const { quotes: [book] } = await answer.json();
+    if (code === detail.code) detail.takeBook(book);
+  } catch {
+    // Asked again soon.
+  }
+}
+
+// ---------------------------------------------------------------- what the server says
 
 quotes.on("state", (event) => {
-  link = event;
-  if (event.state === "open") {
-    trouble = "";
-    feed = null;
-    roundTrips = [];
-    quotes.ping();
-  } else if (event.reason) {
-    trouble = event.message ?? REASONS[event.reason] ?? sentence(event.reason);
-  }
-  showState();
-  touchAll();
+  state.takeLink(event);
+  movers.setConnected(state.isOpen);
+  if (state.isOpen) quotes.ping();
+  table.touchAll();
+  place();
 });
 
 quotes.on("heartbeat", (event) => {
-  const before = feed;
-  feed = event.feed;
-  if (event.feed_age_ms != null) feedHeardAt = Date.now() - event.feed_age_ms;
-  showState();
-  if (feed !== before) touchAll();
+  if (state.takeHeartbeat(event)) {
+    table.touchAll();
+    place();
+  }
   if (!document.hidden) quotes.ping();
 });
 
 quotes.on("row", (row) => {
-  if (row.prev == null) return; // a snapshot can be old
-  feedHeardAt = Date.now();
-  if (feed === "ok" || feed === "down") return; // only the server knows that a dead feed is back
-  feed = "ok";
-  showState();
-  touchAll();
-});
-
-quotes.on("pong", ({ rtt_ms }) => {
-  // The least of the newest few: the others also measure what this browser was busy with.
-  roundTrips = [...roundTrips.slice(-4), rtt_ms];
-  const ms = Math.min(...roundTrips);
-  $("latency").textContent = ms < 1 ? "< 1 ms" : `${Math.round(ms)} ms`;
-});
-
-quotes.on("status", ({ scope, state, codes }) => {
-  if (scope !== "codes") return;
-  for (const line of lines.values()) {
-    if (!codes.includes(line.code)) continue;
-    line.isStale = state === "stale";
-    touch(line);
+  if (state.takeRow(row)) {
+    table.touchAll();
+    place();
   }
+  days.take(row, Date.now());
+  if (row.code === detail.code) detail.take(row);
 });
 
-quotes.on("ack", ({ accepted = [], rejected = [] }) => {
+quotes.on("merged", (event) => state.takeMerged(event));
+
+quotes.on("pong", (event) => state.takePong(event));
+
+quotes.on("status", (event) => {
+  if (event.scope === "connection") state.takeStatus(event);
+  if (event.scope !== "codes") return;
+  for (const line of table.lines) {
+    if (!event.codes.includes(line.code)) continue;
+    line.isStale = event.state === "stale";
+    table.touch(line);
+  }
+  place();
+});
+
+quotes.on("ack", ({ action, accepted = [], rejected = [] }) => {
+  if (action !== "subscribe") return;
+  let isEdit = false;
   for (const { as, code } of accepted) {
-    const line = lines.get(as);
+    if (as === aimedAt && detail.code !== code) detail.rename(code);
+    const line = table.get(as);
     if (!line) continue;
-    const twin = [...lines.values()].find((other) => other !== line && other.code === code);
+    const twin = table.lines.find((other) => other !== line && other.code === code);
     if (twin) {
-      remove(line);
-      notify(`${as} is ${code}, which is already on the list.`);
-      point(twin);
+      drop(line);
+      notify(t("isTwin", { as, code }));
+      table.point(twin);
       continue;
     }
     line.code = code;
     line.refusal = null;
     if (line.isNew) {
-      notify(as.toUpperCase() === code ? `${code} added.` : `${as} added as ${code}.`);
-      point(line);
+      notify(as.toUpperCase() === code ? t("added", { code }) : t("addedAs", { as, code }));
+      table.point(line);
+      isEdit = true;
     }
-    touch(line);
+    line.isNew = false;
+    table.touch(line);
   }
-  for (const { as, message, error } of rejected) refuse(as, message ?? error);
-  const isEdit = [...lines.values()].some((line) => line.isNew && line.code);
-  for (const line of lines.values()) if (line.code) line.isNew = false;
+  for (const { as, message, error } of rejected) refuse(as, said(error, message));
+  aimAgain();
   remember({ isEdit });
 });
 
 quotes.on("error", ({ codes = [], message, error, retryable }) => {
   if (retryable) return; // asked again by itself
-  for (const code of codes) refuse(code, message ?? error);
-  remember({ isEdit: false });
-  if (!codes.length) notify(message ?? error, true);
+  for (const code of codes) refuse(code, said(error, message));
+  remember();
+  if (!codes.length) notify(said(error, message), { isError: true });
 });
 
-/** A code that was just typed goes away with a message; one that was on the list stays and says why. */
-function refuse(spelling, message) {
-  const line = lines.get(spelling);
-  if (!line) return;
-  if (line.isNew) {
-    remove(line);
-    notify(`${spelling}: ${message}`, true);
-    if (!$("code").value) $("code").value = spelling;
-    $("code").select();
-  } else {
-    line.refusal = message;
-    touch(line);
-  }
+/** Lines may be spelled otherwise, or be gone. */
+function aimAgain() {
+  const line = detail.code && table.find(detail.code);
+  if ((line?.spelling ?? detail.code) !== aimedAt) aim();
 }
+
+// ---------------------------------------------------------------- what the user does
 
 $("add").addEventListener("submit", (event) => {
   event.preventDefault();
   const spellings = $("code").value.split(/[\s,;，；、]+/).filter(Boolean);
   $("code").value = "";
+  search.close();
   notify("");
-  for (const spelling of spellings) {
-    const present = [...lines.values()].find((line) => line.is(spelling));
-    if (present) {
-      notify(`${present.name} is already on the list.`);
-      point(present);
-    } else {
-      add(spelling, true);
-    }
-  }
-  if (spellings.length) remember({ isEdit: false });
+  for (const spelling of spellings) wish(spelling);
 });
 
 $("code").addEventListener("input", () => notify(""));
 
 $("retry").addEventListener("click", () => quotes.reconnect());
 
-$("defaults").addEventListener("click", () => {
-  show(DEFAULT_LIST);
+$("keep").addEventListener("click", () => {
+  lists.change(table.names);
   remember();
+  $("lists").querySelector("[aria-current]").focus();
+});
+
+$("defaults").addEventListener("click", () => {
+  lists.change(DEFAULT_LIST);
+  show();
   $("code").focus();
 });
 
 $("colours").addEventListener("change", ({ target }) => {
   root.dataset.up = target.value;
-  store(COLOURS_KEY, target.value);
+  detail.restyle();
+  try {
+    localStorage.setItem(COLOURS_KEY, target.value);
+  } catch {
+    // Storage is blocked: the next visit has red up again.
+  }
+});
+
+$("language").addEventListener("change", ({ target }) => {
+  speak(target.value);
+  root.lang = locale();
+  document.title = t("title");
+  translate(document);
+  notify("");
+  for (const line of table.lines) line.paint();
+  table.tick();
+  state.paint();
+  state.tick();
+  movers.paint();
+  detail.restyle();
+  remember();
 });
 
 if (navigator.clipboard) {
   $("share").addEventListener("click", async () => {
     await navigator.clipboard.writeText(location.href);
-    $("share").textContent = "Copied";
-    setTimeout(() => ($("share").textContent = "Copy link"), 1500);
+    $("share").textContent = t("copied");
+    setTimeout(() => ($("share").textContent = t("share")), 1500);
   });
 } else {
   $("share").hidden = true; // only pages from https or localhost may write to the clipboard
 }
 
-addEventListener("hashchange", () => {
-  show(listFromAddress());
-  remember({ isEdit: false });
-});
-
 addEventListener("keydown", (event) => {
-  if (event.key !== "/" || event.target.matches("input") || event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (event.key === "Escape" && detail.code !== null && !event.defaultPrevented) close({ isAsked: true });
+  if (event.key !== "/" || event.target.matches("input")) return;
   event.preventDefault();
   $("code").focus();
 });
+
+addEventListener("hashchange", () => visit());
+
+addEventListener("storage", (event) => {
+  if (!lists.reload(event)) return;
+  if (lists.place < 0 || `${lists.current.codes}` === `${table.names}`) tabs.show();
+  else show();
+});
+
+addEventListener("pagehide", () => days.keep());
+
+document.addEventListener("visibilitychange", () => {
+  if (document.hidden) days.keep();
+});
+
+SHEET.addEventListener("change", () => lay(detail.code !== null));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => detail.restyle());
+
+// ---------------------------------------------------------------- start
+
+/** Show what the address says; without a list in it, the visitor's own. */
+function visit() {
+  const address = readAddress(location.hash);
+  if (address.codes.length) lists.visit(address);
+  show();
+  if (address.open) open(address.open);
+  else if (detail.code !== null) close({ isAsked: false });
+}
 
 try {
   const up = localStorage.getItem(COLOURS_KEY);
@@ -568,14 +460,13 @@ try {
 } catch {
   // Storage is blocked: red stays up.
 }
-
-const fromAddress = listFromAddress();
-show(fromAddress.length ? fromAddress : storedList() ?? DEFAULT_LIST);
-remember({ isEdit: false });
-showState();
-$("foot").hidden = false;
+$("language").value = currentLanguage();
+visit();
+state.paint();
+document.body.removeAttribute("data-wait");
 setInterval(() => {
-  paintAll(far);
-  showFigures();
-  if (link.state === "waiting") showState();
+  table.tick();
+  state.tick();
+  summarize();
 }, 1000);
+setInterval(askForBook, BOOK_EVERY_MS);

@@ -256,7 +256,7 @@ export interface Hello {
   conn_key: string;
   epoch: string;
   time: number;
-  auth: "none" | "required" | "ok";
+  auth: "none" | "required" | "optional" | "ok";
   heartbeat_ms: number;
   fields: string[];
   limits: {

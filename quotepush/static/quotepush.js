@@ -6,7 +6,7 @@ const OPEN_TIMEOUT_MS = 10_000;
 const MOMENT_MS = 5000; // to answer a GET, to be hidden, to get another token
 const PROBE_MS = 180_000;
 const PERMANENT = [4401, 4403, 4409];
-// A link is dead after this many checks without a message; four checks make one heartbeat.
+// A link without a message is dead after so many checks, four to a heartbeat.
 const SILENT_CHECKS = 10;
 const STREAM_CODES = 300; // the most of one stream
 const STREAM_EVENTS = ["hello", "ack", "snapshot", "tick", "heartbeat", "status", "message", "error"];
@@ -165,7 +165,8 @@ class Quotes {
     this.#pause();
     this.#renewal();
     for (const line of this.#lines.values()) line.awaits = "resume";
-    this.#isHeld = hello.auth === "required" && this.#env.token;
+    if (hello.auth === "ok") this.#isRefused = false;
+    this.#isHeld = /req|opt/.test(hello.auth) && this.#env.token;
     this.#link.opened(hello.heartbeat_ms);
     this.#renew(hello);
     if (this.#isHeld) this.#authenticate();
@@ -204,8 +205,8 @@ class Quotes {
     if (!line) return; // unsubscribed while it was on its way
     const { epoch, seq: from, awaits } = line;
     const { prev = from } = row; // some streams do not know
-    let merged = seq - prev - 1;
-    let reason = prev !== from && "chain"; // why rows before it are lost
+    let merged = seq - Math.max(prev, from) - 1;
+    let reason = prev > from && "chain"; // why rows before it are lost
     if (type === "snapshot") {
       merged = 0;
       line.epoch = row.epoch ?? this.hello.epoch;
@@ -367,6 +368,7 @@ class Link {
   #silence = 0; // checks since the last message
   #failures = 0;
   #mute = 0; // sockets in a row that never said hello
+  #why; // tells why it did not open
   #position; // in the stream
   #toldMs = 0; // how long the server asked us to stay away
 
@@ -382,6 +384,7 @@ class Link {
     this.#drop();
     this.#toldMs = 0;
     this.isStream = false;
+    this.#why = this.#url.replace(/^ws/, "http");
     const socket = this.#dial();
     socket.onmessage = ({ data }) => this.#hear(data);
     socket.onclose = ({ code, reason }) => this.lost(code, reason);
@@ -393,16 +396,17 @@ class Link {
     const query = await this.#owner.query();
     if (!query || this.state === "closed" || (this.#socket && !this.isStream)) return;
     const url = new URL(this.#url.replace(/^ws/, "http"));
-    url.pathname = url.pathname.replace(/[^/]*$/, "stream");
     query.last_event_id = this.#position;
     for (const name in query) if (query[name]) url.searchParams.set(name, query[name]);
+    this.#why = url.href;
+    url.pathname = url.pathname.replace(/[^/]*$/, "stream");
     this.#drop();
     this.isStream = true;
     const stream = new this.#env.EventSource(url.href);
     for (const type of STREAM_EVENTS) {
       stream.addEventListener(type, ({ data, lastEventId }) => {
         if (data) {
-          this.#position = lastEventId;
+          this.#position = lastEventId || this.#position; // known rows may come again
           this.#hear(data);
         } else if (stream.readyState === 2) this.lost(); // its own event, also named error
         else this.#report("connecting"); // it comes back by itself
@@ -456,44 +460,42 @@ class Link {
       return;
     }
     this.#wait(reason || (wasOpen ? "connection_lost" : "unreachable"), { code });
-    if (wasOpen || this.isStream) return;
-    this.#mute++;
-    this.#ask(this.#failures);
+    if (!wasOpen) this.#ask(this.#failures);
   }
 
   #wait(reason, details) {
     const { random, now } = this.#env;
-    // Full jitter: clients that lost one server together must not come back together.
+    // Full jitter: who lost one server together must not come back together.
     const delayMs = this.#toldMs + random() * Math.min(BACKOFF_MAX_MS, BACKOFF_MS * 2 ** this.#failures++);
     this.#retry(() => this.open(), delayMs);
     this.#report("waiting", { ...details, reason, attempt: this.#failures, retryAt: now() + delayMs });
   }
 
-  /** A browser does not show why a handshake failed; the same path answers a plain GET with it. */
+  /** A browser does not show why a handshake failed; a GET does. */
   async #ask(attempt) {
     const { fetch, EventSource } = this.#env;
     try {
-      const answer = await fetch(this.#url.replace(/^ws/, "http"), {
+      const answer = await fetch(this.#why, {
         cache: "no-store",
         signal: home.AbortSignal?.timeout?.(MOMENT_MS),
       });
       const { status } = answer;
       const { error: reason = `http_${status}`, message } = await answer.json().catch(() => ({}));
       if (this.state !== "waiting" || this.#failures !== attempt) return; // answered too late
-      if (status === 401 || status === 403) {
+      if ((status === 401 && !(this.isStream && this.#owner.mayRetry())) || status === 403) {
         this.#drop();
         this.#report("closed", { code: status, reason, message });
       } else if (status === 429 || status === 503) {
         this.#failures--; // the same attempt, with a better reason
         this.#toldMs = Number(answer.headers.get("Retry-After")) * 1000 || 0;
         this.#wait(reason, { code: status, message });
-      } else if (status === 426 && EventSource && this.#mute > 1) await this.stream();
+      } else if (status === 426 && EventSource && !this.isStream && ++this.#mute > 1) await this.stream();
     } catch {
-      // Nobody answers there either: go on waiting.
+      // Nobody answers there either.
     }
   }
 
-  /** Is the WebSocket still blocked? The stream goes on meanwhile. */
+  /** Is the WebSocket still blocked? */
   #probe() {
     const stream = this.#socket;
     const socket = this.#dial();
@@ -536,7 +538,7 @@ class Link {
     this.#retry();
     this.#watch();
     if (!this.#socket) return;
-    // Its own close event can come minutes later on a dead link.
+    // Its own close can come minutes later.
     this.#socket.onmessage = this.#socket.onclose = this.#socket.onerror = null;
     this.#socket.close();
     this.#socket = null;
@@ -570,13 +572,13 @@ function listen(target, event, fn) {
   return () => target?.removeEventListener?.(event, fn);
 }
 
-/** One listener's fault must not keep a row from the others. */
+/** One's fault must not keep a row from the others. */
 function tell(listeners, payload) {
   for (const fn of listeners ?? []) {
     try {
       fn(payload);
     } catch (error) {
-      Promise.reject(error); // shown as an unhandled rejection, like any other bug
+      Promise.reject(error); // shown like any other bug
     }
   }
 }

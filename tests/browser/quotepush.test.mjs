@@ -352,6 +352,37 @@ test("pauses grow from half a second to twenty, and each is spread over its whol
   assert.deepEqual([states.at(-1).state, states.at(-1).reason, states.at(-1).attempt], ["waiting", "unreachable", 9]);
 });
 
+/** A number that looks like chance, and is the same each time (mulberry32). */
+function chance(seed) {
+  return () => {
+    let t = (seed += 0x6d2b79f5);
+    t = Math.imul(t ^ (t >>> 15), t | 1);
+    t ^= t + Math.imul(t ^ (t >>> 7), t | 61);
+    return ((t ^ (t >>> 14)) >>> 0) / 2 ** 32;
+  };
+}
+
+for (const told of [0, 1000]) {
+  test(`a thousand clients that lose one server together come back spread evenly, told to wait ${told} ms or not`, () => {
+    const next = chance(1);
+    for (let n = 0; n < 1000; n++) {
+      open({ random: next });
+      newest().says(HELLO);
+      if (told) newest().says({ type: "status", scope: "connection", state: "closing", retry_after_ms: told });
+      newest().ends(told ? 1012 : 1006);
+    }
+    const tenths = Array(20).fill(0);
+    for (let tenth = 0; tenth < 20; tenth++) {
+      const before = sockets.length;
+      clock.advance(100);
+      tenths[tenth] = sockets.length - before;
+    }
+    const first = told / 100;
+    assert.deepEqual(tenths.filter((count, tenth) => count && (tenth < first || tenth >= first + 5)), []);
+    assert.ok(tenths.slice(first, first + 5).every((count) => count > 160 && count < 240), `${tenths}`);
+  });
+}
+
 test("a connection that lasted to a heartbeat starts the pauses over; a hello alone does not", () => {
   random = 1;
   open();
@@ -720,6 +751,15 @@ test("a token goes out before anything else, once it is there", async () => {
   assert.deepEqual(newest().sent.map(({ action, token, codes }) => [action, token ?? codes]), [["auth", "t1"], ["subscribe", ["A"]]]);
 });
 
+test("a token goes out also where it is not required", async () => {
+  for (const token of [() => "t1", undefined]) {
+    open({ token }).subscribe("A");
+    newest().says({ ...HELLO, auth: "optional" });
+    await settle();
+    assert.deepEqual(newest().sent.map(({ action }) => action), token ? ["auth", "subscribe"] : ["subscribe"]);
+  }
+});
+
 test("a server that wants no token is sent none", async () => {
   const quotes = open({ token: () => assert.fail("asked") });
   quotes.subscribe("A");
@@ -786,7 +826,7 @@ test("closing ends the tries for a token too", async () => {
 // ------------------------------------------------------------------ the reason of a failed open
 
 const answers = (status, headers = {}, body = {}) => async (url) => {
-  assert.equal(url, "http://quotes.test/ws");
+  assert.equal(url.split("?")[0], "http://quotes.test/ws");
   return { status, headers: { get: (name) => headers[name] ?? null }, json: async () => body };
 };
 
@@ -864,6 +904,81 @@ async function blocked() {
 }
 
 const stream = () => streams.at(-1);
+
+test("a server that comes back just as it is asked why is not taken for one whose WebSockets are blocked", async () => {
+  open({ EventSource: FakeStream }).subscribe("A");
+  await blocked();
+  await blocked(); // nobody answered these two
+  answer = answers(426);
+  await blocked();
+  assert.equal(streams.length, 0);
+});
+
+test("a position is kept until a row brings another, so a stream that is lost before goes on from it", async () => {
+  await streaming(["A"]);
+  stream().says(HELLO, "");
+  stream().says({ type: "snapshot", data: [] }, "7");
+  for (let lost = 0; lost < 2; lost++) {
+    stream().ends(true);
+    await blocked();
+    assert.equal(stream().query.last_event_id, "7");
+    stream().says(HELLO, "");
+  }
+});
+
+test("rows that come again behind an old position are no gap, and are not counted as merged twice", async () => {
+  const { server, told } = await atRowFour();
+  server.says({ type: "tick", data: [{ prev: 4, code: "A", seq: 7 }] });
+  server.says({ type: "tick", data: [{ prev: 4, code: "A", seq: 6 }, { prev: 6, code: "A", seq: 9 }] });
+  assert.deepEqual(told, [
+    { event: "merged", code: "A", count: 2 }, 7, { event: "merged", code: "A", count: 1 }, 9,
+  ]);
+});
+
+for (const [kind, tokens] of [["text", "t"], ["function", null]]) {
+  test(`a stream that is refused learns why, and is not tried for ever with a bad token: a ${kind}`, async () => {
+    const asked = [];
+    let count = 0;
+    await streaming(["A"], { token: tokens ?? (() => `t${++count}`) });
+    const refusal = answers(401, {}, { error: "auth_failed", message: "it has expired" });
+    answer = (url, ...more) => {
+      asked.push(url);
+      return (url.includes("token=") ? refusal : answers(426))(url, ...more);
+    };
+    stream().ends(true);
+    await settle();
+    if (!tokens) {
+      assert.equal(states.at(-1).state, "waiting");
+      await blocked();
+      assert.equal(stream().query.token, "t2");
+      stream().ends(true);
+      await settle();
+    }
+    assert.deepEqual(states.at(-1), { state: "closed", code: 401, reason: "auth_failed", message: "it has expired" });
+    assert.equal(new URL(asked.at(-1)).searchParams.get("token"), tokens ?? "t2");
+    assert.equal(clock.pending, 0);
+  });
+}
+
+test("a stream that a full server refuses keeps the pause that this asks for", async () => {
+  await streaming();
+  answer = answers(503, { "Retry-After": "7" }, { error: "overloaded" });
+  stream().ends(true);
+  await settle();
+  assert.equal(states.at(-1).reason, "overloaded");
+  assert.ok(states.at(-1).retryAt - clock.now >= 7000);
+});
+
+test("a token that was taken by a stream makes the next refusal a first one", async () => {
+  let count = 0;
+  await streaming(["A"], { token: () => `t${++count}` });
+  for (let ends = 0; ends < 3; ends++) {
+    stream().says({ ...HELLO, auth: "ok" });
+    stream().says({ type: "error", error: "auth_failed" });
+    assert.equal(states.at(-1).state, "waiting");
+    await blocked();
+  }
+});
 
 test("two sockets that never said hello are followed by a stream beside the WebSocket's path", async () => {
   const quotes = await streaming(["A", "B"]);

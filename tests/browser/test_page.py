@@ -1,120 +1,24 @@
 """The ticker page in a real Chromium, against the real server and a real Redis."""
 
-import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
-from urllib.parse import urlsplit
+from collections.abc import Awaitable, Callable
 
 import pytest
-import pytest_asyncio
-from playwright.async_api import Browser, Locator, Page, expect
+from playwright.async_api import expect
 
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
+from tests.support.ticker_page import PATIENCE_MS, Publish, Visit, Witness, add, cell, codes, expect_connected, line
 
 # One browser for all; each test has a context of its own in it, which shares nothing with the others'.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 AWAY = re.compile("cannot be reached|Connection lost|restarting|going away|stopped answering")
-# A reconnect may wait out a pause or two, a feed that is down is said by the next heartbeat.
-PATIENCE_MS = 30_000
-
-Publish = Callable[..., Awaitable[None]]
-Visit = Callable[..., Awaitable[Page]]
 
 
 @pytest.fixture
 async def quotepush_server(start_server: Callable[..., Awaitable[QuotepushServer]]) -> QuotepushServer:
     return await start_server(workers=1, heartbeat_ms=1000)
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def publish(redis_server: RedisServer) -> AsyncIterator[Publish]:
-    """``await publish("AAPL", last=1.5)``, as any program in any language would."""
-    async with redis_server.client() as redis:
-
-        async def publish(code: str, **tick: Any) -> None:
-            await redis.publish(f"quote.{code}", json.dumps(tick))
-
-        yield publish
-
-
-class Witness:
-    """What a page should not have done while nobody looked.
-
-    Attributes:
-        faults: console errors and uncaught exceptions, without those of failed connections.
-        failures: the console's lines about failed connections.
-        hosts: every ``host:port`` that was spoken to.
-    """
-
-    def __init__(self) -> None:
-        self.faults: list[str] = []
-        self.failures: list[str] = []
-        self.hosts: set[str] = set()
-
-    def watch(self, page: Page) -> None:
-        page.on("console", lambda message: self._hear(message.type, message.text))
-        page.on("pageerror", lambda error: self.faults.append(str(error)))
-        page.on("request", lambda request: self._note(request.url))
-        page.on("websocket", lambda socket: self._note(socket.url))
-
-    def _hear(self, kind: str, text: str) -> None:
-        if kind in ("error", "warning"):
-            # 426 and 503 are answers to the page's question why it could not connect: the server is back, or leaves.
-            marks = ("net::ERR", "WebSocket connection to", "a status of 426", "a status of 503")
-            is_network = any(mark in text for mark in marks)
-            (self.failures if is_network else self.faults).append(text)
-
-    def _note(self, url: str) -> None:
-        if not url.startswith(("data:", "blob:")):
-            self.hosts.add(urlsplit(url).netloc)
-
-
-@pytest.fixture
-def witness() -> Witness:
-    return Witness()
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def visit(browser: Browser, quotepush_server: QuotepushServer, witness: Witness) -> AsyncIterator[Visit]:
-    """``page = await visit("#AAPL")``: a connected page; options go to the browser context."""
-
-    async def visit(address: str = "", **context: Any) -> Page:
-        page = await (await browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **context})).new_page()
-        page.set_default_timeout(PATIENCE_MS)
-        witness.watch(page)
-        await page.goto(f"{quotepush_server.url}/{address}")
-        await expect_connected(page)
-        return page
-
-    yield visit
-    for context in browser.contexts:
-        await context.close()
-    assert witness.faults == []
-    assert witness.hosts <= {urlsplit(quotepush_server.url).netloc}
-
-
-async def expect_connected(page: Page) -> None:
-    await expect(page.locator("#state")).to_have_text(re.compile("^(Live|Connected)"), timeout=PATIENCE_MS)
-
-
-def line(page: Page, code: str) -> Locator:
-    return page.get_by_role("row").filter(has=page.get_by_role("rowheader", name=code, exact=True))
-
-
-def cell(page: Page, code: str, name: str) -> Locator:
-    return line(page, code).locator(f".{name}")
-
-
-async def add(page: Page, spelling: str) -> None:
-    await page.get_by_label("Add a code to the list").fill(spelling)
-    await page.keyboard.press("Enter")
-
-
-async def codes(page: Page) -> list[str]:
-    return await page.locator("tbody .code").all_inner_texts()
 
 
 async def test_added_code_shows_its_quote_and_every_change(visit: Visit, publish: Publish, witness: Witness) -> None:

@@ -131,7 +131,11 @@ async def test_with_few_files_the_door_is_shut_in_time_and_opens_for_each_who_le
         with pytest.raises(InvalidStatus):
             await connect(server.ws_url, proxy=None)
         await everybody_is_served(clients, redis_server, price)
-    assert await server.metric("connections_refused") >= 13
+
+    async def are_counted() -> bool:
+        return await server.metric("connections_refused", reason="overloaded") >= 13
+
+    await wait_until(are_counted)
     for client in clients:
         await client.close()
     assert "Traceback" not in server.log()

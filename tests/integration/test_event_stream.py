@@ -175,6 +175,18 @@ async def test_a_dead_worker_costs_a_stream_nothing(server: QuotepushServer, red
     await client.cut()
 
 
+async def test_each_stream_that_is_cut_is_come_back_to_at_another_moment(server: QuotepushServer) -> None:
+    clients = [EventClient(server.port, "A") for _ in range(12)]
+    for client in clients:
+        await client.open()
+        await client.until_said("hello")
+    pauses = [client.retry_ms for client in clients]
+    assert all(pause is not None and 500 <= pause < 4000 for pause in pauses)
+    assert len(set(pauses)) > 6
+    for client in clients:
+        await client.cut()
+
+
 async def test_a_restart_is_announced_and_the_stream_begins_anew(server: QuotepushServer, redis: Redis) -> None:
     client = EventClient(server.port, "A")
     await client.open()

@@ -632,7 +632,11 @@ async def test_beyond_the_connection_limit_the_door_is_shut_until_somebody_leave
             await connect(server.ws_url, proxy=None)
         assert refused.value.response.status_code == 503
         assert int(refused.value.response.headers["Retry-After"]) > 0
-        assert await server.metric("connections_refused") == 1
+
+        async def is_counted() -> bool:
+            return await server.metric("connections_refused", reason="overloaded") == 1
+
+        await wait_until(is_counted)
         # Browsers do not see that status: they ask once more without an upgrade.
         async with aiohttp.ClientSession() as http, http.get(server.url + "/ws") as response:
             assert response.status == 503

@@ -19,8 +19,8 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from quotepush import Publisher
 from tests.support.blocked_network import BlockedNetwork
+from tests.support.numbered_feed import NumberedFeed
 from tests.support.processes import worker_pid
 from tests.support.redis_server import RedisServer
 from tests.support.script_client import NODE_FLAGS, ScriptClient, node
@@ -40,44 +40,6 @@ QUICK = {"heartbeat_ms": 200, "probe_interval_s": 0.1, "probe_timeout_s": 0.5, "
 async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
     async with redis_server.client() as client:
         yield client
-
-
-class Feed:
-    """Numbered ticks of some codes, one after the other."""
-
-    def __init__(self, redis_url: str, *codes: str) -> None:
-        self._publisher = Publisher(redis_url)
-        self._codes = codes
-        self._task: asyncio.Task[None] | None = None
-        self.newest: dict[str, int] = {}
-
-    async def __aenter__(self) -> "Feed":
-        await self._tick()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.stop()
-        await self._publisher.aclose()
-
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
-
-    async def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            self._task = None
-        await self._tick()  # whatever was under way is answered before
-
-    async def _run(self) -> None:
-        while True:
-            await asyncio.shield(self._tick())
-            await asyncio.sleep(0.005)
-
-    async def _tick(self) -> None:
-        seqs = await self._publisher.publish([{"code": code, "last": time.time()} for code in self._codes])
-        self.newest = dict(zip(self._codes, seqs, strict=True))
 
 
 def is_whole(seqs: list[int], newest: int) -> bool:
@@ -106,7 +68,7 @@ async def test_other_fields_are_shown_at_once_and_another_rate_makes_no_hole(
     start_server: StartServer, redis_server: RedisServer
 ) -> None:
     server = await start_server(workers=1, **QUICK)
-    async with Feed(redis_server.url, "AAPL") as feed, ScriptClient(server.ws_url) as client:
+    async with NumberedFeed(redis_server.url, "AAPL") as feed, ScriptClient(server.ws_url) as client:
         await client.subscribe("AAPL", fields=["last"])
         await client.until(lambda: client.seqs("AAPL"))
         await client.subscribe("AAPL", fields=["name", "ts"])
@@ -136,7 +98,7 @@ async def test_every_row_is_seen_once_although_worker_and_server_are_killed(
 ) -> None:
     server = await start_server(workers=1, **QUICK)
     codes = ["AAPL", "MSFT", "600519.SH"]
-    async with Feed(redis_server.url, *codes) as feed, ScriptClient(server.ws_url) as client:
+    async with NumberedFeed(redis_server.url, *codes) as feed, ScriptClient(server.ws_url) as client:
         feed.start()
         await client.subscribe("AAPL", "MSFT", "sh600519")
         for way in ("worker", "server", "worker", "restart"):
@@ -166,14 +128,14 @@ async def test_what_could_not_be_replayed_is_told_as_a_gap(
     start_server: StartServer, redis_server: RedisServer
 ) -> None:
     server = await start_server(workers=1, **QUICK)
-    async with Feed(redis_server.url, "AAPL", "MSFT") as feed, ScriptClient(server.ws_url) as client:
+    async with NumberedFeed(redis_server.url, "AAPL", "MSFT") as feed, ScriptClient(server.ws_url) as client:
         await client.subscribe("AAPL", max_rate=100)  # who asks for a rate is not replayed to
         await client.subscribe("MSFT")
         await client.until(lambda: client.seqs("AAPL") and client.seqs("MSFT"))
         known = client.seqs("AAPL")[-1]
         await server.stop()
         for _ in range(5):
-            await feed._tick()
+            await feed.tick()
         await server.start()
         newest = feed.newest["AAPL"]
         await client.until(lambda: client.seqs("AAPL")[-1] == newest and is_whole(client.seqs("MSFT"), newest))
@@ -185,7 +147,7 @@ async def test_what_the_server_itself_has_lost_is_told_as_a_gap(
     start_server: StartServer, redis_server: RedisServer, redis: Redis
 ) -> None:
     server = await start_server(workers=1, **QUICK)
-    async with Feed(redis_server.url, "AAPL") as feed, ScriptClient(server.ws_url) as client:
+    async with NumberedFeed(redis_server.url, "AAPL") as feed, ScriptClient(server.ws_url) as client:
         await client.subscribe("AAPL")
         feed.start()
         deadline = time.monotonic() + 30
@@ -232,7 +194,10 @@ async def test_a_hidden_tab_is_sent_less_and_all_again_without_a_hole_when_it_is
     start_server: StartServer, redis_server: RedisServer
 ) -> None:
     server = await start_server(workers=1, **QUICK)
-    async with Feed(redis_server.url, "AAPL", "MSFT") as feed, ScriptClient(server.ws_url, hiddenRate=4) as client:
+    async with (
+        NumberedFeed(redis_server.url, "AAPL", "MSFT") as feed,
+        ScriptClient(server.ws_url, hiddenRate=4) as client,
+    ):
         await client.subscribe("AAPL", fields=["last"])
         await client.subscribe("MSFT", max_rate=2)
         feed.start()
@@ -328,7 +293,7 @@ async def test_rows_come_by_a_stream_where_websockets_are_blocked(
 ) -> None:
     server = await start_server(workers=1, **QUICK)
     async with (
-        Feed(redis_server.url, "AAPL", "MSFT") as feed,
+        NumberedFeed(redis_server.url, "AAPL", "MSFT") as feed,
         BlockedNetwork(server.url) as network,
         ScriptClient(network.url + "/ws") as client,
     ):
@@ -364,7 +329,7 @@ async def test_the_websocket_is_taken_again_when_it_is_not_blocked_any_more(
 ) -> None:
     server = await start_server(workers=1, **QUICK)
     async with (
-        Feed(redis_server.url, "AAPL") as feed,
+        NumberedFeed(redis_server.url, "AAPL") as feed,
         BlockedNetwork(server.url) as network,
         ScriptClient(network.url + "/ws") as client,
     ):

@@ -61,7 +61,7 @@ async def calling(redis: Redis, node: str = "test", prefix: str = "qp:") -> Asyn
 
         async def hear() -> None:
             async for message in pubsub.listen():
-                reply = json.loads(message["data"])
+                reply = {"delivered": 0, "fds": [], **json.loads(message["data"])}
                 caller.replies[reply["id"]] = reply
 
         task = asyncio.create_task(hear())

@@ -2,12 +2,17 @@
 
 import asyncio
 import contextlib
+import socket
+import struct
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 from tests.support.waiting import wait_until
 
 __all__ = ["Door", "door_to"]
+
+_RESET = struct.pack("ii", 1, 0)  # linger for no time: what is unsent is thrown away, and the peer gets RST
+_REFUSAL = b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class _HasPort(Protocol):
@@ -22,6 +27,7 @@ class Door:
         url: its own.
         swallows: how many more answers are lost: the request goes through, then the link is cut before its answer.
         piece_bytes: answers go through in pieces of at most so many bytes, a millisecond apart; 0: at once.
+        refuses_upgrades: as a proxy does that knows HTTP and no WebSocket.
         passing: the connections that are open.
         passed: how many there have been.
     """
@@ -29,11 +35,13 @@ class Door:
     def __init__(self, server: _HasPort) -> None:
         self._server = server
         self._is_shut = False
-        self._flows = asyncio.Event()
-        self._flows.set()
+        self._requests_flow = asyncio.Event()
+        self._answers_flow = asyncio.Event()
+        self.flow()
         self._writers: set[asyncio.StreamWriter] = set()
         self.swallows = 0
         self.piece_bytes = 0
+        self.refuses_upgrades = False
         self.url = ""
         self.passing: set[asyncio.Task[Any]] = set()
         self.passed = 0
@@ -46,17 +54,27 @@ class Door:
     def open(self) -> None:
         self._is_shut = False
 
-    def cut(self) -> None:
-        """Cut every connection that is open."""
+    def cut(self, *, reset: bool = False) -> None:
+        """Cut every connection that is open; with ``reset`` the client sees a reset and not the end of the stream."""
         for writer in self._writers:
+            if reset:
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             writer.transport.abort()
 
-    def stall(self) -> None:
-        """Hold everything on its way, without a word to either side, until :meth:`flow`."""
-        self._flows.clear()
+    def stall(self, way: str = "both") -> None:
+        """Hold what is on its way, without a word to either side, until :meth:`flow`.
+
+        Args:
+            way: ``requests``, ``answers`` or ``both``.
+        """
+        if way != "answers":
+            self._requests_flow.clear()
+        if way != "requests":
+            self._answers_flow.clear()
 
     def flow(self) -> None:
-        self._flows.set()
+        self._requests_flow.set()
+        self._answers_flow.set()
 
     async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         passing = asyncio.current_task()
@@ -88,7 +106,11 @@ class Door:
     ) -> None:
         async def requests() -> None:
             while data := await reader.read(65_536):
-                await self._flows.wait()
+                await self._requests_flow.wait()
+                if self.refuses_upgrades and b"\r\nupgrade: websocket" in data.lower():
+                    writer.write(_REFUSAL)
+                    await writer.drain()
+                    return
                 to_writer.write(data)
                 await to_writer.drain()
 
@@ -98,7 +120,7 @@ class Door:
                     self.swallows -= 1
                     return
                 while data:
-                    await self._flows.wait()
+                    await self._answers_flow.wait()
                     piece = data[: self.piece_bytes or len(data)]
                     data = data[len(piece) :]
                     writer.write(piece)

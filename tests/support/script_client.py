@@ -39,7 +39,8 @@ class ScriptClient:
         url: of the server.
         token: a text, or a function that is called whenever the client asks for one; None of it: the client's
             function fails.
-        options: of ``connect()``; ``without`` names what this place does not have, e.g. ``["fetch"]``.
+        options: of ``connect()``; ``without`` names what this place does not have, e.g. ``["fetch"]``, and ``hurry``
+            is by how much its pauses are shorter.
 
     Attributes:
         events: name and payload of every event, in order.

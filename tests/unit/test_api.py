@@ -25,7 +25,7 @@ TOKEN = "sixteen-letters!"
 @asynccontextmanager
 async def api(backend: Backend, **options: Any) -> AsyncIterator[aiohttp.ClientSession]:
     """The application on a port of its own; yields a session that shows the token."""
-    app = make_admin_app(lambda: ([], {}), lambda: {}, 1_000)
+    app = make_admin_app(lambda: ([], {}), dict, 1_000)
     add_api(app, backend, TOKEN, "1.2.3", **options)
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
@@ -64,7 +64,7 @@ async def test_wrong_tokens_are_logged_once_a_minute(
 ) -> None:
     clock = ManualClock()
     caplog.set_level(logging.WARNING)
-    async with Backend(redis_server.url) as backend, api(backend, clock=clock.monotonic) as http:
+    async with Backend(redis_server.url) as backend, api(backend, clock=clock.clock.now_s) as http:
         for _ in range(3):
             async with http.get(f"{PREFIX}/stats", headers={"Authorization": "Bearer guess"}) as response:
                 assert response.status == 401

@@ -41,6 +41,7 @@ TO_WORKER = [
     bus.Found(7, None),
     bus.Freshness(["A"], ["B", "C"]),
     bus.PlacesGranted(6),
+    bus.PlacesGranted(0, ["", "overloaded"]),
     bus.Feed("ok", 1_721_872_800_123, "e1"),
     bus.Lend(1, True),
     bus.Order(9, b'{"op":"poke"}'),
@@ -64,6 +65,8 @@ TO_MAIN = [
     bus.UsersCame(["u1", "u2"], [("u1", 2, True)]),
     bus.ClientSend(3, b'{"op":"send"}'),
     bus.Happened([b"{}", b"{}"]),
+    bus.PlacesWanted(0, 0, ["192.0.2.1", ""]),
+    bus.PlacesBack(0, ["192.0.2.1"]),
     bus.Figures({"connections": 3, "connections_closed": {"closed": 2}, "lag": 0.5}),
 ]
 

@@ -418,7 +418,8 @@ def test_a_token_that_cannot_be_one_is_told_at_once_and_not_repeated(token: str)
     assert "secret" not in str(wrong.value)
 
 
-async def test_a_token_that_was_lost_on_the_way_is_sent_before_anything_else() -> None:
+@pytest.mark.parametrize("auth", ["required", "optional"])
+async def test_a_token_that_was_lost_on_the_way_is_sent_before_anything_else(auth: str) -> None:
     said: list[dict[str, Any]] = []
 
     async def answer(socket: web.WebSocketResponse, request: dict[str, Any]) -> None:
@@ -426,7 +427,7 @@ async def test_a_token_that_was_lost_on_the_way_is_sent_before_anything_else() -
         accepted = [{"code": "A", "as": "A"}]
         await socket.send_json({"type": "ack", "id": request["id"], "action": request["action"], "accepted": accepted})
 
-    async with peer(greeting({**_HELLO, "auth": "required"}, answer)) as url, QuoteClient(url, token="a.b.c") as quotes:
+    async with peer(greeting({**_HELLO, "auth": auth}, answer)) as url, QuoteClient(url, token="a.b.c") as quotes:
         assert (await quotes.subscribe("A")).codes == ("A",)
     assert [(request["action"], request.get("token")) for request in said] == [("auth", "a.b.c"), ("subscribe", None)]
 

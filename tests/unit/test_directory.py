@@ -19,7 +19,7 @@ NOW_MS = 1_800_000_000_000
 class Bench:
     def __init__(self, *unknown: str) -> None:
         self.board = Board(epoch="e", days=TradingDays({}), watched=set())
-        self.directory = Directory(self.board, lambda code: code not in unknown)
+        self.directory = Directory(self.board.quotes, lambda code: code not in unknown)
 
     def tick(self, code: str, **fields: Any) -> None:
         self.board.apply(code, orjson.dumps(fields), NOW_MS)

@@ -10,9 +10,7 @@ import shlex
 import shutil
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,64 +26,27 @@ from quotepush.quote.code import parse_code
 from quotepush.quote.tick import KNOWN_FIELDS
 from quotepush.wire.formats import JSON
 from quotepush.wire.messages import CLOSE_CODES
+from tests.support.examples import ROOT, Block, blocks_of, name_of, running
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
 from tests.support.waiting import wait_until
 
-ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 CHINESE = ROOT / "README.zh-CN.md"
 PROTOCOL = ROOT / "docs" / "protocol.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 BACKENDS = ROOT / "docs" / "backends.md"
 SETTINGS = ROOT / "docs" / "settings.md"
-TRIED = [README, PROTOCOL, OPERATIONS]  # their commands run on a server as it is
-WRITTEN = [*TRIED, BACKENDS]  # by hand and about what the code does; settings.md is generated
+CLIENTS = ROOT / "docs" / "clients.md"
+WRITTEN = [README, PROTOCOL, OPERATIONS]  # by hand and about what the code does; settings.md is generated
+WORDED = [*WRITTEN, CLIENTS, BACKENDS]  # their examples have tests of their own
 ALL = sorted({README, CHINESE, *(ROOT / "docs").glob("*.md")})
 
 # Words in code spans that belong to other programs.
 FOREIGN = {"proxy_read_timeout", "proxy_buffering", "worker_shutdown_timeout", "stream_close_delay"}
 
 
-def name_of(path: Path) -> str:
-    return str(path.relative_to(ROOT))
-
-
 # --- reading Markdown -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block: its language, the further words after it, its text."""
-
-    path: Path
-    line: int
-    language: str
-    tags: tuple[str, ...]
-    text: str
-
-    def __str__(self) -> str:
-        return f"{name_of(self.path)}:{self.line}"
-
-
-@cache
-def blocks_of(path: Path) -> tuple[Block, ...]:
-    found: list[Block] = []
-    fence: re.Match[str] | None = None
-    lines: list[str] = []
-    began = 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        match = re.match(r"( *)```(.*)$", line)
-        if fence is None and match:
-            fence, lines, began = match, [], number
-        elif fence is not None and match:
-            words = fence[2].split() or [""]
-            found.append(Block(path, began, words[0], tuple(words[1:]), "\n".join(lines)))
-            fence = None
-        elif fence is not None:
-            lines.append(line.removeprefix(fence[1]))
-    assert fence is None, f"{name_of(path)}:{began}: a fence that is not closed"
-    return tuple(found)
 
 
 @cache
@@ -235,7 +196,7 @@ def test_every_link_inside_the_project_leads_somewhere(path: Path) -> None:
 # --- every word is one of the code's --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
+@pytest.mark.parametrize("path", WORDED, ids=name_of)
 def test_every_setting_and_word_of_the_wire_exists_in_the_code(path: Path) -> None:
     known = words_in_code() | FOREIGN | metric_names().keys() | set(dir(Backend))
     for span in spans_of(path):
@@ -244,7 +205,7 @@ def test_every_setting_and_word_of_the_wire_exists_in_the_code(path: Path) -> No
             assert word in known, f"{name_of(path)} speaks of `{word}`, which is nowhere in the code"
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
+@pytest.mark.parametrize("path", WORDED, ids=name_of)
 def test_every_flag_and_variable_exists(path: Path) -> None:
     flags = flags_of(feed_command()).union(*(flags_of(command) for command in cli.commands.values()))
     names = settings.Settings.__dataclass_fields__.keys()
@@ -258,7 +219,7 @@ def test_every_flag_and_variable_exists(path: Path) -> None:
             assert span in variables, f"{name_of(path)} speaks of {span}, which nothing reads"
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
+@pytest.mark.parametrize("path", WORDED, ids=name_of)
 def test_every_default_in_brackets_is_the_default(path: Path) -> None:
     seconds = {"s": 1, "h": 3600, "days": 86_400}
     defaults = settings.Settings.__dataclass_fields__
@@ -298,6 +259,8 @@ def test_the_table_of_spellings_is_right() -> None:
 def test_the_table_of_errors_is_complete() -> None:
     sources = [*trees("wire"), *trees("push"), *trees("node")]
     said = {constant(call.args[0], str) for call in calls(sources, "PeerError", "RequestError") if call.args}
+    answers = [word.value for call in calls(sources, "Sent") for word in call.keywords if word.arg == "error"]
+    said |= {constant(answer, str) for answer in answers}  # what main says to a client's message
     for node in (node for tree in sources for node in ast.walk(tree)):
         if isinstance(node, ast.Dict):
             keys = [constant(key, str) for key in node.keys]
@@ -396,7 +359,7 @@ async def test_the_conversation_happens_as_written(
 def test_the_chinese_readme_says_what_the_english_one_says() -> None:
     def frame_of(path: Path) -> tuple[list[str], int, list[str], list[str]]:
         """What both have alike: examples, sections, links and words in code spans."""
-        links = re.findall(r"\]\(([^)\s]+)\)", prose_of(path))
+        links = re.findall(r"\]\(([^)\s]+)\)", prose_of(path).replace("-zh.png)", ".png)"))  # the page in its language
         return (
             [block.text for block in blocks_of(path)],
             len(list(sections_of(path))),
@@ -416,19 +379,6 @@ def examples(language: str) -> list[Block]:
 
 
 PUBLISHERS = [block for path in (README, PROTOCOL) for block in blocks_of(path) if "Publisher(" in block.text]
-
-
-@asynccontextmanager
-async def running(program: str, *arguments: str) -> AsyncIterator[asyncio.StreamReader]:
-    """A program of the reader's; yields what it prints."""
-    process = await asyncio.create_subprocess_exec(program, *arguments, stdin=DEVNULL, stdout=PIPE)
-    assert process.stdout is not None
-    try:
-        yield process.stdout
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
 
 
 async def watch_prices(output: asyncio.StreamReader, redis_server: RedisServer) -> None:
@@ -546,7 +496,7 @@ def is_here(program: str) -> bool:
     return program in ("python", "quotepush") or shutil.which(program) is not None
 
 
-@pytest.mark.parametrize("path", TRIED, ids=name_of)
+@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
 async def test_the_commands_work_as_written(
     path: Path, start_server: Callable[..., Any], redis_server: RedisServer, tmp_path: Path
 ) -> None:

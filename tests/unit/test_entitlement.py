@@ -17,7 +17,6 @@ from quotepush.entitlement import (
     MaySend,
     codes_of,
     entitlement_of,
-    unserved,
 )
 from quotepush.quote.code import parse_code
 
@@ -168,8 +167,3 @@ def test_who_may_send_to_whom() -> None:
     assert [m.to_group("g") for m in (nobody, anybody, some)] == [False, True, True]
     assert [m.to_group("h") for m in (nobody, anybody, some)] == [False, True, False]
     assert [entitlement_of({"may_send": {"users": u}}).may_send.to_user("b") for u in (False, [])] == [False, False]
-
-
-def test_delayed_quotes_are_not_served_as_live_ones() -> None:
-    assert "delay_s" in unserved(Entitlement(delay_s=900))
-    assert unserved(UNLIMITED) == ""

@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from quotepush.node.places import SPARE_PLACES, Places
+from quotepush.node.allotment import Allotment
+from quotepush.node.places import SPARE_PLACES, Places, PlacesByAddress
 
 
 class FakeMain:
@@ -35,9 +36,9 @@ async def test_the_first_connection_waits_for_main_and_the_next_ones_do_not() ->
     await asyncio.sleep(0)
     assert not first.done()
     main.answer()
-    assert await first is True
+    assert await first == ""
     for _ in range(SPARE_PLACES // 2):
-        assert await main.places.take() is True
+        assert await main.places.take() == ""
     assert main.questions == []
 
 
@@ -58,7 +59,7 @@ async def test_a_full_machine_refuses_exactly_those_who_find_no_place() -> None:
     await asyncio.sleep(0)
     while main.questions:
         main.answer()
-    assert await asyncio.gather(*tasks) == [True, True, True, False, False]
+    assert await asyncio.gather(*tasks) == ["", "", "", "overloaded", "overloaded"]
 
 
 async def test_on_a_full_machine_a_place_goes_back_at_once_so_that_another_worker_can_give_it_away() -> None:
@@ -67,13 +68,13 @@ async def test_on_a_full_machine_a_place_goes_back_at_once_so_that_another_worke
     await asyncio.sleep(0)
     while main.questions:
         main.answer()
-    assert all(await asyncio.gather(*tasks))
+    assert not any(await asyncio.gather(*tasks))
     main.places.leave()
     assert main.granted == 2
     again = asyncio.ensure_future(main.places.take())
     await asyncio.sleep(0)
     main.answer()
-    assert await again is True
+    assert await again == ""
 
 
 async def test_a_client_that_gives_up_while_main_is_asked_leaves_its_place_to_another() -> None:
@@ -84,7 +85,7 @@ async def test_a_client_that_gives_up_while_main_is_asked_leaves_its_place_to_an
     with pytest.raises(asyncio.CancelledError):
         await impatient
     main.answer()
-    assert await main.places.take() is True
+    assert await main.places.take() == ""
 
 
 async def test_spare_places_that_nobody_needs_go_back_within_two_rounds() -> None:
@@ -105,7 +106,7 @@ async def test_many_leaving_at_once_give_their_places_back() -> None:
         await asyncio.sleep(0)
         while main.questions:
             main.answer()
-        assert await task
+        assert await task == ""
     for _ in range(500):
         main.places.leave()
     assert main.granted <= 2 * SPARE_PLACES
@@ -118,7 +119,7 @@ async def test_whatever_happens_main_counts_at_least_the_open_connections_and_ne
     rng = random.Random(seed)
     main = FakeMain(rng.choice([1, 5, 200]))
     is_open = 0
-    waiting: list[asyncio.Future[bool]] = []
+    waiting: list[asyncio.Future[str]] = []
     for _ in range(600):
         step = rng.random()
         if step < 0.4:
@@ -133,17 +134,17 @@ async def test_whatever_happens_main_counts_at_least_the_open_connections_and_ne
         elif main.questions:
             main.answer()
         await asyncio.sleep(0)
-        still: list[asyncio.Future[bool]] = []
+        still: list[asyncio.Future[str]] = []
         for task in waiting:
             if not task.done():
                 still.append(task)
-            elif not task.cancelled() and task.result():
+            elif not task.cancelled() and not task.result():
                 is_open += 1
         waiting = still
         assert is_open <= main.granted <= main.limit
     while main.questions:
         main.answer()
-    is_open += sum(await asyncio.gather(*waiting))
+    is_open += (await asyncio.gather(*waiting)).count("")
     for _ in range(is_open):
         main.places.leave()
     for _ in range(2):
@@ -158,5 +159,77 @@ async def test_a_storm_puts_one_question_for_all_who_wait() -> None:
     while main.questions:
         main.answer()
         await asyncio.sleep(0)
-    assert all(await asyncio.gather(*tasks))
+    assert not any(await asyncio.gather(*tasks))
     assert main.granted <= 300 + 2 * SPARE_PLACES
+
+
+# Places that are counted by address
+
+
+class CountingMain:
+    """Counts like the supervisor where addresses are counted; answers when a test says so."""
+
+    def __init__(self, most: int, each: int) -> None:
+        self.allotment = Allotment(1, most, each)
+        self.questions: list[list[str]] = []
+        self.places = PlacesByAddress(self.questions.append, lambda back: self.allotment.give_back(0, 0, back))
+
+    def answer(self) -> None:
+        self.places.granted(0, self.allotment.seat(0, self.questions.pop(0)))
+
+
+async def test_each_address_is_asked_for_and_hears_its_own_word() -> None:
+    main = CountingMain(3, 2)
+    tasks = [asyncio.ensure_future(main.places.take(address)) for address in ("a", "b", "a", "a", "b")]
+    await asyncio.sleep(0)
+    while main.questions:
+        main.answer()
+    assert await asyncio.gather(*tasks) == ["", "", "", "too_many_connections", "overloaded"]
+    main.places.leave("a")
+    again = asyncio.ensure_future(main.places.take("a"))
+    await asyncio.sleep(0)
+    main.answer()
+    assert await again == ""
+
+
+async def test_a_storm_of_addresses_is_two_questions() -> None:
+    main = CountingMain(1000, 0)
+    tasks = [asyncio.ensure_future(main.places.take(f"a{n}")) for n in range(300)]
+    await asyncio.sleep(0)
+    assert [len(question) for question in main.questions] == [1]
+    main.answer()
+    assert [len(question) for question in main.questions] == [299]
+    main.answer()
+    assert set(await asyncio.gather(*tasks)) == {""}
+    assert main.places.settle() == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_whatever_happens_main_counts_the_open_connections_of_each_address(seed: int) -> None:
+    rng = random.Random(seed)
+    main = CountingMain(rng.choice([2, 20]), rng.choice([1, 3]))
+    is_open: list[str] = []
+    waiting: list[tuple[str, asyncio.Future[str]]] = []
+    for _ in range(500):
+        step = rng.random()
+        if step < 0.4:
+            address = rng.choice("abcdefgh")
+            waiting.append((address, asyncio.ensure_future(main.places.take(address))))
+        elif step < 0.6 and is_open:
+            main.places.leave(is_open.pop(rng.randrange(len(is_open))))
+        elif step < 0.7 and waiting:
+            rng.choice(waiting)[1].cancel()
+        elif main.questions:
+            main.answer()
+        await asyncio.sleep(0)
+        for address, task in [entry for entry in waiting if entry[1].done()]:
+            waiting.remove((address, task))
+            if not task.cancelled() and not task.result():
+                is_open.append(address)
+        assert len(is_open) <= main.allotment.held(0) <= main.allotment.most
+    while main.questions:
+        main.answer()
+        await asyncio.sleep(0)
+    said = await asyncio.gather(*(task for _, task in waiting), return_exceptions=True)
+    is_open += [address for (address, _), word in zip(waiting, said, strict=True) if word == ""]
+    assert (main.allotment.held(0), main.allotment.addresses) == (len(is_open), len(set(is_open)))

@@ -14,6 +14,7 @@ from quotepush.entitlement import Codes, Entitlement
 from quotepush.push.desk import Answer, Desk, Limits
 from quotepush.push.gate import Gate
 from quotepush.push.queries import Queries
+from quotepush.push.refusals import Refusals
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.settings import load
 from quotepush.token_keys import parse_key_set, secret_key
@@ -25,6 +26,7 @@ ROW = b'{"code":"A","seq":7,"ts":1,"last":2.5,"volume":9}'
 class Bench:
     def __init__(self, key: str) -> None:
         self.is_answering = True
+        self.refusals = Refusals()
         self.asked: list[tuple[Any, ...]] = []
         self.found: bytes | None = b"[]"
         self.http: aiohttp.ClientSession
@@ -57,7 +59,7 @@ class Bench:
 @asynccontextmanager
 async def bench(key: str = "", **flags: Any) -> AsyncIterator[Bench]:
     found = Bench(key)
-    queries = Queries(Gate(load(env={}, flags=flags), found.desk), found.desk)
+    queries = Queries(Gate(load(env={}, flags=flags), found.desk, found.refusals), found.desk)
     app = web.Application()
     app.router.add_get("/quotes", queries.quotes)
     app.router.add_get("/codes", queries.codes)

@@ -114,12 +114,54 @@ def test_no_rate_is_above_that_of_the_token(asked: float | None, served: float) 
     assert only(link)["subscriptions"][0]["max_rate"] == served
 
 
-def test_a_delay_is_refused_and_not_served_live() -> None:
+def test_a_delay_that_is_none_of_the_servers_is_refused() -> None:
+    c = counter()
+    session, link = c.open()
+    say(session, action="auth", token=token(sub="ann", delay_s=901))
+    assert "delay_s" in only(link)["message"]
+    assert link.closes == [(CLOSE_CODES["auth_failed"], "auth_failed")]
+
+
+def test_who_has_a_delay_asks_main_for_delayed_codes_only() -> None:
     c = counter()
     session, link = c.open()
     say(session, action="auth", token=token(sub="ann", delay_s=900))
-    assert "delay_s" in only(link)["message"]
-    assert link.closes == [(CLOSE_CODES["auth_failed"], "auth_failed")]
+    assert only(link)["limits"]["delay_s"] == 900
+    say(session, action="subscribe", codes=["A"])
+    (question,) = c.watches
+    assert question.codes == ["A~900"]
+    c.answer_all()
+    say(session, action="snapshot", codes=["A", "B"])
+    (question,) = c.looks
+    assert question.codes == ["B~900"]
+    c.answer_all()
+    assert list(c.desk.subscriptions.channels) == ["A~900"]
+    assert [code for said in link.take() for code in said.get("codes", ())] == []
+
+
+def test_another_delay_shows_what_is_watched_anew_behind_the_request_that_waits() -> None:
+    c = counter()
+    session, link = enter(c)
+    ask(c, session, link, "A")
+    say(session, action="subscribe", codes=["B"])
+    session.entitle(Entitlement(delay_s=900))
+    say(session, action="ping", id="p")
+    link.take()
+    c.answer(c.watches.popleft())
+    assert [said["type"] for said in link.take()] == ["ack", "snapshot"]
+    assert c.unwatched == ["A", "B"]
+    (question,) = c.watches
+    assert question.codes == ["A~900", "B~900"]
+    c.answer_all()
+    assert [said["type"] for said in link.take()] == ["snapshot", "pong"]
+    assert list(c.desk.subscriptions.channels) == ["A~900", "B~900"]
+
+    session.entitle(Entitlement())
+    c.answer_all()
+    assert list(c.desk.subscriptions.channels) == ["A", "B"]
+    session.close()
+    assert not c.desk.subscriptions.channels
+    assert c.unwatched[-2:] == ["A", "B"]
 
 
 # Without a token

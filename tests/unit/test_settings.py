@@ -182,7 +182,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("feed_redis", "redis://[::1"), ("registry_redis", "redis://h:99999"), ("admin_host", "0.0.0.0"),
         ("admin_host", "example.com"), ("admin_host", ""), ("max_tick_bytes", 1_048_577), ("max_row_bytes", 10),
         ("feed_redis_password_file", "/no/such"), ("trading_day_zones", {"SH": ""}),
-        ("trading_day_zones", {"SH": "../x"}),
+        ("trading_day_zones", {"SH": "../x"}), ("trusted_proxies", ["proxy.example"]), ("trusted_proxies", [""]),
+        ("trusted_proxies", ["10.0.0.1/8"]), ("trusted_proxies", ["10.0.0.0/33"]), ("proxy_header", "x-real-ip"),
+        ("proxy_header", ""), ("max_connections_per_ip", -1), ("connects_per_ip_s", -0.1), ("request_timeout_s", 0),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_by_name(name: str, value: Any) -> None:
@@ -198,7 +200,8 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: Any) -> None:
         ("feed_redis", "rediss://user:pw@h:1/2"), ("feed_redis", "unix:///run/redis.sock"), ("feed_redis", "redis://[::1]:6379"),
         ("admin_host", "localhost"), ("admin_host", "::1"), ("admin_host", "127.8.9.1"), ("feed_channels", ["*"]),
         ("feed_channels", ["pub.*.{code}"]), ("drain_timeout_s", 0), ("max_flush_delay_ms", 0),
-        ("trading_day_zones", {}),
+        ("trading_day_zones", {}), ("trusted_proxies", ["127.0.0.1", "10.0.0.0/8", "2001:db8::/32", "::ffff:10.0.0.1"]),
+        ("proxy_header", "forwarded"), ("connects_per_ip_s", 0.5), ("questions_per_ip_s", 0),
     ],
 )  # fmt: skip
 def test_a_right_value_is_taken(name: str, value: Any) -> None:
@@ -457,13 +460,15 @@ def test_what_the_anonymous_may_have_is_checked() -> None:
     found = load(env={}, flags={"token_key": KEY, **few}).anonymous_entitlement
     assert found == Entitlement(codes=Codes(["*.SH", "AAPL"]), max_rate=2.0, max_codes=5)
     assert load(env={}, flags={"token_key": KEY, "anonymous": True}).anonymous_entitlement == UNLIMITED
+    late = load(env={}, flags={"token_key": KEY, "anonymous": True, "anonymous_delay_s": 900})
+    assert late.anonymous_entitlement == Entitlement(delay_s=900)
     assert load(env={}, flags={"token_key": KEY, "anonymous": True, "anonymous_codes": ""}).anonymous_entitlement == (
         Entitlement(codes=Codes([]))
     )
     for flags in (
         few, {"token_key": KEY, **few, "anonymous": False}, {"token_key": KEY, **few, "anonymous_codes": "no such"},
         {"token_key": KEY, **few, "anonymous_max_rate": 1001}, {"token_key": KEY, **few, "anonymous_delay_s": 60},
-        {"token_key": KEY, **few, "anonymous_delay_s": 900}, {"anonymous": True},
+        {"anonymous": True},
     ):  # fmt: skip
         assert all(fault.startswith("anonymous") for fault in faults(**flags))
 

@@ -7,10 +7,12 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
+from multidict import CIMultiDict
 from yarl import URL
 
 from quotepush.auth import Identity, Verifier
 from quotepush.push.desk import Desk, Limits
+from quotepush.push.refusals import Refusals
 from quotepush.push.site import STATIC, make_app
 from quotepush.push.subscriptions import Subscriptions
 from quotepush.settings import load
@@ -30,6 +32,8 @@ class FakeWorker:
         self.is_draining = False
         self.accepted: list[str | None] = []
         self.identities: list[Identity | None] = []
+        self.refusals = Refusals()
+        self.peers: list[str | None] = []
         self.fault: Exception | None = None
         self.desk = Desk(
             subscriptions=Subscriptions(), limits=Limits(1, 1, 1, 1), server="0", epoch="e", heartbeat_ms=1,
@@ -47,6 +51,7 @@ class FakeWorker:
             raise self.fault
         self.data = data
         self.accepted.append(subprotocol)
+        self.peers.append(request.remote)
         self.identities.append(identity)
         return web.Response(status=299, text="accepted")
 
@@ -55,17 +60,23 @@ class Site:
     def __init__(self, key: str) -> None:
         self.worker = FakeWorker(key)
         self.has_room = True
+        self.crowded: set[str] = set()  # addresses that have as many connections as they may
         self.asked: list[bool] = []
+        self.addresses: list[str] = []
         self.places = 0
         self.base = URL()
         self.http: aiohttp.ClientSession
 
-    async def admit(self, take: bool) -> bool:
+    async def admit(self, address: str, take: bool) -> str:
         self.asked.append(take)
+        self.addresses.append(address)
+        if address in self.crowded:
+            return "too_many_connections"
         self.places += take and self.has_room
-        return self.has_room
+        return "" if self.has_room else "overloaded"
 
-    def leave(self) -> None:
+    def leave(self, address: str) -> None:
+        assert address == self.addresses[-1]
         self.places -= 1
 
     @property
@@ -248,6 +259,137 @@ async def test_listed_origins_may_connect_and_others_may_not() -> None:
 async def test_a_star_lets_every_origin_in(origin: str) -> None:
     async with site(allowed_origins=["*"]) as s:
         assert (await s.upgrade(Origin=origin.format(host=s.host)))[0] == 299
+
+
+@pytest.mark.parametrize("wants_upgrade", [True, False])
+async def test_of_several_origins_none_is_let_in(wants_upgrade: bool) -> None:
+    async with site(allowed_origins=["https://example.com"]) as s:
+        for origins in (["https://example.com"] * 2, [f"http://{s.host}", "https://example.com"]):
+            headers = CIMultiDict([("Origin", origin) for origin in origins])
+            if wants_upgrade:
+                headers.extend(HANDSHAKE)
+            async with s.http.get(s.base / "ws", headers=headers) as response:
+                assert (response.status, (await response.json())["error"]) == (403, "forbidden_origin")
+
+
+# Addresses
+
+
+def names_of(address: str) -> dict[str, str]:
+    return {"X_Forwarded_For": address}
+
+
+async def test_a_client_is_known_by_the_address_that_a_trusted_proxy_names() -> None:
+    async with site(trusted_proxies=["127.0.0.0/8"]) as s:
+        assert (await s.upgrade(X_Forwarded_For="6.6.6.6, 192.0.2.1"))[0] == 299
+        assert (await s.upgrade(Forwarded="for=192.0.2.2"))[0] == 299  # the other header, which is not read
+        assert (await s.upgrade(X_Forwarded_For="2001:db8::1:2:3:4"))[0] == 299
+        assert s.worker.peers == ["192.0.2.1", "127.0.0.1", "2001:db8::1:2:3:4"]
+        assert s.addresses == ["192.0.2.1", "127.0.0.1", "2001:db8::/64"]
+    async with site(trusted_proxies=["127.0.0.0/8"], proxy_header="forwarded") as s:
+        assert (await s.upgrade(Forwarded='for="[2001:db8::7]:1";proto=https', X_Forwarded_For="6.6.6.6"))[0] == 299
+        assert s.worker.peers == ["2001:db8::7"]
+
+
+async def test_what_others_say_of_addresses_is_not_heard() -> None:
+    for trusted in ([], ["10.0.0.0/8", "::1"]):
+        async with site(trusted_proxies=trusted) as s:
+            assert (await s.upgrade(X_Forwarded_For="192.0.2.1", Forwarded="for=192.0.2.1"))[0] == 299
+            assert (s.worker.peers, s.addresses) == (["127.0.0.1"], ["127.0.0.1"])
+
+
+@pytest.mark.parametrize("wants_upgrade", [True, False])
+async def test_an_address_with_as_many_connections_as_it_may_have_is_told_when_to_come_back(
+    wants_upgrade: bool,
+) -> None:
+    async with site(trusted_proxies=["127.0.0.1"]) as s:
+        s.crowded = {"192.0.2.1"}
+        status, headers, body = await (s.upgrade if wants_upgrade else s.get)(**names_of("192.0.2.1"))
+        assert (status, body["error"], headers["Retry-After"]) == (429, "too_many_connections", "5")
+        assert (s.places, s.worker.accepted) == (0, [])
+        assert (await s.upgrade(**names_of("192.0.2.2")))[0] == 299
+        assert s.worker.refusals.connections == ({"too_many_connections": 1} if wants_upgrade else {})
+
+
+# Rates
+
+
+async def test_an_address_that_connects_too_often_is_held_back_before_its_token_is_looked_at_and_others_are_not() -> (
+    None
+):
+    async with site(trusted_proxies=["127.0.0.1"], connects_per_ip_s=0.001, key=KEY) as s:
+        assert (await s.upgrade(**names_of("192.0.2.1")))[0] == 299
+        for brought in ({}, {"path": "/ws?token=bad"}):
+            for ask in (s.upgrade, s.get):  # a look tells why
+                status, headers, body = await ask(**names_of("192.0.2.1"), **brought)
+                assert (status, body["error"]) == (429, "rate_limited")
+                assert 900 < int(headers["Retry-After"]) <= 1000
+        assert (await s.get("/stream?codes=AAPL", **names_of("192.0.2.1")))[0] == 429
+        assert (await s.upgrade(**names_of("192.0.2.2")))[0] == 299
+        assert (await s.get(**names_of("192.0.2.3")))[0] == 426
+        assert s.worker.refusals.connections == {"rate_limited": 3}
+
+
+async def test_a_look_uses_up_no_connection_but_is_a_question() -> None:
+    async with site(connects_per_ip_s=0.001, questions_per_ip_s=0.2) as s:
+        assert [(await s.get())[0] for _ in range(3)] == [426, 426, 429]
+        assert (await s.upgrade())[0] == 299
+
+
+async def test_questions_are_held_back_before_main_is_asked() -> None:
+    async with site(questions_per_ip_s=0.0001) as s:
+        assert (await s.get("/codes"))[0] == 400
+        for path in ("/codes?q=A", "/quotes?codes=AAPL", "/codes"):  # main would not answer here
+            status, headers, body = await s.get(path)
+            assert (status, body["error"]) == (429, "rate_limited")
+            assert int(headers["Retry-After"]) > 9000
+        assert (await s.upgrade())[0] == 299
+        assert s.worker.refusals.questions == {"bad_request": 1, "rate_limited": 3}
+
+
+async def test_bad_tokens_are_dearer_than_good_ones() -> None:
+    async with site(connects_per_ip_s=1.2, key=KEY) as s:  # twelve at once
+        said = [(await s.upgrade(Authorization="Bearer bad"))[0] for _ in range(3)]
+        assert said == [401, 401, 429]
+
+
+async def test_a_page_of_another_origin_uses_up_nothing_of_its_visitors_address() -> None:
+    async with site(connects_per_ip_s=0.001, questions_per_ip_s=0.001) as s:
+        for path in ("/ws", "/stream?codes=AAPL", "/quotes?codes=AAPL"):
+            for _ in range(3):
+                assert (await s.upgrade(path, Origin="http://evil.example"))[0] == 403
+        assert (await s.upgrade())[0] == 299
+
+
+async def test_who_is_refused_is_counted_by_the_word_that_he_is_told() -> None:
+    async with site(key=KEY) as s:
+        await s.upgrade(Origin="http://evil.example")
+        await s.upgrade(Sec_WebSocket_Version="12")
+        await s.upgrade(Sec_WebSocket_Protocol="graphql-ws")
+        await s.upgrade(Authorization="Bearer bad")
+        await s.get("/stream?codes=AAPL")
+        await s.get()  # no more than a look
+        s.has_room = False
+        await s.upgrade()
+        await s.upgrade()
+        assert s.worker.refusals.connections == {
+            "forbidden_origin": 1, "bad_handshake": 1, "bad_subprotocol": 1, "auth_failed": 1, "not_authenticated": 1,
+            "overloaded": 2,
+        }  # fmt: skip
+        await s.get("/quotes?codes=AAPL")
+        assert s.worker.refusals.questions == {"not_authenticated": 1}
+
+
+async def test_the_log_says_when_a_proxy_that_is_held_back_may_not_be_trusted_yet(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with site(connects_per_ip_s=0.001) as s:
+        for _ in range(3):
+            await s.upgrade(X_Forwarded_For="192.0.2.1")
+        assert [record.getMessage() for record in caplog.records] == [
+            "rate_limited: 1 refused, the newest from 127.0.0.1, which sends x-forwarded-for: list it in "
+            "trusted_proxies if it is a proxy of yours"
+        ]
 
 
 # Tokens

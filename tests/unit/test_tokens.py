@@ -69,7 +69,7 @@ def test_what_a_server_would_refuse_is_refused_with_its_reason_and_shown() -> No
     for text, reason in (
         (token(sub="ann", exp=1), "expired"),
         (token("x" * 32, sub="ann"), "signature"),
-        (token(sub="ann", delay_s=900), "delay_s"),
+        (token(sub="ann", delay_s=901), "delay_s"),
         (token(sub="ann", codes="*"), "codes"),
         (token(sub="ann", aud="x"), "aud"),
     ):

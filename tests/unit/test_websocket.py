@@ -12,7 +12,7 @@ import ssl
 import subprocess
 import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,8 @@ class Served:
         self.runner: web.AppRunner
         self.port = 0
 
-    def _closed(self, fd: str) -> None:
+    def _closed(self, fd: str, peer: str) -> None:
+        assert peer == "127.0.0.1"
         self.closed.append(fd)
         self.places -= 1
 
@@ -94,11 +95,11 @@ class Served:
         else:
             self.questions.append(question)
 
-    async def admit(self, take: bool) -> bool:
+    async def admit(self, address: str, take: bool) -> str:
         self.places += take
-        return True
+        return ""
 
-    def leave(self) -> None:
+    def leave(self, address: str) -> None:
         self.places -= 1
 
     @property
@@ -908,6 +909,17 @@ async def test_draining_says_goodbye_and_cuts_off_who_stays() -> None:
         assert (goes.close_code, goes.close_reason) == (1012, "restart")
         assert await stays.read_message("status")
         assert await stays.read_close() == (1012, "restart")
+
+
+@on_uvloop
+async def test_clients_of_a_server_that_ends_are_told_to_come_back_one_after_the_other() -> None:
+    async with served() as bench, AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(RawWebSocket(bench.port)) for _ in range(40)]
+        for client in clients:
+            await client.read_message("hello")
+        await bench.worker.drain(0.1, 1000)
+        told = sorted([(await client.read_message("status"))["retry_after_ms"] for client in clients])
+        assert told == [1000 + n // 2 for n in range(40)]
 
 
 def test_the_log_of_an_end_names_reason_and_counts_and_no_payload(caplog: pytest.LogCaptureFixture) -> None:
