@@ -55,7 +55,8 @@ def test_the_description_says_each_route_once_and_refers_only_to_what_it_has() -
 
 def _references(value: Any) -> list[str]:
     if isinstance(value, dict):
-        return [value["$ref"]] * ("$ref" in value) + [one for inner in value.values() for one in _references(inner)]
+        own = [value["$ref"]] if "$ref" in value else []
+        return own + [one for inner in value.values() for one in _references(inner)]
     return [one for inner in value for one in _references(inner)] if isinstance(value, list) else []
 
 

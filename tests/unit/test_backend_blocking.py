@@ -40,6 +40,7 @@ async def test_listings_are_iterated_gathered_and_paged(redis_server: RedisServe
     async with stand_in(redis_server) as node, redis_server.client() as redis:
         await redis.sadd("qp:user:ann", *(node.fd(n) for n in range(2_000)))
         await redis.sadd("qp:user:ann", "gone.0.1")
+        await redis.hset("qp:nodes", "gone", '{"renewed":1,"started":1}')
 
         def read() -> None:
             with BlockingBackend(redis_server.url, timeout_s=30) as backend:
