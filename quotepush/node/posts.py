@@ -14,7 +14,7 @@ from quotepush.cluster.commands import BadCommand, parse_command
 from quotepush.cluster.line import Line
 from quotepush.cluster.routing import Routing
 from quotepush.errors import BackendUnavailable, CallRefused
-from quotepush.node import bus
+from quotepush.node.bus import BusEnd, ClientSend, Sent
 from quotepush.settings import Settings, without_password
 
 __all__ = ["Posts"]
@@ -39,14 +39,14 @@ class Posts:
         self.sent = 0
         self.refused = 0
 
-    def send(self, end: bus.BusEnd | None, message: bus.ClientSend) -> None:
+    def send(self, end: BusEnd | None, message: ClientSend) -> None:
         """Send a client's message and answer the worker at ``end``, if it is still there."""
         if end is None:
             return
         if len(self._under_way) >= _MOST_UNDER_WAY:
             self.refused += 1
             why = "too many messages are under way"
-            end.send(bus.Sent(message.question, 0, error="rate_limited", message=why, is_retryable=True))
+            end.send(Sent(message.question, 0, error="rate_limited", message=why, is_retryable=True))
             return
         task = asyncio.create_task(self._send(end, message), name="client send")
         self._under_way.add(task)
@@ -66,31 +66,31 @@ class Posts:
             if self._redis is not None:
                 await self._redis.aclose()
 
-    async def _send(self, end: bus.BusEnd, message: bus.ClientSend) -> None:
-        answer = bus.Sent(message.question, 0, error="internal", message="a fault of the server; its log says more")
+    async def _send(self, end: BusEnd, message: ClientSend) -> None:
+        answer = Sent(message.question, 0, error="internal", message="a fault of the server; its log says more")
         try:
             answer = await self._sent(message)
         finally:
             self.refused += bool(answer.error)
             end.send(answer)
 
-    async def _sent(self, message: bus.ClientSend) -> bus.Sent:
+    async def _sent(self, message: ClientSend) -> Sent:
         number = message.question
         try:
             command = parse_command(message.command)
             is_kept = self._settings.delivery == "kept"
             sent = await self._route().send(command, kept=is_kept)
         except BadCommand as e:
-            return bus.Sent(number, 0, error=e.error, message=str(e))
+            return Sent(number, 0, error=e.error, message=str(e))
         except CallRefused as e:
-            return bus.Sent(number, 0, error=e.error, message=e.message)
+            return Sent(number, 0, error=e.error, message=e.message)
         except BackendUnavailable:
             why = "the cluster cannot be reached just now"
-            return bus.Sent(number, 0, error="internal", message=why, is_retryable=True)
+            return Sent(number, 0, error="internal", message=why, is_retryable=True)
         if command.to is not None and command.to.users and not sent.delivered and not sent.kept:
-            return bus.Sent(number, 0, error="not_online", message="this user has no connection that took it")
+            return Sent(number, 0, error="not_online", message="this user has no connection that took it")
         self.sent += 1
-        return bus.Sent(number, sent.delivered, sent.kept)
+        return Sent(number, sent.delivered, sent.kept)
 
     def _route(self) -> Routing:
         if self._routing is None:

@@ -128,9 +128,9 @@ async def served(*, tls: ssl.SSLContext | None = None, **flags: Any) -> AsyncIte
     bench = Served(load(env={}, flags=options))
     accept = bench.worker.accept
 
-    def remember(request: web.Request, subprotocol: str | None, identity: Any) -> Any:
+    def remember(request: web.Request, *rest: Any) -> Any:
         bench.requests.append(weakref.ref(request))
-        return accept(request, subprotocol, identity)
+        return accept(request, *rest)
 
     bench.worker.accept = remember  # type: ignore[method-assign]
     runner = bench.runner = web.AppRunner(
