@@ -106,9 +106,12 @@ async def test_each_call_does_what_it_says_and_answers_as_described(start_server
         assert (await api("GET", "/users/{user}", uid))[1] == {"user": uid, "online": True, "conns": 1}
         assert (await api("GET", "/users/{user}/conns", uid))[1] == {"items": [fd(a)], "cursor": ""}
         assert (await api("GET", "/users"))[1]["items"] == [uid]
-        assert (await api("GET", "/conns/{conn}", fd(a)))[1] == {
-            "conn": fd(a), "online": True, "user": uid, "codes": ["A"],
-        }  # fmt: skip
+
+        async def is_registered() -> bool:
+            wanted = {"conn": fd(a), "online": True, "user": uid, "codes": ["A"]}
+            return (await api("GET", "/conns/{conn}", fd(a)))[1] == wanted
+
+        await wait_until(is_registered)
         assert (await api("GET", "/conns/{conn}", "test.0.5"))[1]["online"] is False
 
         joined = {"group": group, "conn": fd(a), "member": True}

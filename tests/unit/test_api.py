@@ -1,6 +1,5 @@
 """The HTTP API by itself: its description is one, its log is quiet, and a bug is an answer, too."""
 
-import json
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -50,7 +49,6 @@ def test_the_description_says_each_route_once_and_refers_only_to_what_it_has() -
         jsonschema.Draft202012Validator.check_schema(schema)
     for route in ROUTES:
         assert set(route.refusals) <= STATUSES.keys()
-    assert json.loads(json.dumps(found)) == found
 
 
 def _references(value: Any) -> list[str]:

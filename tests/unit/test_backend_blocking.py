@@ -1,7 +1,8 @@
 """The blocking twin: threads share it, and a process that forked is told."""
 
 import asyncio
-import multiprocessing
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -52,23 +53,30 @@ async def test_listings_are_iterated_gathered_and_paged(redis_server: RedisServe
         await asyncio.to_thread(read)
 
 
-def _call_in_child(backend: BlockingBackend, answers: "multiprocessing.Queue[str]") -> None:
+FORKING = """
+import os, sys
+from quotepush import BlockingBackend
+backend = BlockingBackend(sys.argv[1])  # no thread yet: none is forked
+if os.fork() == 0:
     try:
         backend.connect()
     except RuntimeError as e:
-        answers.put(str(e))
+        print(e, flush=True)
+    os._exit(0)
+os.wait()
+with backend:
+    backend.connect()
+print("served")
+"""
 
 
 def test_after_a_fork_each_process_needs_its_own(redis_server: RedisServer) -> None:
-    fork = multiprocessing.get_context("fork")
-    answers = fork.Queue()
-    backend = BlockingBackend(redis_server.url)  # no thread yet: none is forked
-    child = fork.Process(target=_call_in_child, args=(backend, answers))
-    child.start()
-    assert "after the fork" in answers.get(timeout=30)
-    child.join(30)
-    with backend:
-        backend.connect()
+    ended = subprocess.run(
+        [sys.executable, "-c", FORKING, redis_server.url], capture_output=True, text=True, timeout=60, check=False
+    )
+    told, served = ended.stdout.splitlines()
+    assert "make one after the fork" in told
+    assert (served, ended.returncode, ended.stderr) == ("served", 0, "")
 
 
 def test_an_address_that_is_none_is_said_at_once() -> None:

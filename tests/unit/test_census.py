@@ -53,7 +53,7 @@ async def test_all_sessions_come_page_by_page_over_all_lives(redis_server: Redis
                 page = await census.sessions().page(cursor, 3)
                 found += [session["conn"] for session in page.items]
                 cursor, pages = page.cursor, pages + 1
-            assert set(found) == fds and len(found) == len(fds) and pages == 4
+            assert set(found) == fds and len(found) == len(fds) and pages >= 4
             await n1.renew(age_ms=20_000)  # the life that the cursor names is gone: the next one follows
             page = await census.sessions().page("n1/0.1000/0", 100)
             assert {session["conn"] for session in page.items} == {fd for fd in fds if fd.startswith("n2")}
