@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from quotepush.cluster.commands import (
     BadCommand,
@@ -46,6 +46,8 @@ Give = Callable[[Command, bytes, Callable[[Reply], None]], None]
 _PROBE_S = 1.0  # a link that says nothing for so long is asked for a sign of life
 _LOOK_S = 2.0  # into the inbox, in case the poke was lost
 _MAX_WAITING = 10_000  # replies
+_AGAIN_S = 1.0
+_FORBIDDEN_AGAIN_S = 30.0
 _PER_SLICE = 100
 _TROUBLE = (RedisError, OSError, TimeoutError)
 
@@ -60,7 +62,7 @@ class Inbox:
         concurrency: kept commands in work at a time.
         kept_max: messages that wait for one user.
         kept_ttl_s: how long a message waits that says nothing itself.
-        on_up: called when commands are heard.
+        on_up: called when commands are heard, or may not be.
 
     Attributes:
         heard: commands that were carried out.
@@ -68,6 +70,7 @@ class Inbox:
         kept: messages that were put where messages for users who are away wait.
         collected: messages that were taken from there and delivered.
         is_up: commands are heard.
+        is_forbidden: they are not, for this user of Redis may not hear them.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Inbox:
         self.kept = 0
         self.collected = 0
         self.is_up = False
+        self.is_forbidden = False
 
     async def run(self) -> None:
         """Hear and carry out until cancelled."""
@@ -129,6 +133,12 @@ class Inbox:
         while True:
             try:
                 await self._hear()
+            except NoPermissionError as e:
+                if not self.is_forbidden:
+                    log.warning("commands are not heard: this user of Redis may not: %s", e)
+                self.is_up, self.is_forbidden = False, True
+                self._on_up()
+                wait_s = _FORBIDDEN_AGAIN_S
             except _TROUBLE as e:
                 if self.is_up or not wait_s:
                     log.warning("commands are not heard: %s; trying again", str(e) or type(e).__name__)
@@ -159,7 +169,7 @@ class Inbox:
                 if said[0] == b"message":
                     self._take(said[2])
                 elif said[0] == b"subscribe" and said[2] == 2:
-                    self.is_up = True
+                    self.is_up, self.is_forbidden = True, False
                     self._has_mail.set()  # a poke may have been lost
                     self._on_up()
         finally:
@@ -326,39 +336,44 @@ class Inbox:
                 users = list(self._came)[:_PER_SLICE]
                 try:
                     async with asyncio.timeout(self._timeout_s):
-                        found = await take(self._redis, self._keys, users, self._kept_max)
+                        taken = dict(await take(self._redis, self._keys, users, self._kept_max))
                 except _TROUBLE:
-                    await asyncio.sleep(1.0)  # what waits does so in Redis, and they wait here
+                    await asyncio.sleep(_AGAIN_S)  # what waits does so in Redis, and they wait here
                     continue
-                for user in users:
-                    callers = self._came.pop(user)
-                    delivered = await self._deliver(user, found.get(user, ()))
-                    for command in callers:
-                        self._say(command.reply, Reply(command.id, self._node, delivered))
+                callers = {user: self._came.pop(user) for user in users}
+                try:
+                    while users:
+                        some, users = users[: self._concurrency], users[self._concurrency :]
+                        async with asyncio.TaskGroup() as group:
+                            for user in some:
+                                group.create_task(self._bring(user, taken, callers[user]))
+                finally:
+                    # We are being stopped: what was taken and not brought goes back.
+                    for user, messages in taken.items():
+                        await self._put_first(user, messages)
 
-    async def _deliver(self, user: str, messages: Sequence[Kept]) -> int:
-        """Hand messages that were taken to the user; return to how many connections they went.
-
-        Those that nobody takes go back to where they were.
-        """
-        if not messages:
-            return 0
-        given = [self._given(_command_of(user, message)) for message in messages]
-        left: list[Kept] = []
+    async def _bring(self, user: str, taken: dict[str, list[Kept]], callers: Sequence[Command]) -> None:
+        """Hand a user what was taken for him, and tell those who wait for that to how many connections it went."""
         delivered = 0
-        # All at once: they are carried out in this order, behind one another.
-        for message, reply in zip(messages, await asyncio.gather(*given), strict=True):
-            delivered += reply.delivered
-            if user in reply.users:
-                self.collected += 1
-            else:
-                left.append(message)
+        messages = taken.get(user)
+        if messages:
+            # All at once: they are carried out in this order, behind one another.
+            replies = await asyncio.gather(*(self._given(_command_of(user, message)) for message in messages))
+            del taken[user]
+            delivered = sum(reply.delivered for reply in replies)
+            left = [m for m, reply in zip(messages, replies, strict=True) if user not in reply.users]
+            self.collected += len(messages) - len(left)
+            await self._put_first(user, left)
+        for command in callers:
+            self._say(command.reply, Reply(command.id, self._node, delivered))
+
+    async def _put_first(self, user: str, messages: Sequence[Kept]) -> None:
+        """Put messages that nobody took back to where they were."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                await keep(self._redis, self._keys, user, left, self._kept_max, are_older=True)
+                await keep(self._redis, self._keys, user, messages, self._kept_max, are_older=True)
         except _TROUBLE as e:
-            log.warning("kept: %d messages for a user are lost: %s", len(left), str(e) or type(e).__name__)
-        return delivered
+            log.warning("kept: %d messages for a user are lost: %s", len(messages), str(e) or type(e).__name__)
 
 
 def _command_of(user: str, message: Kept) -> Command:

@@ -323,7 +323,7 @@ class _Main:
         ready, count = self._supervisor.ready, len(self._supervisor.slots)
         notify(STATUS=f"{ready} of {count} workers ready")
         # Whoever publishes or commands once we are ready is heard, so these links must have been made, too.
-        is_heard = self._listener.links and self._switchboard.is_up
+        is_heard = self._listener.links and self._switchboard.is_settled
         if ready == count and is_heard and not self._is_ready:
             self._is_ready = True
             self._announce(f"quotepush ready {self._addresses} node={self._settings.node} workers={count}")

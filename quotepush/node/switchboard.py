@@ -60,9 +60,9 @@ class Switchboard:
         return self._announcer if self._has_events else None
 
     @property
-    def is_up(self) -> bool:
-        """Commands are heard."""
-        return self._inbox.is_up
+    def is_settled(self) -> bool:
+        """Commands are heard, or this user of Redis may not hear any."""
+        return self._inbox.is_up or self._inbox.is_forbidden
 
     @property
     def figures(self) -> Mapping[str, float]:

@@ -65,6 +65,8 @@ class EventReader:
                 case _:
                     raise AssertionError(f"no field: {line!r}")
         self.last_id = self._id
+        if not said:  # a block without data is no event
+            return
         message: dict[str, Any] = orjson.loads(said)
         assert message["type"] == kind
         self.messages.append(message)

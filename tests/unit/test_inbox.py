@@ -62,8 +62,9 @@ class Node:
 @asynccontextmanager
 async def working(server: RedisServer, node: Node | None = None, **options: Any) -> AsyncIterator[Node]:
     node = node or Node()
-    client = server.client(decode_responses=False)
-    pool = ConnectionPool.from_url(server.url, protocol=2)
+    # Without a timeout of its own, as main's: under one redis-py can swallow a cancellation (bpo-37658).
+    client = server.client(decode_responses=False, socket_timeout=None)
+    pool = ConnectionPool.from_url(server.url, protocol=2, socket_timeout=None)
     settings: dict[str, Any] = {"concurrency": 10, "kept_max": 5, "kept_ttl_s": 60, "timeout_s": 1.0, **options}
     node.inbox = Inbox(client, pool, KEYS, "n1", node.give, **settings)
     task = asyncio.create_task(node.inbox.run())
@@ -144,6 +145,25 @@ async def test_the_link_is_made_anew_whatever_happens_to_redis(redis_server: Red
         await wait_until(lambda: not node.inbox.is_up, 15, "a link that does not answer is noticed")
         redis_server.resume()
         await wait_until(lambda: node.inbox.is_up, 15)
+
+
+async def test_a_user_of_redis_who_may_not_hear_commands_is_told_apart(redis_server: RedisServer, redis: Redis) -> None:
+    await redis.execute_command("ACL", "SETUSER", "deaf", "on", ">secret", "~*", "+@all", "resetchannels")
+    node = Node()
+    up: list[bool] = []
+    pool = ConnectionPool.from_url(
+        redis_server.url, protocol=2, username="deaf", password="secret", socket_timeout=None
+    )
+    node.inbox = Inbox(
+        redis, pool, KEYS, "n1", node.give, concurrency=1, kept_max=1, kept_ttl_s=1, timeout_s=1.0,
+        on_up=lambda: up.append(True),
+    )  # fmt: skip
+    task = asyncio.create_task(node.inbox.run())
+    await wait_until(lambda: node.inbox.is_forbidden)
+    assert up == [True] and not node.inbox.is_up
+    task.cancel()
+    await asyncio.wait([task])
+    await pool.aclose()
 
 
 # kept commands
@@ -270,6 +290,16 @@ async def test_what_cannot_be_handed_over_goes_back_in_order(redis_server: Redis
         assert message["data"] == encode(Reply("c1", "n1"))
         assert await waiting(redis, "a") == [1, 2]
         assert len(node.given) == 2
+
+
+async def test_what_was_taken_goes_back_when_the_node_stops(redis_server: RedisServer, redis: Redis) -> None:
+    await keep(redis, KEYS, "a", [kept(1), kept(2)], 5)
+    async with working(redis_server) as node:
+        node.delay_s = 60
+        node.inbox.users_came(["a"])
+        await wait_until(lambda: node.given)
+        assert await is_gone(redis, "a")
+    assert await waiting(redis, "a") == [1, 2]
 
 
 async def test_taking_leaves_out_what_is_too_old_and_what_is_no_message(redis: Redis) -> None:
