@@ -30,7 +30,7 @@ from quotepush.backend_events import Events
 from quotepush.cluster.census import Census, Node, Session
 from quotepush.cluster.commands import ClusterKeys, Command, To, is_name, node_of
 from quotepush.cluster.line import Line
-from quotepush.cluster.listing import Listing, Page
+from quotepush.cluster.pages import Listing, Page
 from quotepush.cluster.routing import Answers, Routing, Sent
 from quotepush.errors import BackendUnavailable, CallRefused, NotOnline
 from quotepush.publisher import Publisher, open_client, shown_address
@@ -96,8 +96,9 @@ class Backend:
         prefix: the servers' ``redis_prefix``.
         timeout_s: the longest wait for an answer of Redis, and then for the nodes'. Nodes answer after two seconds
             with what their workers have said until then, so a shorter one may miss it.
-        kept_max: how many messages wait for one user at most, the newest; the servers' setting.
-        kept_ttl_s: how long they wait; the servers' setting.
+        inbox_max: as the servers' setting: how many kept messages wait for a node, about; the oldest go first.
+        kept_max: as the servers' setting: how many wait for a user who is away; the oldest go first.
+        kept_ttl_s: as the servers' setting: how long they wait.
 
     Raises:
         SettingsError: an address is none.
@@ -110,6 +111,7 @@ class Backend:
         feed_url: str | None = None,
         prefix: str = "qp:",
         timeout_s: float = 3.0,
+        inbox_max: int = 10_000,
         kept_max: int = 100,
         kept_ttl_s: int = 86_400,
     ) -> None:
@@ -123,8 +125,9 @@ class Backend:
         self._line = Line(self._redis, shown_address(url), timeout_s)
         self._census = Census(self._line, prefix)
         self._routing = Routing(
-            self._line, self._redis, prefix, timeout_s=timeout_s, kept_max=kept_max, kept_ttl_s=kept_ttl_s
-        )
+            self._line, self._redis, prefix,
+            timeout_s=timeout_s, inbox_max=inbox_max, kept_max=kept_max, kept_ttl_s=kept_ttl_s,
+        )  # fmt: skip
         self._publisher = Publisher(feed_url or url, prefix=prefix, give_up_s=timeout_s)
         self._events_channel = ClusterKeys(prefix).events
         self._events: weakref.WeakSet[Events] = weakref.WeakSet()
@@ -213,14 +216,17 @@ class Backend:
     async def bind_user(self, conn: str, user: str, *, conn_key: str = "") -> None:
         """Make a connection one of a user's; it leaves the user that it had.
 
+        Returns when the registry has it, so that the next :meth:`send_to_user` finds it, but within ``timeout_s``.
+
         Args:
             conn_key: from the ``hello`` of the connection; needed where the servers have ``require_conn_key``.
 
         Raises:
             NotOnline: the connection is not there.
-            CallRefused: ``wrong_key``.
+            CallRefused: ``key_needed``, ``wrong_key``.
         """
         await self._order_one(Command(op="bind", conn=conn, user=user, conn_key=conn_key), conn)
+        await self._census.wait_for_user(conn, user, self._timeout_s)
 
     async def unbind_user(self, conn: str) -> None:
         """Take a connection from its user.
@@ -233,10 +239,13 @@ class Backend:
     async def join_group(self, conn: str, group: str) -> None:
         """Put a connection into a group; it leaves it when it closes. Twice is once.
 
+        Returns when the registry has it, as :meth:`bind_user`.
+
         Raises:
             NotOnline: it is not there.
         """
         await self._order_one(Command(op="join", conns=[conn], group=group), conn)
+        await self._census.wait_for_group(conn, group, self._timeout_s)
 
     async def leave_group(self, conn: str, group: str) -> None:
         """Take a connection out of a group.

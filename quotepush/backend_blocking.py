@@ -350,7 +350,8 @@ def _live(loop: asyncio.AbstractEventLoop) -> None:
         calls = asyncio.all_tasks(loop)
         for call in calls:
             call.cancel()
-        loop.run_until_complete(asyncio.gather(*calls, return_exceptions=True))
+        if calls:
+            loop.run_until_complete(asyncio.wait(calls))
         loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
         loop.close()

@@ -65,7 +65,8 @@ class PeerError(QuotepushError):
 class CallRefused(PeerError):
     """A backend's call cannot be carried out as it is; to call again does not help.
 
-    ``error`` is its word: ``bad_request``, ``too_large``, ``not_online``, ``wrong_key``, or the word that a node said.
+    ``error`` is its word: ``bad_request``, ``bad_code``, ``too_large``, ``not_online``, ``key_needed``, ``wrong_key``,
+    or another one that a node has said.
     """
 
 

@@ -4,6 +4,7 @@ Invariant: what belongs to a node that is not alive is not there, and nothing is
 The registry follows the connections within ``registry_interval_s``, and so does what is found here.
 """
 
+import asyncio
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import orjson
 
 from quotepush.cluster.commands import ClusterKeys, decode_node, node_of
 from quotepush.cluster.line import Line, Words
-from quotepush.cluster.listing import Listing, Page
+from quotepush.cluster.pages import Listing, Page
 from quotepush.cluster.sets import RegistryKeys, text
 from quotepush.errors import CallRefused
 
@@ -21,6 +22,7 @@ __all__ = ["NODE_LEASE_MS", "Census", "Node", "Session"]
 
 # A node that has not renewed its entry for so long is not alive.
 NODE_LEASE_MS = 10_000
+_FIRST_LOOK_S, _SLOWEST_LOOK_S = 0.01, 0.2
 _FD = re.compile(r"([A-Za-z0-9-]{1,32})\.(\d{1,6})\.(\d{1,20})\Z")
 _LIFE = re.compile(r"(\d+)\.(\d+)\Z")
 _SET_CURSOR = re.compile(r"\d{1,20}\Z")
@@ -115,6 +117,14 @@ class Census:
         (codes,) = await self._line.ask(("SMEMBERS", self._registry().fd(conn)))
         return sorted(map(text, codes))
 
+    async def wait_for_user(self, conn: str, user: str, timeout_s: float) -> None:
+        """Return when the registry has a connection as the user's, or the time is over."""
+        await self._wait_for(self._keys.user(user), conn, timeout_s)
+
+    async def wait_for_group(self, conn: str, group: str, timeout_s: float) -> None:
+        """Return when the registry has a connection in a group, or the time is over."""
+        await self._wait_for(self._keys.group(group), conn, timeout_s)
+
     # Many connections
 
     def user_conns(self, user: str) -> Listing[str]:
@@ -184,6 +194,19 @@ class Census:
         lives = zip(names, found, strict=True)
         return sorted((node, life) for node, some in lives for life in map(text, some) if _LIFE.match(life))
 
+    async def _wait_for(self, key: str, conn: str, timeout_s: float) -> None:
+        pause_s = _FIRST_LOOK_S
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    (is_there,) = await self._line.ask(("SISMEMBER", key, conn))
+                    if is_there:
+                        return
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(_SLOWEST_LOOK_S, pause_s * 1.5)
+        except TimeoutError:  # it lags, or the connection has gone
+            return
+
     def _conns(self, key: str | bytes) -> Listing[str]:
         async def fetch(cursor: str, count: int) -> Page[str]:
             at = _set_cursor(cursor)
@@ -211,26 +234,27 @@ class Census:
         return Listing(fetch, str)
 
     async def _page_of_sessions(self, cursor: str, count: int) -> Page[Session]:
-        """A page of one life; its cursor is ``node/life/cursor of the set``."""
+        """A page of as many lives as it takes; its cursor is ``node/life/cursor of the set``."""
         match = _LIFE_CURSOR.match(cursor)
         if cursor and match is None:
             raise _no_cursor(cursor)
         here, at = ((match[1], match[2]), match[3]) if match else (("", ""), "0")
-        lives = [life for life in await self._lives(await self.nodes()) if life >= here]
-        if not lives:
-            return Page((), "")
-        node, life = lives.pop(0)
-        if (node, life) != here:
-            at = "0"
-        ((after, members),) = await self._line.ask(
-            ("SSCAN", self._registry(node, life).life, at, "COUNT", count),
-        )
-        following = _next_cursor(after)
-        if following:
-            following = f"{node}/{life}/{following}"
-        elif lives:
-            following = f"{lives[0][0]}/{lives[0][1]}/0"
-        return Page(await self._sessions_of(map(text, members)), following)
+        conns: list[str] = []
+        following = ""
+        for life in await self._lives(await self.nodes()):
+            if life < here:
+                continue
+            if len(conns) >= count:
+                following = f"{life[0]}/{life[1]}/0"
+                break
+            ((after, members),) = await self._line.ask(
+                ("SSCAN", self._registry(*life).life, at if life == here else "0", "COUNT", count - len(conns))
+            )
+            conns += map(text, members)
+            if after := _next_cursor(after):
+                following = f"{life[0]}/{life[1]}/{after}"
+                break
+        return Page(await self._sessions_of(conns), following)
 
     async def _sessions_of(self, conns: Iterable[str]) -> tuple[Session, ...]:
         names = list(conns)

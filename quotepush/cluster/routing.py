@@ -38,6 +38,8 @@ from quotepush.errors import BackendUnavailable, CallRefused
 __all__ = ["Answers", "Routing", "Sent"]
 
 _GROUP_PAGE = 1_000
+# What a node says that cannot do it now.
+_PASSING = ("overloaded", "internal")
 # Of a command before it has its id and the channel of replies.
 _LARGEST = MAX_COMMAND_BYTES - 1_024
 
@@ -247,8 +249,11 @@ class Routing:
         if not users:
             return Answers({})
         entry = encode(
-            Kept(message.sent, message.until, message.data, message.encoding, message.raw, message.sender, name)
-        )
+            Kept(
+                at=message.sent, until=message.until, id=name,
+                data=message.data, encoding=message.encoding, raw=message.raw, sender=message.sender,
+            )
+        )  # fmt: skip
         commands: list[Words] = []
         for user in users:
             key = self._keys.kept(user)
@@ -284,6 +289,8 @@ class Routing:
             del self._questions[name]
         missing = (question.waiting | deaf) - question.replies.keys()
         for node, reply in question.replies.items():
+            if reply.error in _PASSING:
+                raise BackendUnavailable(f"node {node}: {reply.message}")
             if reply.error:
                 raise CallRefused(reply.error, f"{reply.message or 'refused'} (node {node})")
         return Answers(question.replies, tuple(sorted(missing)))

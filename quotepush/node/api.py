@@ -31,7 +31,8 @@ _REPORT_EVERY_S = 60.0
 
 # The status of each word of an error; other words that a node may say are 409.
 STATUSES = {
-    "bad_request": 400, "bad_tick": 400, "bad_code": 400, "not_authenticated": 401, "no_api": 403, "wrong_key": 403,
+    "bad_request": 400, "bad_tick": 400, "bad_code": 400, "not_authenticated": 401, "no_api": 403, "key_needed": 403,
+    "wrong_key": 403,
     "not_found": 404, "not_online": 404, "method_not_allowed": 405, "too_slow": 408, "too_large": 413, "internal": 500,
     "unavailable": 503,
 }  # fmt: skip
@@ -47,7 +48,7 @@ def add_api(
     token: str,
     version: str,
     *,
-    delivery: Literal["now", "kept"] = "now",
+    is_kept: bool = False,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Give an application the routes of the API.
@@ -56,7 +57,7 @@ def add_api(
         backend: carries the calls out; None: there is no API, which every route then says.
         token: what callers have to show.
         version: of quotepush, for the description.
-        delivery: of a message that does not say how it is delivered.
+        is_kept: a message that does not say how it is delivered waits for who is away.
     """
     description = msgspec.json.encode(openapi(version))
     knocks = _Knocks(clock)
@@ -88,7 +89,7 @@ def add_api(
     for route in ROUTES:
         # Of the name of a user or a group everything may stand in a path, if it is percent-encoded.
         path = re.sub(r"\{(\w+)\}", r"{\1:[^/]+}", PREFIX + route.path)
-        app.router.add_route(route.method, path, _handler(route, backend, delivery))
+        app.router.add_route(route.method, path, _handler(route, backend, "kept" if is_kept else "now"))
 
 
 def openapi(version: str) -> dict[str, Any]:

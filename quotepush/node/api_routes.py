@@ -360,7 +360,7 @@ ROUTES = (
     Route("PATCH", "/conns/{conn}/session", "update_session", "Merge into the session data; null removes.",
           _update_session, SessionData, _Object, refusals=_GONE),
     Route("PUT", "/conns/{conn}/user", "bind_user", "Make a connection a user's.", _bind, Bound, Binding,
-          refusals=(*_GONE, "wrong_key")),
+          refusals=(*_GONE, "key_needed", "wrong_key")),
     Route("DELETE", "/conns/{conn}/user", "unbind_user", "Take a connection from its user.", _unbind, Bound,
           refusals=_GONE),
     Route("GET", "/users", "users", "The users who are online.", _users, Names, is_paged=True),

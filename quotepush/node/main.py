@@ -407,7 +407,7 @@ class _Main:
         app = make_admin_app(self._readiness, self._samples, BODY_BYTES)
         # It connects with the first call.
         backend = _backend(settings) if settings.api_token else None
-        add_api(app, backend, settings.api_token, __version__)
+        add_api(app, backend, settings.api_token, __version__, is_kept=settings.delivery == "kept")
         runner = web.AppRunner(app, access_log=None, handle_signals=False)
         await runner.setup()
         try:
@@ -463,7 +463,10 @@ def _listening_pool(settings: Settings, url: str, role: str) -> ConnectionPool:
 
 
 def _backend(settings: Settings) -> Backend:
-    return Backend(settings.registry_url, feed_url=settings.feed_redis, prefix=settings.redis_prefix)
+    return Backend(
+        settings.registry_url, feed_url=settings.feed_redis, prefix=settings.redis_prefix,
+        inbox_max=settings.inbox_max, kept_max=settings.kept_max, kept_ttl_s=settings.kept_ttl_s,
+    )  # fmt: skip
 
 
 def _redis_client(settings: Settings, url: str, role: str) -> Redis:

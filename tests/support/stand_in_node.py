@@ -37,6 +37,7 @@ class StandInNode:
         self.answer: Callable[[Command], Reply | None] = self.served
         self._redis = redis
         self._prefix = prefix
+        self._age_ms = 0
 
     def fd(self, number: int) -> str:
         return f"{self.name}.0.{1000 + number}"
@@ -47,7 +48,8 @@ class StandInNode:
         return Reply(command.id, self.name, len(fds) if command.fds() is not None else len(self.conns), fds)
 
     async def renew(self, age_ms: int = 0) -> None:
-        """Be alive, as of so long ago."""
+        """Be alive, as of so long ago, from now on."""
+        self._age_ms = age_ms
         now_ms = time.time_ns() // 1_000_000 - age_ms
         await self._redis.hset(self.keys.nodes, self.name, encode(NodeRecord(now_ms, now_ms, "0.1.0", 2)))
 
@@ -74,6 +76,11 @@ class StandInNode:
             await redis.set(keys.conn(fd), orjson.dumps(said))
         return fd
 
+    async def keep_renewing(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            await self.renew(self._age_ms)
+
     async def listen(self) -> None:
         async with self._redis.pubsub() as pubsub:
             await pubsub.subscribe(self.keys.to_all, self.keys.to_node(self.name))
@@ -92,7 +99,7 @@ async def stand_in(server: RedisServer, name: str = "n1") -> AsyncIterator[Stand
     async with server.client() as redis:
         node = StandInNode(redis, name)
         await node.renew()
-        hearing = asyncio.create_task(node.listen())
+        tasks = [asyncio.create_task(node.listen()), asyncio.create_task(node.keep_renewing())]
 
         async def is_heard() -> bool:
             return bool(dict(await redis.pubsub_numsub(node.keys.to_node(name)))[node.keys.to_node(name)])
@@ -101,6 +108,7 @@ async def stand_in(server: RedisServer, name: str = "n1") -> AsyncIterator[Stand
             await wait_until(is_heard)
             yield node
         finally:
-            hearing.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await hearing
+            for task in tasks:
+                task.cancel()
+            # Of a Redis that was killed they have heard.
+            await asyncio.gather(*tasks, return_exceptions=True)

@@ -36,20 +36,20 @@ async def test_a_message_goes_only_to_nodes_that_hold_a_recipient(redis_server: 
 
 
 async def test_a_node_that_is_silent_is_missing_when_the_time_is_over(redis_server: RedisServer) -> None:
-    async with stand_in(redis_server, "n1") as n1, stand_in(redis_server, "n2") as n2:
-        async with Backend(redis_server.url, timeout_s=0.3) as b:
-            await n1.connect(1, groups=["g"])
-            await n2.connect(1, groups=["g"])
-            n2.answer = lambda command: None
-            sent = await b.send_to_group("g", 1)
-            assert (sent.nodes, sent.missing) == ({"n1": 1}, ("n2",))
-            with pytest.raises(BackendUnavailable, match="n2 has not answered"):
-                await b.close_conn(n2.fd(1))
-            await n2.renew(age_ms=20_000)
-            assert not await b.close_conn(n2.fd(1)), "its node is not alive"
-            with pytest.raises(NotOnline):
-                await b.bind_user(n2.fd(1), "ann")
-            assert (await b.send_to_group("g", 1)).nodes == {"n1": 1}
+    both = stand_in(redis_server, "n1"), stand_in(redis_server, "n2")
+    async with both[0] as n1, both[1] as n2, Backend(redis_server.url, timeout_s=0.3) as b:
+        await n1.connect(1, groups=["g"])
+        await n2.connect(1, groups=["g"])
+        n2.answer = lambda command: None
+        sent = await b.send_to_group("g", 1)
+        assert (sent.nodes, sent.missing) == ({"n1": 1}, ("n2",))
+        with pytest.raises(BackendUnavailable, match="n2 has not answered"):
+            await b.close_conn(n2.fd(1))
+        await n2.renew(age_ms=20_000)
+        assert not await b.close_conn(n2.fd(1)), "its node is not alive"
+        with pytest.raises(NotOnline):
+            await b.bind_user(n2.fd(1), "ann")
+        assert (await b.send_to_group("g", 1)).nodes == {"n1": 1}
 
 
 async def test_what_nobody_could_carry_out_is_refused_before_it_is_sent(redis_server: RedisServer) -> None:
@@ -58,7 +58,8 @@ async def test_what_nobody_could_carry_out_is_refused_before_it_is_sent(redis_se
         for call in (
             b.send_to_user("", 1), b.send_to_user("a\nb", 1), b.send_to_group("x" * 129, 1), b.send_to_conn("x", 1),
             b.send_to_user("ann", {1, 2}), b.send_to_user("ann", {"x": 1}, raw=True),
-            b.send_to_user("ann", 1, delivery="soon"), b.close_conn(fd, code=1006), b.kick_user("ann", reason="x" * 124),
+            b.send_to_user("ann", 1, delivery="soon"), b.close_conn(fd, code=1006),
+            b.kick_user("ann", reason="x" * 124),
             b.set_session(fd, {"x": object()}), b.join_group(fd, ""), b.user_count(""),
         ):  # fmt: skip
             with pytest.raises(CallRefused) as refused:

@@ -16,7 +16,7 @@ def quotepush(*words: str, **environment: str) -> "subprocess.CompletedProcess[s
 
 def test_help_names_every_command() -> None:
     shown = quotepush("--help").stdout
-    for command in ("serve", "demo", "check", "watch", "publish", "settings"):
+    for command in ("serve", "demo", "check", "watch", "publish", "settings", "send", "kick", "conns", "stats"):
         assert command in shown
 
 

@@ -4,6 +4,7 @@ import ast
 import asyncio
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
@@ -18,7 +19,7 @@ import aiohttp
 import click
 import pytest
 
-from quotepush import settings
+from quotepush import Backend, settings
 from quotepush.cli import cli
 from quotepush.metrics import METRICS
 from quotepush.quote.code import parse_code
@@ -34,10 +35,11 @@ README = ROOT / "README.md"
 CHINESE = ROOT / "README.zh-CN.md"
 PROTOCOL = ROOT / "docs" / "protocol.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
+BACKENDS = ROOT / "docs" / "backends.md"
 SETTINGS = ROOT / "docs" / "settings.md"
 CLIENTS = ROOT / "docs" / "clients.md"
 WRITTEN = [README, PROTOCOL, OPERATIONS]  # by hand and about what the code does; settings.md is generated
-WORDED = [*WRITTEN, CLIENTS]  # the examples of clients.md have a test of their own
+WORDED = [*WRITTEN, CLIENTS, BACKENDS]  # their examples have tests of their own
 ALL = sorted({README, CHINESE, *(ROOT / "docs").glob("*.md")})
 
 # Words in code spans that belong to other programs.
@@ -196,7 +198,7 @@ def test_every_link_inside_the_project_leads_somewhere(path: Path) -> None:
 
 @pytest.mark.parametrize("path", WORDED, ids=name_of)
 def test_every_setting_and_word_of_the_wire_exists_in_the_code(path: Path) -> None:
-    known = words_in_code() | FOREIGN | metric_names().keys()
+    known = words_in_code() | FOREIGN | metric_names().keys() | set(dir(Backend))
     for span in spans_of(path):
         span = re.sub(r"<\w+>", "", span)  # a place that the reader fills
         for word in re.findall(r"(?<![\w$./-])[a-z]+(?:_[a-z0-9]+)+(?![\w.])", span):
@@ -515,7 +517,7 @@ async def test_the_commands_work_as_written(
         line = re.sub("|".join(map(re.escape, here)), lambda match: here[match[0]], command)
         if command.startswith("quotepush watch"):
             line += f" --url {server.url} --seconds 1"
-        if command.startswith("quotepush publish"):
+        if command.startswith(("quotepush publish", "quotepush send")):
             line += f" --redis {redis_server.url}"
         process = await asyncio.create_subprocess_shell(line, cwd=tmp_path, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
         output, errors = await asyncio.wait_for(process.communicate(), 60)
@@ -535,3 +537,97 @@ def test_the_flags_of_the_feed_in_the_readme_exist() -> None:
     assert lines
     for line in lines:
         assert {word for word in shlex.split(line) if word.startswith("--")} <= flags
+
+
+# --- docs/backends.md -------------------------------------------------------------------------------------------------
+
+
+async def output_of(*command: str, environment: dict[str, str]) -> str:
+    """What a program of the reader's prints; it must end well."""
+    process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, env=environment)
+    output, errors = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 0, f"{command}\n{errors.decode()}"
+    return output.decode()
+
+
+async def test_the_examples_for_backends_work_as_written(
+    start_server: Callable[..., Any], redis_server: RedisServer
+) -> None:
+    token = "the token of a test"[::-1].replace(" ", "-")
+    server = await start_server(api_token=token, events=True)
+    environment = os.environ | {"QUOTEPUSH_API_TOKEN": token, "QUOTEPUSH_FEED_REDIS": redis_server.url}
+
+    def here(text: str) -> str:
+        text = text.replace("redis://127.0.0.1:6379/0", redis_server.url)
+        text = re.sub(r"^quotepush ", f"{sys.executable} -m quotepush ", text)
+        return text.replace("127.0.0.1:8009", f"127.0.0.1:{server.admin_port}")
+
+    async def run(block: Block) -> str:
+        return await output_of(sys.executable, "-u", "-c", here(block.text), environment=environment)
+
+    python = {
+        key: block for block in blocks_of(BACKENDS) if block.language == "python" for key in _KEYS if key in block.text
+    }
+    assert len(python) == len([block for block in blocks_of(BACKENDS) if block.language == "python"]) == len(_KEYS)
+    async with aiohttp.ClientSession() as http, http.ws_connect(server.ws_url) as socket:
+        hello = await next_message(socket)
+        program = "-u", "-c", here(python["events()"].text)
+        async with running(sys.executable, *program) as events, redis_server.client() as redis:
+
+            async def are_heard() -> bool:
+                ((_, hearers),) = await redis.pubsub_numsub("qp:events")
+                return hearers > 0
+
+            await wait_until(are_heard, 30)
+            # One after the other: the second binds the connection that the others speak of.
+            assert await run(python["send_to_all"]) == "1 connections took it\n"
+            assert await run(python["send_to_user"]) == "1 connections took it\n"
+            assert [(await next_message(socket))["from"] for _ in range(2)] == ["all", "user"]
+            assert await run(python[".page("]) == f"{hello['conn']}\n1 1 True\n"
+            while "user_online" not in (line := (await asyncio.wait_for(events.readline(), 30)).decode()):
+                assert line
+        for block, command in commands_of(BACKENDS):
+            if command.startswith("export") or check_without_running(command) or not is_here(program_of(command)):
+                continue
+            output = await output_of("sh", "-c", here(command), environment=environment)
+            if "/send" in command:
+                assert json.loads(output)["delivered"] == 1, block
+                assert (await next_message(socket))["data"] == {"title": "Order filled"}
+            elif command.startswith("curl"):
+                assert "error" not in json.loads(output), block
+        if shutil.which("php"):
+            (block,) = (block for block in blocks_of(BACKENDS) if block.language == "php")
+            output = await output_of("php", "-r", here(block.text), environment=environment)
+            assert json.loads(output)["delivered"] == 1
+
+
+# What names each of the Python examples of docs/backends.md.
+_KEYS = ("send_to_all", "send_to_user", ".page(", "events()")
+
+
+def test_the_table_of_gatewayworker_names_calls_that_exist() -> None:
+    from quotepush.node.api_routes import ROUTES
+
+    (table,) = tables_of(BACKENDS, "Coming from GatewayWorker")
+    routes = {f"{route.method} {route.path}" for route in ROUTES}
+    for _, library, http, command in table[1:]:
+        for call in words_of(library):
+            assert call == "user" or hasattr(Backend, call.partition("(")[0]), call
+        assert set(words_of(http)) <= routes, http
+        for words in words_of(command):
+            first, second, *_ = [*words.split(), ""]
+            found = cli.commands[first]
+            assert not isinstance(found, click.Group) or not second or second in found.commands, words
+            if second.startswith("--"):
+                assert second in flags_of(found), words
+
+
+def test_the_table_of_the_errors_of_backends_is_complete() -> None:
+    from quotepush.node.api import STATUSES
+
+    (table,) = tables_of(BACKENDS, "Errors")
+    said = {word for row in table[1:] for word in words_of(row[2])}
+    assert said == STATUSES.keys()
+    for row in table[1:]:
+        statuses = {int(number) for number in row[1].split(", ")}
+        assert {STATUSES[word] for word in words_of(row[2])} == statuses

@@ -509,3 +509,37 @@ def test_the_times_of_tokens_have_bounds(name: str, value: int) -> None:
 def test_the_websocket_is_not_where_something_else_is(path: str) -> None:
     with pytest.raises(SettingsError, match="something else is there"):
         load(env={}, flags={"ws_path": path})
+
+
+def test_the_token_of_the_http_api_comes_from_a_setting_or_a_file_and_is_never_shown(tmp_path: Path):
+    path = tmp_path / "token"
+    path.write_text("sixteen-letters!\n")
+    sources = ({"api_token": "sixteen-letters!"}, {"api_token_file": str(path)})
+    for found in (
+        *(load(env={}, flags=flags) for flags in sources),
+        load(env={"QUOTEPUSH_API_TOKEN": "sixteen-letters!"}),
+    ):
+        assert found.api_token == "sixteen-letters!"
+        assert "sixteen" not in repr(found)
+    assert load(env={}).api_token == ""
+
+
+def test_a_token_that_could_be_guessed_or_is_missing_is_a_fault(tmp_path: Path):
+    path = tmp_path / "token"
+    for wrong in ("short", "with blanks in between", "sixteen-letters\u00f6"):
+        (fault,) = faults(api_token=wrong)
+        assert fault.startswith("api_token must") and wrong not in fault
+    path.write_text("\n")
+    (fault,) = faults(api_token_file=str(path))
+    assert fault.startswith("api_token_file")
+    (fault,) = faults(api_token_file=str(tmp_path / "none"))
+    assert "cannot be read" in fault
+    path.write_text("sixteen-letters!")
+    (fault,) = faults(api_token_file=str(path), api_token="letters-sixteen!")
+    assert "both set" in fault
+
+
+def test_the_private_listener_leaves_loopback_only_with_a_token():
+    (fault,) = faults(admin_host="0.0.0.0")
+    assert "admin_host" in fault and "api_token" in fault
+    assert load(env={}, flags={"admin_host": "0.0.0.0", "api_token": "sixteen-letters!"}).admin_host == "0.0.0.0"
