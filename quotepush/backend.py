@@ -211,6 +211,31 @@ class Backend:
         """Close every connection of a user."""
         return _done(await self._order(Command(op="kick", users=[user], code=code, reason=reason)))
 
+    # What they may have
+
+    async def entitle_conn(self, conn: str, claims: Mapping[str, Any]) -> None:
+        """Let a connection have from now on what these claims of a token say, and no longer what its token said.
+
+        It takes effect at once on what is subscribed, and until the connection ends or brings another token.
+
+        Args:
+            claims: such as ``codes``, ``max_rate``, ``max_codes``, ``delay_s`` (docs/protocol.md, "Claims"); what is
+                left out is unlimited.
+
+        Raises:
+            NotOnline: it is not there.
+            CallRefused: ``bad_request``: a claim is wrong.
+        """
+        await self._order_one(Command(op="entitle", conns=[conn], claims=dict(claims)), conn)
+
+    async def entitle_user(self, user: str, claims: Mapping[str, Any]) -> Done:
+        """Do the same with every connection that a user has now.
+
+        Raises:
+            CallRefused: ``bad_request``: a claim is wrong.
+        """
+        return _done(await self._order(Command(op="entitle", users=[user], claims=dict(claims))))
+
     # Users and groups
 
     async def bind_user(self, conn: str, user: str, *, conn_key: str = "") -> None:

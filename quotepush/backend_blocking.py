@@ -118,6 +118,16 @@ class BlockingBackend:
         """Close a user's connections as :meth:`Backend.kick_user` does."""
         return self._wait_for(self._backend.kick_user(user, code=code, reason=reason))
 
+    # What they may have
+
+    def entitle_conn(self, conn: str, claims: Mapping[str, Any]) -> None:
+        """Change what a connection may have as :meth:`Backend.entitle_conn` does."""
+        self._wait_for(self._backend.entitle_conn(conn, claims))
+
+    def entitle_user(self, user: str, claims: Mapping[str, Any]) -> Done:
+        """Change what a user's connections may have as :meth:`Backend.entitle_user` does."""
+        return self._wait_for(self._backend.entitle_user(user, claims))
+
     # Users and groups
 
     def bind_user(self, conn: str, user: str, *, conn_key: str = "") -> None:

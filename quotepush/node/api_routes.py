@@ -111,6 +111,13 @@ class SessionData(msgspec.Struct):
     data: dict[str, Any]
 
 
+class Entitled(msgspec.Struct):
+    """What a connection may have now."""
+
+    conn: str
+    claims: dict[str, Any]
+
+
 class Bound(msgspec.Struct):
     """Whose a connection is now."""
 
@@ -293,6 +300,15 @@ async def _unbind(backend: Backend, ask: Ask) -> Bound:
     return Bound(ask.path["conn"], None)
 
 
+async def _entitle_conn(backend: Backend, ask: Ask) -> Entitled:
+    await backend.entitle_conn(ask.path["conn"], ask.body)
+    return Entitled(ask.path["conn"], ask.body)
+
+
+async def _entitle_user(backend: Backend, ask: Ask) -> Done:
+    return await backend.entitle_user(ask.path["user"], ask.body)
+
+
 async def _user(backend: Backend, ask: Ask) -> User:
     count = await backend.user_count(ask.path["user"])
     return User(ask.path["user"], count > 0, count)
@@ -363,6 +379,10 @@ ROUTES = (
           refusals=(*_GONE, "key_needed", "wrong_key")),
     Route("DELETE", "/conns/{conn}/user", "unbind_user", "Take a connection from its user.", _unbind, Bound,
           refusals=_GONE),
+    Route("PUT", "/conns/{conn}/entitlement", "entitle_conn", "Let a connection have what these claims of a token say.",
+          _entitle_conn, Entitled, _Object, refusals=_GONE),
+    Route("PUT", "/users/{user}/entitlement", "entitle_user", "Do the same with the connections that a user has now.",
+          _entitle_user, Done, _Object),
     Route("GET", "/users", "users", "The users who are online.", _users, Names, is_paged=True),
     Route("GET", "/users/{user}", "user", "Whether a user is online.", _user, User),
     Route("GET", "/users/{user}/conns", "user_conns", "The connections of a user.", _user_conns, Names,

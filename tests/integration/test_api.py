@@ -151,6 +151,11 @@ async def test_each_call_does_what_it_says_and_answers_as_described(start_server
         assert (await api("POST", "/publish", body={"code": "A", "last": "x"}))[1]["error"] == "bad_tick"
         await wait_until(lambda: b.last("A") == 3)
 
+        assert (await api("PUT", "/conns/{conn}/entitlement", fd(b), body={"max_codes": 1}))[1] == {
+            "conn": fd(b), "claims": {"max_codes": 1},
+        }  # fmt: skip
+        assert (await api("PUT", "/users/{user}/entitlement", "nobody", body={"codes": ["A"]}))[1]["count"] == 0
+        assert (await api("PUT", "/conns/{conn}/entitlement", fd(b), body={"codes": "A"}))[1]["error"] == "bad_request"
         assert (await api("DELETE", "/conns/{conn}/user", fd(a)))[1] == {"conn": fd(a), "user": None}
         assert (await api("POST", "/conns/{conn}/close", fd(a)))[1] == {"closed": True}
         assert (await api("POST", "/conns/{conn}/close", fd(a), body={}))[1] == {"closed": False}

@@ -113,6 +113,16 @@ async def test_each_call_does_what_it_says(start_server: Start, redis_server: Re
         with pytest.raises(NotOnline):
             await backend.get_session("test.0.5")
 
+        # what they may have
+        await backend.entitle_conn(fd(ann), {"codes": ["*.SH"], "max_codes": 1})
+        assert (await ann.request("subscribe", codes=["AAPL"]))["rejected"][0]["error"] == "not_entitled"
+        assert (await backend.entitle_user("ann", {})).count == 2
+        assert (await ann.request("subscribe", codes=["AAPL"]))["rejected"] == []
+        with pytest.raises(CallRefused):
+            await backend.entitle_conn(fd(ann), {"codes": "AAPL"})
+        with pytest.raises(NotOnline):
+            await backend.entitle_conn("test.0.5", {})
+
         # goodbye
         await backend.unbind_user(fd(bob))
         assert await backend.close_conn(fd(bob), reason="bye")
