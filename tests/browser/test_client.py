@@ -1,4 +1,5 @@
-"""The browser client in a real Chromium, against the real server: restarts, out of sight, blocked WebSockets."""
+"""The browser client in a real Chromium, against the real server: restarts, stalls, out of sight, blocked WebSockets,
+tokens."""
 
 import asyncio
 import contextlib
@@ -14,6 +15,7 @@ from quotepush import Publisher
 from tests.support.blocked_network import BlockedNetwork
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
+from tests.support.tokens import KEY, token
 from tests.support.waiting import wait_until
 
 # One browser for all; each test has a context of its own in it.
@@ -26,6 +28,7 @@ QUICK = {"heartbeat_ms": 200, "ring_code_bytes": 1_000_000}
 CONNECT = """
 async (options) => {
   const { connect } = await import("/quotepush.js");
+  if (window.freshToken) options.token = () => freshToken();
   const seen = (window.seen = { seqs: [], merged: 0, gaps: [], states: [], acks: 0 });
   const quotes = (window.quotes = connect(new URL("/ws", location), options));
   quotes.on("merged", ({ count }) => (seen.merged += count));
@@ -96,12 +99,17 @@ async def newest(redis_server: RedisServer) -> AsyncIterator[Callable[[], Awaita
     await publisher.aclose()
 
 
-async def watch(browser: Browser, url: str, **options: Any) -> Watcher:
+async def watch(
+    browser: Browser, url: str, fresh_token: Callable[[], str] | None = None, awaited: str = "seqs", **options: Any
+) -> Watcher:
+    """Open a page whose client watches AAPL; return when something of what is ``awaited`` is there."""
     page = await browser.new_page()
+    if fresh_token is not None:
+        await page.expose_function("freshToken", fresh_token)
     await page.goto(f"{url}/quotepush.js")
     await page.evaluate(CONNECT, options)
     watcher = Watcher(page)
-    await watcher.has("seqs", bool)
+    await watcher.has(awaited, bool)
     return watcher
 
 
@@ -168,4 +176,51 @@ async def test_stream_takes_the_place_of_a_blocked_websocket_and_leaves_it_when_
         await watcher.has("seqs", lambda seqs: seqs[-1] == last)
         assert is_whole(await watcher.seen("seqs"))
         assert await watcher.seen("gaps") == []
+        await watcher.page.close()
+
+
+async def test_a_tab_that_was_stalled_for_longer_than_the_watchdog_misses_no_row(
+    browser: Browser, start_server: StartServer, newest: Callable[[], Awaitable[int]]
+) -> None:
+    server = await start_server(workers=1, **QUICK)
+    watcher = await watch(browser, server.url)
+    await watcher.has_more(20)
+    # Nothing of the page runs meanwhile; its watchdog bites after ten quarters of a heartbeat, half a second.
+    await watcher.page.evaluate("() => { for (const until = Date.now() + 3000; Date.now() < until; ); }")
+    await watcher.has_more(100)
+    last = await newest()
+    await watcher.has("seqs", lambda seqs: seqs[-1] == last)
+    assert is_whole(await watcher.seen("seqs"))
+    assert await watcher.seen("gaps") == []
+
+
+async def test_a_token_is_renewed_before_it_expires_and_the_connection_and_its_rows_go_on(
+    browser: Browser, start_server: StartServer, newest: Callable[[], Awaitable[int]]
+) -> None:
+    server = await start_server(workers=1, token_key=KEY, token_leeway_s=0, **QUICK)
+    made: list[str] = []
+
+    def fresh_token() -> str:
+        made.append(token(sub="ann", exp=int(time.time()) + 9))
+        return made[-1]
+
+    watcher = await watch(browser, server.url, fresh_token)
+    began = time.time()
+    await wait_until(lambda: time.time() > began + 10, 30, "the first token has expired")
+    await watcher.has_more(20)
+    last = await newest()
+    await watcher.has("seqs", lambda seqs: seqs[-1] == last)
+    assert is_whole(await watcher.seen("seqs"))
+    assert [state["state"] for state in await watcher.seen("states")] == ["open"]
+    assert len(made) > 1
+
+
+async def test_a_stream_whose_token_is_refused_says_so_and_does_not_come_back(
+    browser: Browser, start_server: StartServer
+) -> None:
+    server = await start_server(workers=1, token_key=KEY, **QUICK)
+    async with BlockedNetwork(server.url) as network:
+        watcher = await watch(browser, network.url, awaited="states", token="not a token")
+        await watcher.has("states", lambda states: states[-1]["state"] == "closed")
+        assert (await watcher.seen("states"))[-1]["reason"] == "auth_failed"
         await watcher.page.close()
