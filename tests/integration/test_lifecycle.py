@@ -18,6 +18,7 @@ import aiohttp
 import pytest
 
 from tests.support.command import Outcome, run_quotepush
+from tests.support.ports import own_port
 from tests.support.processes import command_line, is_alive
 from tests.support.raw_websocket import RawWebSocket
 from tests.support.redis_server import RedisServer
@@ -41,12 +42,6 @@ def taken_port() -> Iterator[int]:
         stranger.bind(("127.0.0.1", 0))
         stranger.listen()
         yield stranger.getsockname()[1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def spawn(command: list[str], stdout: Path, stderr: Path | None = None, **options: Any) -> subprocess.Popen[bytes]:
@@ -116,7 +111,7 @@ async def test_a_second_start_names_the_first_and_disturbs_nothing(
 async def test_the_lock_comes_before_everything_else(quotepush_server: QuotepushServer) -> None:
     # The second one's Redis and port are both wrong, but it never gets so far.
     outcome = await run_quotepush(
-        *flags(quotepush_server, feed_redis=f"redis://127.0.0.1:{free_port()}/0", port=quotepush_server.port)
+        *flags(quotepush_server, feed_redis=f"redis://127.0.0.1:{own_port()}/0", port=quotepush_server.port)
     )
     assert outcome.status == 3
     assert "Process already exist" in assert_one_line(outcome.stderr)
@@ -165,7 +160,7 @@ async def test_a_lock_file_that_cannot_be_made_has_an_error_of_its_own(
 
 
 async def test_a_redis_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    url = f"redis://127.0.0.1:{free_port()}/0"
+    url = f"redis://127.0.0.1:{own_port()}/0"
     outcome = await run_quotepush(
         "serve", f"--redis={url}", "--port=0", "--admin-port=0", f"--lock-file={tmp_path / 'lock'}", timeout_s=15
     )
@@ -186,7 +181,7 @@ async def test_a_redis_that_does_not_answer_is_one_line(tmp_path: Path, redis_se
 
 
 async def test_a_registry_redis_that_is_not_there_is_named_as_such(tmp_path: Path, redis_server: RedisServer) -> None:
-    url = f"redis://127.0.0.1:{free_port()}/0"
+    url = f"redis://127.0.0.1:{own_port()}/0"
     outcome = await run_quotepush(
         "serve", f"--redis={redis_server.url}", f"--registry-redis={url}", "--port=0", "--admin-port=0",
         f"--lock-file={tmp_path / 'lock'}", timeout_s=15,
@@ -201,7 +196,7 @@ async def test_a_registry_that_takes_no_writes_is_one_line(tmp_path: Path, redis
     async with redis_server.client() as redis:
         await redis.sadd("qp:node:test", "0.1")  # something to clear
         await redis.sadd("qp:node:test:0.1", "test.0.1")
-        await redis.replicaof("127.0.0.1", free_port())
+        await redis.replicaof("127.0.0.1", own_port())
     outcome = await run_quotepush(
         "serve", f"--redis={redis_server.url}", "--port=0", "--admin-port=0", f"--lock-file={tmp_path / 'lock'}",
         "--node=test", timeout_s=15,
@@ -253,7 +248,7 @@ async def test_all_wrong_settings_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["nonsense=1", "socket_timeout=soon"])
 async def test_a_redis_url_with_a_wrong_option_is_one_line(option: str, tmp_path: Path) -> None:
     outcome = await run_quotepush(
-        "serve", f"--redis=redis://127.0.0.1:{free_port()}/0?{option}", "--port=0", "--admin-port=0",
+        "serve", f"--redis=redis://127.0.0.1:{own_port()}/0?{option}", "--port=0", "--admin-port=0",
         f"--lock-file={tmp_path / 'lock'}",
     )  # fmt: skip
     assert (outcome.status, outcome.stdout) == (2, "")
@@ -671,7 +666,7 @@ async def test_everything_public_lies_below_the_base_path(start_server: StartSer
 
 
 async def test_it_is_ready_only_when_ticks_reach_it(tmp_path: Path, redis_server: RedisServer) -> None:
-    admin_port = free_port()
+    admin_port = own_port()
     async with redis_server.client() as redis:
         await redis.execute_command("ACL", "SETUSER", "feed", "on", ">x", "~*", "&*", "+@all", "-psubscribe")
         url = redis_server.url.replace("//", "//feed:x@")

@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -12,11 +11,13 @@ from typing import Any
 import redis as blocking_redis
 from redis.asyncio import Redis
 
+from tests.support.ports import own_port
+
 __all__ = ["RedisServer"]
 
 
 class RedisServer:
-    """``redis-server`` on a free port of 127.0.0.1; the same port after a restart.
+    """``redis-server`` on a port of its own of 127.0.0.1; the same port after a restart.
 
     Args:
         directory: for its log and, with ``aof``, what it keeps.
@@ -30,7 +31,7 @@ class RedisServer:
         self.aof = aof
         self.options = options
         self.program = program
-        self.port = _free_port()
+        self.port = own_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -114,12 +115,3 @@ class RedisServer:
                 return bool(client.ping())
             except blocking_redis.RedisError:
                 return False
-
-
-def _free_port() -> int:
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port < 55_000:  # a cluster node listens on port + 10,000 too
-            return port

@@ -1,4 +1,4 @@
-"""A real quotepush server of one test's own: main and its workers, on free ports, with its own lock."""
+"""A real quotepush server of one test's own: main and its workers, on a port of its own, with its own lock."""
 
 import asyncio
 import os
@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 
+from tests.support.ports import own_port
 from tests.support.waiting import wait_until
 
 __all__ = ["QuotepushServer"]
@@ -34,7 +35,7 @@ class QuotepushServer:
         self.directory = directory
         self.open_files = open_files
         self.settings: dict[str, Any] = {
-            "feed_redis": redis_url, "port": 0, "admin_port": 0, "workers": 2, "node": "test",
+            "feed_redis": redis_url, "port": own_port(), "admin_port": 0, "workers": 2, "node": "test",
             "lock_file": str(directory / "lock"), "log_level": "debug", **settings,
         }  # fmt: skip
         self.port = 0
