@@ -11,7 +11,6 @@ import random
 import socket
 import tempfile
 from pathlib import Path
-from typing import IO
 
 __all__ = ["own_port"]
 
@@ -19,7 +18,7 @@ __all__ = ["own_port"]
 _FIRST, _LAST = 11_000, 19_999
 _BLOCK = 200
 
-_holder: IO[str] | None = None
+_holder = -1
 _holder_pid = 0
 _ports: list[int] = []
 
@@ -27,7 +26,7 @@ _ports: list[int] = []
 def own_port() -> int:
     """Return a port of 127.0.0.1 that nobody listens on; the same one again only after some hundred others."""
     global _holder, _holder_pid, _ports
-    if _holder is None or _holder_pid != os.getpid():
+    if _holder < 0 or _holder_pid != os.getpid():
         _holder, _ports = _take_block()
         _holder_pid = os.getpid()
     for _ in range(_BLOCK):
@@ -38,15 +37,15 @@ def own_port() -> int:
     raise AssertionError("every port of our block is taken")
 
 
-def _take_block() -> tuple[IO[str], list[int]]:
+def _take_block() -> tuple[int, list[int]]:
     blocks = list(range(_FIRST, _LAST + 1, _BLOCK))
     random.SystemRandom().shuffle(blocks)
     for first in blocks:
-        holder = open(Path(tempfile.gettempdir()) / f"quotepush-tests-ports-{first}.lock", "w")
+        holder = os.open(Path(tempfile.gettempdir()) / f"quotepush-tests-ports-{first}.lock", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(holder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder.close()
+            os.close(holder)
         else:
             return holder, list(range(first, first + _BLOCK))
     raise AssertionError("other test processes hold all blocks of ports")
