@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -34,22 +35,22 @@ KEPT = {
 ROUNDS = [1, pytest.param(12, marks=[pytest.mark.long, pytest.mark.timeout(600)])]
 
 
-class Taker:
+class Taker(ABC):
     """One client of either language, as far as these tests look at it."""
 
+    @abstractmethod
     def rows(self, code: str) -> list[tuple[int, float]]:
         """Return number and ``last`` of each row, in order."""
-        raise NotImplementedError
 
-    def merged(self, code: str) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def merged(self, code: str) -> int: ...
 
-    def gaps(self) -> list[Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def gaps(self) -> list[Any]: ...
 
+    @abstractmethod
     def losses(self) -> int:
         """Return how many connections it has lost or given up."""
-        raise NotImplementedError
 
     def newest(self, code: str) -> int:
         rows = self.rows(code)
