@@ -188,7 +188,7 @@ def attacks() -> dict[str, str]:
         "early": token(nbf=int(time.time()) + 3600, **claims),
         "oversized": mine(x="x" * 8200),
         "deep": sign(b'{"alg":"HS256"}', b'{"aud":"quotes","x":' + b"[" * 3000 + b"]" * 3000 + b"}"),
-        "delayed": mine(delay_s=900),
+        "delayed": mine(delay_s=901),
         "of a wrong type": mine(codes="*"),
         "of two": f"{mine()}.{mine()}",
     }

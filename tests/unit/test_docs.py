@@ -583,6 +583,8 @@ async def test_the_examples_for_backends_work_as_written(
             assert await run(python["send_to_all"]) == "1 connections took it\n"
             assert await run(python["send_to_user"]) == "1 connections took it\n"
             assert [(await next_message(socket))["from"] for _ in range(2)] == ["all", "user"]
+            assert await run(python["entitle_user"]) == "1 connections may see Shanghai now\n"
+            assert (await next_message(socket))["state"] == "limits"
             assert await run(python[".page("]) == f"{hello['conn']}\n1 1 True\n"
             while "user_online" not in (line := (await asyncio.wait_for(events.readline(), 30)).decode()):
                 assert line
@@ -602,7 +604,7 @@ async def test_the_examples_for_backends_work_as_written(
 
 
 # What names each of the Python examples of docs/backends.md.
-_KEYS = ("send_to_all", "send_to_user", ".page(", "events()")
+_KEYS = ("send_to_all", "send_to_user", ".page(", "entitle_user", "events()")
 
 
 def test_the_table_of_gatewayworker_names_calls_that_exist() -> None:
