@@ -114,6 +114,7 @@ class ClientLink:
         self.failure: Exception | None = None  # why it has ended by itself
         self._task: asyncio.Task[None] | None = None
         self._http: aiohttp.ClientSession | None = None
+        self._is_closing = False
         self._was_open = False  # at least once
         self._attempt = 0
         self._told_s = 0.0  # how long the server asked us to stay away
@@ -137,6 +138,7 @@ class ClientLink:
 
     async def close(self) -> None:
         """End it; harmless twice."""
+        self._is_closing = True
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait({self._task})  # bounded: its last act is the closing handshake, with a timeout
@@ -183,6 +185,9 @@ class ClientLink:
                 self._told_s = 0.0
                 self._change_state(StateChange("connecting", reason, self._attempt))
                 reason = await self._live()
+                if self._is_closing:
+                    # A TaskGroup keeps a cancellation to itself that comes in the turn in which one of its tasks fails.
+                    raise asyncio.CancelledError
                 wait_s = pause_s(self._attempt, self._told_s, self._min_backoff_s, self._max_backoff_s, random.random())
                 self._attempt += 1
                 self._change_state(StateChange("waiting", reason, self._attempt, wait_s))

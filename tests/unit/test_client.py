@@ -26,6 +26,7 @@ from quotepush.client import (
 )
 from quotepush.client_link import _retry_after_s
 from quotepush.errors import PeerError
+from tests.support.raw_websocket import CLOSE, TEXT, client_frame
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
 from tests.support.waiting import wait_until
@@ -323,6 +324,33 @@ async def test_an_unreachable_server_is_tried_for_ever_and_waiting_can_be_cancel
                 await anext(quotes)
         await wait_until(lambda: [change.state for change in seen].count("connecting") >= 4)
         assert seen[-1].reason == "Connection refused"
+
+
+async def test_closing_in_the_very_turn_in_which_the_connection_is_lost_ends_the_client():
+    async def hang_up(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse(protocols=("quotes.v1.json",))
+        await socket.prepare(request)
+        assert request.transport is not None
+        hello = client_frame(TEXT, orjson.dumps(_HELLO), is_masked=False)
+        request.transport.write(hello + client_frame(CLOSE, b"\x03\xe9", is_masked=False))
+        await socket.receive()
+        return socket
+
+    closing: list[asyncio.Task[None]] = []
+    async with peer(hang_up) as url:
+        quotes = QuoteClient(url, min_backoff_s=30.0, max_backoff_s=60.0)
+        changes = states(quotes)
+
+        def close_once_open(change: StateChange) -> None:
+            if change.state == "open":
+                closing.append(asyncio.create_task(quotes.close()))
+
+        quotes.on("state", close_once_open)
+        await quotes.__aenter__()
+        await wait_until(lambda: closing)
+        async with asyncio.timeout(10):
+            await closing[0]
+    assert [change.state for change in changes] == ["connecting", "open", "closed"]
 
 
 async def test_closing_ends_every_wait_and_leaves_no_task():
