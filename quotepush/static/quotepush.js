@@ -66,6 +66,7 @@ class Quotes {
       onMessage: (message) => this.#receive(message),
       onState: (state) => this.#emit("state", state),
       query: () => this.#query(),
+      stream: () => this.#authenticate(true),
       mayRetry: () => typeof env.token === "function" && !this.#isRefused && (this.#isRefused = true),
     });
     this.#forget = [listen(home, "online", () => this.wake()), listen(document, "visibilitychange", onVisible)];
@@ -173,10 +174,10 @@ class Quotes {
     this.#sync();
   }
 
-  async #authenticate() {
+  async #authenticate(isStream = this.#link.isStream) {
     const { hello } = this;
     try {
-      if (this.#link.isStream) return await this.#link.stream(); // the token is in its address
+      if (isStream) return await this.#link.stream(); // with its token
       const token = await this.#token();
       if (hello !== this.hello || this.state !== "open") return;
       this.#request("auth", { token });
@@ -363,12 +364,13 @@ class Link {
   #env;
   #owner;
   #socket;
+  #probing;
   #retry;
   #watch;
   #silence = 0; // checks since the last message
   #failures = 0;
   #mute = 0; // sockets in a row that never said hello
-  #why; // tells why it did not open
+  #why; // tells why not
   #position; // in the stream
   #toldMs = 0; // how long the server asked us to stay away
 
@@ -394,7 +396,8 @@ class Link {
 
   async stream() {
     const query = await this.#owner.query();
-    if (!query || this.state === "closed" || (this.#socket && !this.isStream)) return;
+    // A lost stream keeps its pause.
+    if (!query || this.state === "closed" || !this.#socket === this.isStream) return;
     const url = new URL(this.#url.replace(/^ws/, "http"));
     query.last_event_id = this.#position;
     for (const name in query) if (query[name]) url.searchParams.set(name, query[name]);
@@ -475,10 +478,7 @@ class Link {
   async #ask(attempt) {
     const { fetch, EventSource } = this.#env;
     try {
-      const answer = await fetch(this.#why, {
-        cache: "no-store",
-        signal: home.AbortSignal?.timeout?.(MOMENT_MS),
-      });
+      const answer = await fetch(this.#why, { cache: "no-store", signal: home.AbortSignal?.timeout?.(MOMENT_MS) });
       const { status } = answer;
       const { error: reason = `http_${status}`, message } = await answer.json().catch(() => ({}));
       if (this.state !== "waiting" || this.#failures !== attempt) return; // answered too late
@@ -489,7 +489,7 @@ class Link {
         this.#failures--; // the same attempt, with a better reason
         this.#toldMs = Number(answer.headers.get("Retry-After")) * 1000 || 0;
         this.#wait(reason, { code: status, message });
-      } else if (status === 426 && EventSource && !this.isStream && ++this.#mute > 1) await this.stream();
+      } else if (status === 426 && EventSource && !this.isStream && ++this.#mute > 1) this.#owner.stream();
     } catch {
       // Nobody answers there either.
     }
@@ -497,16 +497,10 @@ class Link {
 
   /** Is the WebSocket still blocked? */
   #probe() {
-    const stream = this.#socket;
-    const socket = this.#dial();
-    socket.onmessage = () => {
-      socket.close();
-      if (this.#socket === stream) this.open();
-    };
-    this.#retry(() => {
-      socket.close();
-      this.#probe();
-    }, PROBE_MS);
+    this.#probing?.close();
+    this.#probing = this.#dial();
+    this.#probing.onmessage = () => this.open();
+    this.#retry(() => this.#probe(), PROBE_MS);
   }
 
   #dial() {
@@ -542,6 +536,7 @@ class Link {
     this.#socket.onmessage = this.#socket.onclose = this.#socket.onerror = null;
     this.#socket.close();
     this.#socket = null;
+    this.#probing?.close();
   }
 
   #report(state, details) {

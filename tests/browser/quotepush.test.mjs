@@ -1079,6 +1079,39 @@ test("a stream is opened again with a newer token before the old one ends", asyn
   assert.deepEqual(stream().query, { codes: "A", token: "t2", last_event_id: "3" });
 });
 
+test("a token that falls due while a lost stream waits does not shorten the wait", async () => {
+  let count = 0;
+  await streaming(["A"], { token: () => `t${++count}` });
+  stream().says({ ...HELLO, auth: "ok", time: 0, expires: 12_000 });
+  clock.advance(8_900);
+  stream().says({ type: "status", scope: "connection", state: "closing", retry_after_ms: 5000 });
+  stream().ends(true);
+  await settle();
+  clock.advance(1_000);
+  await settle();
+  assert.deepEqual([states.at(-1).state, streams.length], ["waiting", 1]);
+  await blocked();
+  assert.equal(streams.length, 2);
+});
+
+test("a stream that has no token to begin with says so, and is tried again", async () => {
+  const tokens = [null, "t"];
+  const told = [];
+  answer = answers(426);
+  const quotes = open({
+    EventSource: FakeStream,
+    token: () => tokens.shift() ?? Promise.reject(new Error("nobody there")),
+  });
+  quotes.on("error", (error) => told.push(error));
+  quotes.subscribe("A");
+  await blocked();
+  await blocked();
+  assert.deepEqual(told, [{ type: "error", error: "no_token", message: "Error: nobody there" }]);
+  assert.deepEqual([states.at(-1).state, streams.length], ["waiting", 0]);
+  await blocked();
+  assert.equal(stream().query.token, "t");
+});
+
 test("a token that a stream refuses is followed by one more try, and then by none", async () => {
   let count = 0;
   await streaming(["A"], { token: () => `t${++count}` });
@@ -1106,4 +1139,14 @@ test("the WebSocket is tried every three minutes, and taken as soon as one says 
   assert.deepEqual([states.at(-1), newest().sent[0].codes], [{ state: "open" }, ["A"]]);
   quotes.close();
   assert.equal(clock.pending, 0);
+});
+
+test("of the sockets that look for a way past a stream one is open at most, and none when the stream is closed", async () => {
+  const quotes = await streaming();
+  stream().says(HELLO);
+  const before = sockets.length;
+  for (let looks = 0; looks < 3; looks++) quotes.wake();
+  assert.deepEqual(sockets.slice(before).map(({ isClosed }) => isClosed), [true, true, false]);
+  quotes.close();
+  assert.ok(newest().isClosed);
 });
