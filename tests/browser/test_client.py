@@ -48,6 +48,19 @@ LOOK = """
 """
 
 
+# Nothing of the page has run for longer than the watchdog waits: ten quarters of a heartbeat, half a second.
+NOTE_STALLS = """
+() => {
+  seen.stalls = 0;
+  let last = Date.now();
+  setInterval(() => {
+    if (Date.now() - last > 2500) seen.stalls++;
+    last = Date.now();
+  }, 50);
+}
+"""
+
+
 class Watcher:
     """A page with a client that watches AAPL."""
 
@@ -192,6 +205,35 @@ async def test_a_tab_that_was_stalled_for_longer_than_the_watchdog_misses_no_row
     await watcher.has("seqs", lambda seqs: seqs[-1] == last)
     assert is_whole(await watcher.seen("seqs"))
     assert await watcher.seen("gaps") == []
+
+
+async def test_a_tab_whose_scripts_stand_still_misses_no_row_not_even_over_a_restart(
+    browser: Browser, start_server: StartServer, newest: Callable[[], Awaitable[int]]
+) -> None:
+    server = await start_server(workers=1, **QUICK)
+    watcher = await watch(browser, server.url)
+    await watcher.page.evaluate(NOTE_STALLS)
+    devtools = await watcher.page.context.new_cdp_session(watcher.page)
+    await devtools.send("Debugger.enable")
+    for is_restarted in (False, True):
+        await watcher.has_more(20)
+        paused = asyncio.Event()
+        devtools.once("Debugger.paused", lambda _, paused=paused: paused.set())
+        await devtools.send("Debugger.pause")
+        await asyncio.wait_for(paused.wait(), 30)
+        stalled_at = time.time()
+        if is_restarted:
+            await server.kill()
+            await server.start()
+        await wait_until(lambda since=stalled_at: time.time() > since + 3, 30, "six times what the watchdog waits")
+        await devtools.send("Debugger.resume")
+        await watcher.has("stalls", lambda stalls, count=1 + is_restarted: stalls >= count)
+    await watcher.has_more(20)
+    last = await newest()
+    await watcher.has("seqs", lambda seqs: seqs[-1] == last)
+    assert is_whole(await watcher.seen("seqs"))
+    assert await watcher.seen("gaps") == [] and await watcher.seen("merged") == 0
+    assert "waiting" in [state["state"] for state in await watcher.seen("states")]
 
 
 async def test_a_token_is_renewed_before_it_expires_and_the_connection_and_its_rows_go_on(
