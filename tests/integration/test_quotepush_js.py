@@ -363,7 +363,8 @@ async def test_a_stream_brings_its_token_and_tells_which_codes_it_cannot_hold(gu
         await client.until(lambda: client.rows("C299"))
         assert network.streams[0]["codes"] == ",".join(codes[:300])
         assert network.streams[0]["token"].count(".") == 2
-        assert [(e["error"], e["codes"]) for e in client.of("error")] == [("code_limit", ["C300", "C301"])]
+        # Once per stream: on a busy machine there may be a second one.
+        assert {(e["error"], *e["codes"]) for e in client.of("error")} == {("code_limit", "C300", "C301")}
 
 
 async def test_without_streams_the_websocket_is_tried_again_and_again(start_server: StartServer) -> None:
