@@ -10,6 +10,7 @@
         ├── SettingsError     exit 2   a wrong setting: starting again cannot help
         ├── LockError         exit 1   the lock file cannot be made
         ├── AlreadyRunning    exit 3   another main holds the lock
+        ├── NodeTaken         exit 1   another machine's main has this node's name
         ├── RedisUnavailable  exit 1   no answer, or not the answer we may have
         ├── PortUnavailable   exit 1   somebody else listens there
         ├── BackendUnavailable  exit 1 Redis, or a node, does not answer a backend's call in time
@@ -23,6 +24,7 @@ __all__ = [
     "BackendUnavailable",
     "CallRefused",
     "LockError",
+    "NodeTaken",
     "NotOnline",
     "OperatorError",
     "PeerError",
@@ -136,6 +138,26 @@ class AlreadyRunning(OperatorError):
         return (
             f"Process already exist: pid {self.pid or 'unknown'} holds {self.path}; "
             "stop it first, or give this one its own --node or --lock-file"
+        )
+
+
+class NodeTaken(OperatorError):
+    """Another main, alive, has this node's name in the cluster.
+
+    Args:
+        node: the name.
+        holder: what is known of the other one.
+    """
+
+    def __init__(self, node: str, holder: str) -> None:
+        super().__init__(node, holder)
+        self.node = node
+        self.holder = holder
+
+    def __str__(self) -> str:
+        return (
+            f"the name {self.node!r} is taken in this cluster by another server ({self.holder}); "
+            "give this one its own with --node, or another cluster with --redis-prefix"
         )
 
 

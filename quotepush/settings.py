@@ -262,6 +262,12 @@ class Settings:
     registry_check_s: float = _setting(
         5.0, "How often a part of the sets is compared with the truth.", unit="s", at_least=0.1
     )
+    lease_s: float = _setting(
+        10.0,
+        "A node whose record was not renewed for so long is dead for the others: its name is free, and what it had in "
+        "the registry is removed.",
+        unit="s", at_least=1,
+    )  # fmt: skip
 
     # Users, groups and messages.
     delivery: str = _setting(

@@ -18,10 +18,8 @@ from quotepush.cluster.pages import Listing, Page
 from quotepush.cluster.sets import RegistryKeys, text
 from quotepush.errors import CallRefused
 
-__all__ = ["NODE_LEASE_MS", "Census", "Node", "Session"]
+__all__ = ["Census", "Node", "Session"]
 
-# A node that has not renewed its entry for so long is not alive.
-NODE_LEASE_MS = 10_000
 _FIRST_LOOK_S, _SLOWEST_LOOK_S = 0.01, 0.2
 _FD = re.compile(r"([A-Za-z0-9-]{1,32})\.(\d{1,6})\.(\d{1,20})\Z")
 _LIFE = re.compile(r"(\d+)\.(\d+)\Z")
@@ -268,7 +266,7 @@ def _alive(listed: Mapping[bytes, bytes], now: tuple[int, int]) -> dict[str, Nod
     found = {}
     for name, said in listed.items():
         record = decode_node(said)
-        if record is not None and now_ms - record.renewed < NODE_LEASE_MS:
+        if record is not None and record.is_alive(now_ms):
             node = text(name)
             found[node] = Node(node, record.started, record.version, record.workers)
     return found

@@ -155,13 +155,34 @@ class Kept(msgspec.Struct, omit_defaults=True):
     id: str = ""
 
 
-class NodeRecord(msgspec.Struct):
-    """How a node stands in ``<p>nodes``: times are epoch milliseconds by the clock of Redis (``TIME``)."""
+class NodeRecord(msgspec.Struct, frozen=True):
+    """How a node stands in ``<p>nodes``: times are epoch milliseconds by the clock of Redis (``TIME``).
+
+    Attributes:
+        lease: milliseconds for which a renewal holds.
+        owner: the life of a main that has the name, a random text.
+        place, pid, born: where it runs, so that somebody there can tell whether it still does (``node/whereabouts``).
+        cleaner: the owner of another node, which removes what this dead one has left.
+        until: it has to say so again until then.
+        is_cleaned: nothing is left.
+    """
 
     renewed: int
     started: int
     version: str = ""
     workers: int = 0
+    lease: int = 10_000
+    owner: str = ""
+    place: str = ""
+    pid: int = 0
+    born: str = ""
+    cleaner: str = ""
+    until: int = 0
+    is_cleaned: bool = False
+
+    def is_alive(self, now_ms: int) -> bool:
+        """Whether its lease holds, by the clock of Redis."""
+        return now_ms - self.renewed < self.lease and not self.cleaner and not self.is_cleaned
 
 
 class ClusterKeys:

@@ -12,12 +12,10 @@ import asyncio
 import contextlib
 import logging
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import msgspec
 from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoPermissionError, RedisError
@@ -31,10 +29,10 @@ from quotepush.cluster.commands import (
     To,
     encode,
     new_id,
-    node_of,
     parse_command,
 )
 from quotepush.cluster.kept import keep, take
+from quotepush.cluster.mail import Mail, move_mail, put_back
 
 __all__ = ["Give", "Inbox"]
 
@@ -63,6 +61,7 @@ class Inbox:
         kept_max: messages that wait for one user.
         kept_ttl_s: how long a message waits that says nothing itself.
         on_up: called when commands are heard, or may not be.
+        may_work: whether nobody takes this node for dead.
 
     Attributes:
         heard: commands that were carried out.
@@ -86,6 +85,7 @@ class Inbox:
         kept_ttl_s: int,
         timeout_s: float,
         on_up: Callable[[], None] = lambda: None,
+        may_work: Callable[[], bool] = lambda: True,
     ) -> None:
         self._redis = redis
         self._pool = pool
@@ -97,11 +97,12 @@ class Inbox:
         self._kept_ttl_s = kept_ttl_s
         self._timeout_s = timeout_s
         self._on_up = on_up
+        self._may_work = may_work
         self._replies: deque[tuple[str, bytes]] = deque(maxlen=_MAX_WAITING)
         self._has_replies = asyncio.Event()
         self._has_mail = asyncio.Event()
+        self._mail = Mail(redis, keys, node, ttl_s=kept_ttl_s, timeout_s=timeout_s)
         self._after = b"-"  # where the inbox has been read to
-        self._done: list[bytes] = []  # entries that Redis has yet to remove
         # Users for whom messages may wait, and the commands that say so, as far as somebody waits for their outcome.
         self._came: dict[str, list[Command]] = {}
         self._has_come = asyncio.Event()
@@ -226,7 +227,10 @@ class Inbox:
             self._has_mail.clear()
             try:
                 if not is_begun:
-                    await self._put_away_old_mail()
+                    await move_mail(
+                        self._redis, self._keys, self._node,
+                        kept_max=self._kept_max, kept_ttl_s=self._kept_ttl_s, timeout_s=self._timeout_s,
+                    )  # fmt: skip
                     is_begun = True
                 await self._carry_out_mail()
                 is_well = True
@@ -238,54 +242,22 @@ class Inbox:
                 async with asyncio.timeout(_LOOK_S):
                     await self._has_mail.wait()
 
-    async def _mail(self, after: bytes, count: int) -> list[tuple[bytes, bytes]]:
-        """Return the next entries: id and command."""
-        async with asyncio.timeout(self._timeout_s):
-            page = await self._redis.xrange(self._keys.inbox(self._node), min=after, max="+", count=count)
-        return [(entry, fields.get(b"c", b"")) for entry, fields in page]
-
-    async def _put_away_old_mail(self) -> None:
-        """What a former life of this node has left: messages for users wait for them, the rest is nobody's any more."""
-        while page := await self._mail(b"-", _PER_SLICE):
-            for entry, text in page:
-                command = self._kept_command(entry, text)
-                if command is not None and command.to is not None and command.to.users:
-                    await self._put_back(command, command.to.users)
-            await self._remove([entry for entry, _ in page])
-
     async def _carry_out_mail(self) -> None:
-        await self._remove([])
-        while page := await self._mail(self._after, self._concurrency):
+        await self._mail.remove([])
+        # Whoever is taken for dead leaves its mail alone: another node has put it elsewhere, or is about to.
+        while self._may_work() and (page := await self._mail.page(self._after, self._concurrency)):
             self._after = b"(" + page[-1][0]
             async with asyncio.TaskGroup() as group:
                 for entry, text in page:
                     group.create_task(self._carry_out(entry, text))
-            await self._remove([entry for entry, _ in page])
-
-    async def _remove(self, entries: Sequence[bytes]) -> None:
-        self._done.extend(entries)
-        if self._done:
-            async with asyncio.timeout(self._timeout_s):
-                await self._redis.xdel(self._keys.inbox(self._node), *self._done)
-            self._done.clear()
-
-    def _kept_command(self, entry: bytes, text: bytes) -> Command | None:
-        """Return a command from the inbox, None when it is none or nobody wants it any more."""
-        try:
-            command = parse_command(text)
-        except BadCommand as e:
-            self._refuse(e)
-            return None
-        now_ms = time.time_ns() // 1_000_000
-        sent = command.sent or now_ms
-        until = command.until or sent + 1000 * self._kept_ttl_s
-        if until <= now_ms:
-            return None
-        kept_id = command.id or entry.decode()
-        return msgspec.structs.replace(command, keep=True, id=kept_id, sent=sent, until=until)
+            await self._mail.remove([entry for entry, _ in page])
 
     async def _carry_out(self, entry: bytes, text: bytes) -> None:
-        command = self._kept_command(entry, text)
+        try:
+            command = self._mail.command(entry, text)
+        except BadCommand as e:
+            self._refuse(e)
+            return
         if command is None or command.op in ("poke", "collect"):
             return
         self.heard += 1
@@ -294,8 +266,12 @@ class Inbox:
         users = command.to.users if command.to is not None else None
         missed = [user for user in users or () if user not in reply.users]
         if missed:
+            self.kept += len(missed)
             try:
-                await self._put_back(command, missed)
+                async with asyncio.timeout(self._timeout_s):
+                    nodes = await put_back(self._redis, self._keys, command, missed, self._kept_max)
+                if self._node in nodes:  # should nobody hear what is said on our channel just now
+                    self.users_came(missed)
             except _TROUBLE as e:
                 log.warning("inbox: a message for %d users is lost: %s", len(missed), str(e) or type(e).__name__)
 
@@ -309,23 +285,6 @@ class Inbox:
         self._give(command, encode(command), then)
         return await answered  # in bounded time: see Give
 
-    async def _put_back(self, command: Command, users: Sequence[str]) -> None:
-        """Let a message wait for these users, and say so where they are by now."""
-        message = Kept(
-            command.sent, command.until, command.data, command.encoding, command.raw, command.sender, command.id
-        )
-        for user in users:
-            async with asyncio.timeout(self._timeout_s):
-                await keep(self._redis, self._keys, user, [message], self._kept_max)
-                self.kept += 1
-                # He may have come while it was on its way.
-                fds = await self._redis.smembers(self._keys.user(user))
-                nodes = {node_of(fd.decode("utf-8", "replace")) for fd in fds}
-                for node in nodes - {self._node, ""}:
-                    await self._redis.publish(self._keys.to_node(node), encode(Command(op="collect", user=user)))
-            if self._node in nodes:
-                self.users_came([user])
-
     # ------------------------------------------------------------------ messages that wait
 
     async def _collect(self) -> None:
@@ -333,6 +292,9 @@ class Inbox:
             await self._has_come.wait()
             self._has_come.clear()
             while self._came:
+                if not self._may_work():  # their connections may have been removed; who is there comes again
+                    await asyncio.sleep(_AGAIN_S)
+                    continue
                 users = list(self._came)[:_PER_SLICE]
                 try:
                     async with asyncio.timeout(self._timeout_s):

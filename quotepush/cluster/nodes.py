@@ -16,7 +16,7 @@ from quotepush.cluster.sets import (
     text,
 )
 
-__all__ = ["Told", "cut_connection", "purge", "purge_life", "purge_node"]
+__all__ = ["Told", "cut_connection", "lives_of", "purge", "purge_life", "purge_node"]
 
 
 async def purge_life(redis: Redis, prefix: str, node: str, life: str, told: "Told | None" = None) -> int:
@@ -50,9 +50,18 @@ async def purge_node(
     redis: Redis, prefix: str, node: str, *, keep: Container[str] = (), told: "Told | None" = None
 ) -> int:
     """Remove all lives of ``node`` but those in ``keep``; otherwise as :func:`purge_life`."""
-    (found,) = await execute(redis, [(1, ("SMEMBERS", RegistryKeys(prefix, node, "").node))])
-    lives = {text(life).removesuffix(MemberKeys.SUFFIX): None for life in found}
+    lives = await lives_of(redis, prefix, node)
     return sum([await purge_life(redis, prefix, node, life, told) for life in lives if life not in keep])
+
+
+async def lives_of(redis: Redis, prefix: str, node: str) -> list[str]:
+    """Return the lives of a node that have something in the registry.
+
+    Raises:
+        RedisError, TimeoutError: Redis does not answer.
+    """
+    (found,) = await execute(redis, [(1, ("SMEMBERS", RegistryKeys(prefix, node, "").node))])
+    return list(dict.fromkeys(text(life).removesuffix(MemberKeys.SUFFIX) for life in found))
 
 
 class Told(Protocol):

@@ -128,6 +128,7 @@ class RegistryMirror:
         self._away_since: float | None = None
         self._client_id: int | None = None
         self._may_connect = False
+        self._is_doubted = False
 
         self._open: dict[str, Collection[str]] = {}  # the truth: each session's own live collection
         self._dirty: dict[str, float] = {}  # fd to the time of its oldest unwritten change; oldest first
@@ -165,6 +166,10 @@ class RegistryMirror:
         if self._open.pop(fd, None) is not None:
             self.touch(fd)
 
+    def doubt(self) -> None:
+        """Redis may hold anything now: write all of it again, soon."""
+        self._is_doubted = True
+
     @property
     def pending(self) -> int:
         """How many fds have a change that Redis has not taken yet."""
@@ -196,6 +201,7 @@ class RegistryMirror:
         backoff_s = BACKOFF_FIRST_S
         while True:
             try:
+                self._is_doubted = False
                 await self._begin()
                 await self._flush()
                 await self._check()
@@ -225,8 +231,9 @@ class RegistryMirror:
         return True
 
     async def _follow(self) -> None:
+        """Write what changes; return when it is to begin anew."""
         next_check = time.monotonic() + self._check_interval_s
-        while True:
+        while not self._is_doubted:
             await asyncio.sleep(self._interval_s)
             await self._flush()
             if time.monotonic() >= next_check:

@@ -17,12 +17,13 @@ from typing import Any, cast
 import msgspec
 
 __all__ = [
-    "BUS_VERSION", "Answered", "Ask", "BusEnd", "Carried", "ClientSend", "Drain", "Feed", "Figures", "Find", "Found",
-    "Freshness", "Happened", "Hello", "KeysWanted", "Lend", "Order", "PlacesBack", "PlacesGranted", "PlacesWanted",
-    "Ready", "RegistryClient", "Rows", "Sent", "Setup", "ToMain", "ToWorker", "TokenKeys", "Unwatch", "UsersCame",
+    "BUS_VERSION", "Answered", "Ask", "BusEnd", "Carried", "ClientSend", "Doubt", "Drain", "Feed", "Figures",
+    "Find", "Found", "Freshness", "Happened", "Hello", "KeysWanted", "Lend", "Order", "PlacesBack", "PlacesGranted",
+    "PlacesWanted", "Ready", "RegistryClient", "Rows", "Sent", "Setup", "ToMain", "ToWorker", "TokenKeys",
+    "Unwatch", "UsersCame",
 ]  # fmt: skip
 
-BUS_VERSION = 5
+BUS_VERSION = 6
 _LENGTH = struct.Struct("!I")
 _READ_MAX = 1 << 28
 
@@ -35,7 +36,10 @@ class _Message(msgspec.Struct, array_like=True, gc=False):
 
 
 class Setup(_Message, tag="setup"):
-    """The first message to a worker: everything it must know."""
+    """The first message to a worker: everything it must know.
+
+    ``start_us`` is when it begins, by the clock of Redis, in microseconds: later than any worker before it.
+    """
 
     version: int
     settings: dict[str, Any]
@@ -44,6 +48,7 @@ class Setup(_Message, tag="setup"):
     server: str
     life: str = ""
     keys: list[tuple[str, bool]] = []
+    start_us: int = 0
 
 
 class TokenKeys(_Message, tag="keys"):
@@ -110,6 +115,10 @@ class Feed(_Message, tag="feed"):
     state: str
     last_tick_ms: int
     epoch: str
+
+
+class Doubt(_Message, tag="doubt"):
+    """What the registry says about the sessions of this worker may have been removed: write all of it again."""
 
 
 class Lend(_Message, tag="lend"):
@@ -255,7 +264,9 @@ class Figures(_Message, tag="figures"):
     figures: dict[str, Any]
 
 
-ToWorker = Setup | TokenKeys | Rows | Answered | Found | Freshness | PlacesGranted | Feed | Lend | Order | Sent | Drain
+ToWorker = (
+    Setup | TokenKeys | Rows | Answered | Found | Freshness | PlacesGranted | Feed | Doubt | Lend | Order | Sent | Drain
+)
 ToMain = (
     Hello | Ready | Ask | Find | KeysWanted | Unwatch | PlacesWanted | PlacesBack | RegistryClient | Figures
     | Carried | UsersCame | ClientSend | Happened

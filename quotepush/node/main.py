@@ -28,6 +28,7 @@ from setproctitle import setproctitle
 from quotepush import __version__
 from quotepush.backend import Backend
 from quotepush.cluster.nodes import purge_node
+from quotepush.cluster.presence import redis_us
 from quotepush.errors import OperatorError, PortUnavailable, RedisUnavailable, SettingsError, reason_of
 from quotepush.ingest.keys import FeedKeys
 from quotepush.ingest.listener import FeedListener
@@ -92,6 +93,7 @@ class _Main:
         self._announce = announce
         self._epoch = secrets.token_hex(8)
         self._stop = asyncio.Event()
+        self._fault: OperatorError | None = None
         self._is_ready = False
         self._ring = Ring(
             max_bytes=settings.ring_bytes,
@@ -129,6 +131,7 @@ class _Main:
         self._rows: RowStore
         self._delaying: Delaying | None = None
         self._supervisor: Supervisor
+        self._has_workers = False
         self._switchboard: Switchboard
         self._addresses = ""
 
@@ -146,15 +149,23 @@ class _Main:
             keys = FeedKeys(settings.redis_prefix)
             registry = _redis_client(settings, settings.registry_url, "main")
             command_pool = _listening_pool(settings, settings.registry_url, "commands")
-            self._switchboard = Switchboard(settings, registry, command_pool, self._tell_readiness)
+            self._switchboard = Switchboard(
+                settings, registry, command_pool,
+                on_up=self._tell_readiness, on_lost=self._give_up, on_removed=self._doubt_registry,
+            )  # fmt: skip
             for pool in (feed_pool, log_redis.connection_pool, registry.connection_pool, command_pool):
                 pool.make_connection()  # type: ignore[no-untyped-call]  # connects nowhere, but looks at the options
         except (TypeError, ValueError) as e:
             raise SettingsError([f"feed_redis or registry_redis: a wrong option in the URL: {e}"]) from None
+        keeping_name: asyncio.Task[None] | None = None
         try:
             await _check_redis(Redis(connection_pool=feed_pool), "feed_redis", settings.feed_redis, settings)
             await _check_redis(registry, "registry_redis", settings.registry_url, settings)
             try:
+                if not await self._joins():
+                    return
+                keeping_name = asyncio.create_task(self._switchboard.keep_name(), name="presence")
+                began_us = await redis_us(registry) - time.monotonic_ns() // 1000
                 removed = await purge_node(registry, settings.redis_prefix, settings.node, told=self._switchboard.told)
             except (RedisError, OSError, TimeoutError) as e:
                 shown = without_password(settings.registry_url)
@@ -205,6 +216,7 @@ class _Main:
             self._supervisor = Supervisor(
                 settings, sockets, self._relay, self._directories, registry, max_connections, self._feed_news,
                 self._tell_readiness, self._keyring, self._switchboard,
+                lambda: began_us + time.monotonic_ns() // 1000,
             )  # fmt: skip
             async with self._admin_site() as admin_address:
                 # Only now: a start that fails says so in one line.
@@ -212,26 +224,48 @@ class _Main:
                 log.info("open-file limit %d, max_connections %d", open_files, max_connections)
                 self._lock.write(admin_address)
                 self._addresses = f"{_public_url(settings, sockets[0])} admin=http://{admin_address}"
-                await self._switchboard.begin()
-                await self._serve_until_stopped()
+                self._has_workers = True
+                await self._serve_until_stopped(keeping_name)
             if settings.rows_interval_s:
                 await self._rows.flush()
+            if self._fault is not None:
+                raise self._fault  # the registry's entries under this name are another main's now
             try:
                 async with asyncio.timeout(settings.redis_timeout_s):
                     await purge_node(registry, settings.redis_prefix, settings.node, told=self._switchboard.told)
-                    await self._switchboard.leave()
+                self._has_workers = False
             except (RedisError, OSError, TimeoutError) as e:
                 log.warning("registry: not cleared; the next start does it: %s", str(e) or type(e).__name__)
         finally:
             for s in sockets:
                 s.close()
+            if keeping_name is not None:
+                keeping_name.cancel()
+                await asyncio.wait([keeping_name])
             with contextlib.suppress(RedisError, OSError, TimeoutError):
+                # Where entries may be left the record stays: it leads others to them.
+                if keeping_name is not None and not self._has_workers:
+                    async with asyncio.timeout(settings.redis_timeout_s):
+                        await self._switchboard.leave()
                 await registry.aclose()
                 await log_redis.aclose()
                 await feed_pool.aclose()
                 await command_pool.aclose()
 
-    async def _serve_until_stopped(self) -> None:
+    async def _joins(self) -> bool:
+        """Take this node's name, which may take as long as its lease; False: we were stopped before."""
+        joined = asyncio.ensure_future(self._switchboard.join())
+        stopped = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait([joined, stopped], return_when=asyncio.FIRST_COMPLETED)
+            if joined.done():
+                joined.result()
+            return joined.done()
+        finally:
+            joined.cancel()
+            stopped.cancel()
+
+    async def _serve_until_stopped(self, keeping_name: "asyncio.Task[None]") -> None:
         quiet_collector()
         try:
             async with asyncio.TaskGroup() as group:
@@ -243,6 +277,7 @@ class _Main:
                     group.create_task(self._sweep_codes(), name="sweep"),
                     *(group.create_task(d.run(), name="directory") for d in self._directories.values()),
                     group.create_task(self._keyring.run(), name="keys"),
+                    group.create_task(_end_of(keeping_name), name="presence"),
                     group.create_task(self._switchboard.run(), name="switchboard"),
                     group.create_task(self._report_faults(), name="faults"),
                     group.create_task(self._feed_watchdog(), name="watchdog"),
@@ -316,6 +351,15 @@ class _Main:
 
     # How we are
 
+    def _give_up(self, fault: OperatorError) -> None:
+        """We must not go on: end as if told to stop, and say why."""
+        self._fault = fault
+        self._stop.set()
+
+    def _doubt_registry(self) -> None:
+        if self._has_workers:
+            self._supervisor.doubt_registry()
+
     def _tell_keys(self, sources: list[tuple[str, bool]]) -> None:
         self._supervisor.tell_keys(sources)
 
@@ -353,6 +397,7 @@ class _Main:
             "feed": state,
             "feed_lag_ms": round(listener.lag_s * 1000),
             "log": self._follower.state,
+            "lease": "held" if self._switchboard.is_held else "not held",
             "workers": supervisor.ready,
             "connections": supervisor.connections,
             "max_connections": supervisor.places.most,
@@ -418,6 +463,12 @@ class _Main:
             await runner.cleanup()
             if backend is not None:
                 await backend.aclose()
+
+
+async def _end_of(task: "asyncio.Task[None]") -> None:
+    """Wait for a task that others stop; what it raises is raised here."""
+    await asyncio.wait([task])
+    task.result()
 
 
 async def _open_public(settings: Settings) -> list[socket.socket]:

@@ -103,6 +103,11 @@ class Memberships:
             assert self._mirror is not None
             self._mirror.close(fd)
 
+    def doubt(self) -> None:
+        """Redis may hold anything now: write all of it again."""
+        if self._mirror is not None:
+            self._mirror.doubt()
+
     async def run(self) -> None:
         """Follow the truth until cancelled."""
         await self._is_wanted.wait()  # perhaps for ever

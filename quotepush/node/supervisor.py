@@ -26,7 +26,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from quotepush import __version__
-from quotepush.cluster.nodes import cut_connection, purge_life
+from quotepush.cluster.nodes import cut_connection, lives_of, purge_life
 from quotepush.errors import WorkerUnfit
 from quotepush.node import bus
 from quotepush.node.allotment import Allotment
@@ -52,6 +52,7 @@ _KILL_AFTER_S = 3.0
 _START_PATIENCE_S = 30.0
 _LEND_AFTER_S = 0.4
 _PURGE_AGAIN_S = 2.0
+_STRANGERS_S = 15.0
 # The collector is off while it starts: quotepush.node.collector.
 _WORKER = "import gc; gc.disable(); from quotepush.node.worker import main; main()"
 
@@ -99,6 +100,7 @@ class Supervisor:
         feed_news: the feed's state and the arrival of its newest tick.
         on_ready: called whenever the number of ready workers changes.
         keyring: the keys of tokens.
+        start_us: now, by the clock of Redis; it never goes back.
 
     Attributes:
         places: of this machine, and who has them.
@@ -116,10 +118,12 @@ class Supervisor:
         on_ready: Callable[[], None],
         keyring: Keyring,
         switchboard: Switchboard,
+        start_us: Callable[[], int],
     ) -> None:
         self._settings = settings
         self._keyring = keyring
         self._switchboard = switchboard
+        self._start_us = start_us
         self._relay = relay
         self._directories = directories
         self._registry = registry
@@ -132,6 +136,7 @@ class Supervisor:
         self._may_be_news = asyncio.Event()
         self._unpurged: list[tuple[str, dict[str, int]]] = []  # dead lives that the registry still holds
         self._has_unpurged = asyncio.Event()
+        self._strangers: set[str] = set()
 
     @property
     def ready(self) -> int:
@@ -253,6 +258,7 @@ class Supervisor:
                 __version__,
                 self._relay.life,
                 self._keyring.sources,
+                self._start_us(),
             )
         )
         end.send(bus.Feed(*self._feed_news()))
@@ -322,12 +328,34 @@ class Supervisor:
 
     async def _keep_purging(self) -> None:
         """Clear the dead at once, and those whom Redis would not let us clear again and again."""
+        looked_s = time.monotonic()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_PURGE_AGAIN_S):
                     await self._has_unpurged.wait()
             self._has_unpurged.clear()
             await self._purge()
+            if time.monotonic() - looked_s >= _STRANGERS_S and self._switchboard.is_held:
+                looked_s = time.monotonic()
+                await self._look_for_strangers()
+
+    async def _look_for_strangers(self) -> None:
+        """Have removed what is in the registry under our name and is not ours.
+
+        A former holder of the name who was taken for dead, and woke up, may have written before it knew.
+        """
+        try:
+            async with asyncio.timeout(self._settings.redis_timeout_s):
+                lives = await lives_of(self._registry, self._settings.redis_prefix, self._settings.node)
+        except (RedisError, OSError, TimeoutError):
+            return
+        ours = {slot.life for slot in self.slots} | {life for life, _ in self._unpurged}
+        strangers = {life for life in lives if life not in ours}
+        # A worker may just have begun, and its word not have been read: at the next look it is known.
+        for life in strangers & self._strangers:
+            self._unpurged.append((life, {}))
+            self._has_unpurged.set()
+        self._strangers = strangers
 
     # What workers say
 
@@ -365,6 +393,12 @@ class Supervisor:
                 self._on_ready()
             case _:
                 self._switchboard.heard(slot.index, message)
+
+    def doubt_registry(self) -> None:
+        """What the registry says about our connections may have been removed: write it again."""
+        for slot in self.slots:
+            if slot.bus is not None:
+                slot.bus.send(bus.Doubt())
 
     def tell_keys(self, sources: list[tuple[str, bool]]) -> None:
         """The keys of tokens have changed."""

@@ -5,6 +5,8 @@ record of this node, events.
 """
 
 import asyncio
+import os
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,14 +15,17 @@ from redis.asyncio import ConnectionPool
 
 from quotepush import __version__
 from quotepush.cluster.announcer import Announcer
-from quotepush.cluster.commands import ClusterKeys
+from quotepush.cluster.cleaner import Cleaner
+from quotepush.cluster.commands import ClusterKeys, NodeRecord
 from quotepush.cluster.crowds import Crowds
 from quotepush.cluster.inbox import Inbox
 from quotepush.cluster.nodes import Told
 from quotepush.cluster.presence import Presence
+from quotepush.errors import NodeTaken
 from quotepush.node import bus
 from quotepush.node.errands import Errands
 from quotepush.node.posts import Posts
+from quotepush.node.whereabouts import birth_of, here, is_running
 from quotepush.settings import Settings
 
 __all__ = ["Switchboard"]
@@ -33,9 +38,20 @@ class Switchboard:
         redis: a client of the registry.
         pool: makes the connection on which commands are heard.
         on_up: called when they are.
+        on_lost: called when another main has this node's name.
+        on_removed: called when what the registry says about this node's connections may have been removed.
     """
 
-    def __init__(self, settings: Settings, redis: Any, pool: ConnectionPool, on_up: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        redis: Any,
+        pool: ConnectionPool,
+        *,
+        on_up: Callable[[], None],
+        on_lost: Callable[[NodeTaken], None],
+        on_removed: Callable[[], None],
+    ) -> None:
         self._ends: dict[int, bus.BusEnd] = {}
         keys = ClusterKeys(settings.redis_prefix)
         timeout_s = settings.redis_timeout_s
@@ -43,13 +59,19 @@ class Switchboard:
         self._inbox = Inbox(
             redis, pool, keys, settings.node, self._errands.give,
             concurrency=settings.inbox_concurrency, kept_max=settings.kept_max, kept_ttl_s=settings.kept_ttl_s,
-            timeout_s=timeout_s, on_up=on_up,
+            timeout_s=timeout_s, on_up=on_up, may_work=lambda: self.is_held,
         )  # fmt: skip
         self._presence = Presence(
-            redis, keys, settings.node,
-            version=__version__, workers=settings.worker_count, ttl_s=settings.registry_ttl_s, timeout_s=timeout_s,
+            redis, keys, settings.node, _record(settings),
+            is_running=lambda record: is_running(record.pid, record.born),
+            ttl_s=settings.registry_ttl_s, timeout_s=timeout_s, on_lost=on_lost, on_removed=on_removed,
         )  # fmt: skip
         self._announcer = Announcer(redis, keys.events, clock_ms=_clock_ms, timeout_s=timeout_s)
+        self._cleaner = Cleaner(
+            redis, keys, settings.node, self._presence.owner,
+            look_s=settings.lease_s / 4, kept_max=settings.kept_max, kept_ttl_s=settings.kept_ttl_s,
+            timeout_s=timeout_s, told=self._announcer if settings.events else None, may_work=lambda: self.is_held,
+        )  # fmt: skip
         self._crowds = Crowds(redis, keys, timeout_s=timeout_s)
         self._posts = Posts(settings)
         self._has_events = settings.events
@@ -65,6 +87,16 @@ class Switchboard:
         return self._inbox.is_up or self._inbox.is_forbidden
 
     @property
+    def is_held(self) -> bool:
+        """Nobody takes this node for dead."""
+        return self._presence.is_held
+
+    @property
+    def is_lost(self) -> bool:
+        """Another main has this node's name."""
+        return self._presence.is_lost
+
+    @property
     def figures(self) -> Mapping[str, float]:
         """What is counted, by the name of its metric."""
         inbox = self._inbox
@@ -77,19 +109,31 @@ class Switchboard:
             "client_messages": self._posts.sent,
             "client_messages_refused": self._posts.refused,
             "connections_replaced": self._crowds.closed,
+            "lease_held": self.is_held,
+            "nodes_cleared": self._cleaner.cleared,
+            "node_connections_cleared": self._cleaner.removed,
             "events_told": self._announcer.told,
             "events_dropped": self._announcer.dropped,
         }
 
-    async def begin(self) -> None:
-        """Let the cluster know of this node, if Redis lets us; :meth:`run` goes on trying."""
-        await self._presence.renew()
+    async def join(self) -> None:
+        """Take this node's name in the cluster; from then on :meth:`keep_name` must run.
+
+        Raises:
+            NodeTaken: another main has it.
+            RedisError, OSError, TimeoutError: Redis does not answer.
+        """
+        await self._presence.take()
+
+    async def keep_name(self) -> None:
+        """Hold this node's name until cancelled."""
+        await self._presence.run()
 
     async def run(self) -> None:
         """Serve until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._inbox.run(), name="inbox")
-            group.create_task(self._presence.run(), name="presence")
+            group.create_task(self._cleaner.run(), name="cleaner")
             group.create_task(self._announcer.run(), name="events")
             group.create_task(self._crowds.run(), name="crowds")
             group.create_task(self._posts.run(), name="posts")
@@ -127,6 +171,14 @@ class Switchboard:
                 self._posts.send(self._ends.get(worker), message)
             case bus.Happened():
                 self._announcer.happened(message.events)
+
+
+def _record(settings: Settings) -> NodeRecord:
+    return NodeRecord(
+        0, 0, __version__, settings.worker_count,
+        lease=round(settings.lease_s * 1000), owner=secrets.token_hex(8),
+        place=here(), pid=os.getpid(), born=birth_of(os.getpid()),
+    )  # fmt: skip
 
 
 def _clock_ms() -> int:

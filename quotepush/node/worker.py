@@ -16,7 +16,6 @@ import signal
 import socket
 import ssl
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -73,6 +72,7 @@ class WorkerProcess:
         self._keys: list[tuple[str, bool]] | None = None  # newer ones than those of Setup
         self._keys_wanted: list[Callable[[], None]] = []  # who waits for keys that may be newer
         self._worker: PushWorker | None = None
+        self._doubt: Callable[[], None] = lambda: None
         self._node = ""
         self._carrier = Carrier(self._carried)
         self._command_ids: dict[int, str] = {}
@@ -103,7 +103,7 @@ class WorkerProcess:
         setproctitle(f"quotepush[{setup.node}]: worker {self._index}")
         if settings.pin_workers:
             _pin(self._index)
-        life = f"{self._index}.{time.time_ns() // 1000}"
+        life = f"{self._index}.{setup.start_us}"
         self._bus.send(bus.Hello(life))
         redis = registry_client(settings.registry_url, connect_timeout_s=settings.redis_timeout_s)
         mirror = RegistryMirror(
@@ -125,6 +125,12 @@ class WorkerProcess:
             on_users=self._tell_users,
             told=self._tell_listed if settings.events else None,
         )
+
+        def doubt() -> None:
+            mirror.doubt()
+            memberships.doubt()
+
+        self._doubt = doubt
         if settings.max_connections_per_ip:
             self._places = PlacesByAddress(
                 ask=lambda addresses: self._bus.send(bus.PlacesWanted(0, 0, addresses)),
@@ -434,6 +440,8 @@ class WorkerProcess:
                 self._worker.desk.epoch = message.epoch
         elif kind is bus.Setup:
             self._setup.set_result(message)
+        elif kind is bus.Doubt:
+            self._doubt()
         elif kind is bus.Lend:
             self._lent.put_nowait(message)
         elif kind is bus.Drain and not self._stop.done():

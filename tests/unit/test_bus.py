@@ -43,6 +43,7 @@ TO_WORKER = [
     bus.PlacesGranted(6),
     bus.PlacesGranted(0, ["", "overloaded"]),
     bus.Feed("ok", 1_721_872_800_123, "e1"),
+    bus.Doubt(),
     bus.Lend(1, True),
     bus.Order(9, b'{"op":"poke"}'),
     bus.Sent(3, 2),

@@ -1,0 +1,129 @@
+"""Kept commands for a node: a stream in Redis, ``<p>inbox:<node>``, and where those go that it cannot carry out.
+
+Law: a message for users stays in the inbox until it was carried out or waits in their lists (:mod:`cluster.kept`);
+whoever puts it there says so where they are by then. Ages are by the clock of Redis.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from quotepush.cluster.commands import (
+    BadCommand,
+    ClusterKeys,
+    Command,
+    Kept,
+    encode,
+    node_of,
+    parse_command,
+)
+from quotepush.cluster.kept import keep
+from quotepush.cluster.presence import redis_us
+
+__all__ = ["Mail", "move_mail", "put_back"]
+
+_PAGE = 100
+
+
+class Mail:
+    """The inbox of a node.
+
+    Args:
+        ttl_s: how long a command waits that says nothing itself.
+    """
+
+    def __init__(self, redis: Any, keys: ClusterKeys, node: str, *, ttl_s: int, timeout_s: float) -> None:
+        self._redis = redis
+        self._key = keys.inbox(node)
+        self._ttl_s = ttl_s
+        self._timeout_s = timeout_s
+        self._now_ms = 0
+        self._done: list[bytes] = []  # entries that Redis has yet to remove
+
+    async def page(self, after: bytes, count: int) -> list[tuple[bytes, bytes]]:
+        """Return the next entries: id and text.
+
+        Raises:
+            RedisError, OSError, TimeoutError: Redis does not answer.
+        """
+        async with asyncio.timeout(self._timeout_s):
+            page = await self._redis.xrange(self._key, min=after, max="+", count=count)
+            if page:
+                self._now_ms = await redis_us(self._redis) // 1000
+        return [(entry, fields.get(b"c", b"")) for entry, fields in page]
+
+    def command(self, entry: bytes, text: bytes) -> Command | None:
+        """Return the command of an entry of the last page; None: nobody wants it any more.
+
+        Raises:
+            BadCommand: it is none.
+        """
+        command = parse_command(text)
+        sent = command.sent or int(entry.partition(b"-")[0])
+        until = command.until or sent + 1000 * self._ttl_s
+        if until <= self._now_ms:
+            return None
+        return msgspec.structs.replace(command, keep=True, id=command.id or entry.decode(), sent=sent, until=until)
+
+    async def remove(self, entries: Sequence[bytes]) -> None:
+        """Remove these, and those that Redis would not remove before.
+
+        Raises:
+            RedisError, OSError, TimeoutError: Redis does not answer; the next call does it.
+        """
+        self._done.extend(entries)
+        if self._done:
+            async with asyncio.timeout(self._timeout_s):
+                await self._redis.xdel(self._key, *self._done)
+            self._done.clear()
+
+
+async def put_back(redis: Any, keys: ClusterKeys, command: Command, users: Sequence[str], kept_max: int) -> set[str]:
+    """Let a message wait for these users; return the nodes where they are by now.
+
+    Raises:
+        RedisError, OSError: Redis does not answer; some of them may have it.
+    """
+    message = Kept(command.sent, command.until, command.data, command.encoding, command.raw, command.sender, command.id)
+    found: set[str] = set()
+    for user in users:
+        await keep(redis, keys, user, [message], kept_max)
+        # He may have come while it was on its way.
+        nodes = {node_of(fd.decode("utf-8", "replace")) for fd in await redis.smembers(keys.user(user))} - {""}
+        for node in nodes:
+            await redis.publish(keys.to_node(node), encode(Command(op="collect", user=user)))
+        found |= nodes
+    return found
+
+
+async def move_mail(
+    redis: Any, keys: ClusterKeys, node: str, *, kept_max: int, kept_ttl_s: int, timeout_s: float
+) -> int:
+    """Empty the inbox of a life that is dead: messages for users wait for them, the rest is nobody's any more.
+
+    Returns:
+        how many messages wait now.
+
+    Raises:
+        RedisError, OSError, TimeoutError: Redis does not answer; call again.
+    """
+    mail = Mail(redis, keys, node, ttl_s=kept_ttl_s, timeout_s=timeout_s)
+    moved = 0
+    while page := await mail.page(b"-", _PAGE):
+        for entry, text in page:
+            command = _wanted(mail, entry, text)
+            if command is not None and command.to is not None and command.to.users:
+                async with asyncio.timeout(timeout_s):
+                    await put_back(redis, keys, command, command.to.users, kept_max)
+                moved += 1
+        await mail.remove([entry for entry, _ in page])
+    return moved
+
+
+def _wanted(mail: Mail, entry: bytes, text: bytes) -> Command | None:
+    try:
+        return mail.command(entry, text)
+    except BadCommand:
+        return None

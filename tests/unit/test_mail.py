@@ -1,0 +1,101 @@
+"""The inbox of a node, and where its messages go."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from quotepush.cluster.commands import BadCommand, ClusterKeys, Command, To, decode_kept, encode
+from quotepush.cluster.mail import Mail, move_mail, put_back
+from quotepush.cluster.presence import redis_us
+from tests.support.redis_server import RedisServer
+
+KEYS = ClusterKeys("qp:")
+INBOX = KEYS.inbox("n1")
+
+
+@pytest.fixture
+async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
+    async with redis_server.client(decode_responses=False) as client:
+        yield client
+
+
+@pytest.fixture
+def mail(redis: Redis) -> Mail:
+    return Mail(redis, KEYS, "n1", ttl_s=60, timeout_s=2.0)
+
+
+async def test_commands_come_in_order_and_in_pages(redis: Redis, mail: Mail) -> None:
+    for n in range(5):
+        await redis.xadd(INBOX, {"c": encode(Command(op="send", id=str(n), to=To(all=True), data=n))})
+    first = await mail.page(b"-", 3)
+    second = await mail.page(b"(" + first[-1][0], 3)
+    commands = [mail.command(*entry) for entry in first + second]
+    assert [command.data for command in commands if command is not None] == [0, 1, 2, 3, 4]
+    await mail.remove([entry for entry, _ in first])
+    assert await mail.page(b"-", 9) == second
+
+
+async def test_what_says_nothing_of_its_age_is_as_old_as_its_entry(redis: Redis, mail: Mail) -> None:
+    now_ms = await redis_us(redis) // 1000
+    text = encode(Command(op="send", to=To(all=True), data=1))
+    await redis.xadd(INBOX, {"c": text}, id=f"{now_ms - 61_000}-1")
+    entry = await redis.xadd(INBOX, {"c": text}, id=f"{now_ms - 59_000}-1")
+    old, new = [mail.command(*found) for found in await mail.page(b"-", 9)]
+    assert old is None
+    assert new is not None
+    assert (new.sent, new.until, new.id, new.keep) == (now_ms - 59_000, now_ms + 1_000, entry.decode(), True)
+
+
+async def test_what_is_no_command_is_said_to_be_none(redis: Redis, mail: Mail) -> None:
+    await redis.xadd(INBOX, {"c": "?"})
+    await redis.xadd(INBOX, {"other": "field"})
+    for found in await mail.page(b"-", 9):
+        with pytest.raises(BadCommand):
+            mail.command(*found)
+
+
+async def test_entries_that_redis_would_not_remove_are_removed_with_the_next(
+    redis_server: RedisServer, redis: Redis, mail: Mail
+) -> None:
+    for _ in range(2):
+        await redis.xadd(INBOX, {"c": encode(Command(op="poke"))})
+    one, two = await mail.page(b"-", 9)
+    await redis.config_set("min-replicas-to-write", 1)
+    with pytest.raises(Exception, match="NOREPLICAS"):
+        await mail.remove([one[0]])
+    await redis.config_set("min-replicas-to-write", 0)
+    await mail.remove([two[0]])
+    assert await redis.xlen(INBOX) == 0
+
+
+async def test_a_message_for_users_waits_and_the_nodes_where_they_are_are_told(redis: Redis) -> None:
+    await redis.sadd(KEYS.user("ann"), "n2.0.5", "n3.1.7", "?")
+    now_ms = await redis_us(redis) // 1000
+    command = Command(op="send", id="m", to=To(users=["ann", "bob"]), data="hi", sent=now_ms, until=now_ms + 60_000)
+    async with redis.pubsub() as pubsub:
+        await pubsub.psubscribe("qp:*")
+        assert await put_back(redis, KEYS, command, ["ann", "bob"], kept_max=5) == {"n2", "n3"}
+        said = []
+        while len(said) < 2:
+            message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=5)
+            if message is not None:
+                said.append((message["channel"].decode(), message["data"]))
+    collect = encode(Command(op="collect", user="ann"))
+    assert sorted(said) == [(KEYS.to_node("n2"), collect), (KEYS.to_node("n3"), collect)]
+    for user in ("ann", "bob"):
+        (kept,) = [decode_kept(text) for text in await redis.lrange(KEYS.kept(user), 0, -1)]
+        assert kept is not None
+        assert (kept.id, kept.data, kept.until) == ("m", "hi", now_ms + 60_000)
+        assert 0 < await redis.pttl(KEYS.kept(user)) <= 60_000
+
+
+async def test_an_inbox_of_any_length_is_emptied(redis: Redis) -> None:
+    now_ms = await redis_us(redis) // 1000
+    for n in range(230):
+        command = Command(op="send", id=str(n), to=To(users=["ann"]), data=n, until=now_ms + 60_000)
+        await redis.xadd(INBOX, {"c": encode(command)})
+    assert await move_mail(redis, KEYS, "n1", kept_max=500, kept_ttl_s=60, timeout_s=2.0) == 230
+    assert await redis.xlen(INBOX) == 0
+    kept = [decode_kept(text) for text in await redis.lrange(KEYS.kept("ann"), 0, -1)]
+    assert [message.data for message in kept if message is not None] == list(range(230))
