@@ -1,7 +1,7 @@
 """The registry in Redis against the connections that there truly are."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -20,7 +20,7 @@ async def registry_faults(
     connections: Mapping[str, Set[str]],
     members: Mapping[str, Set[str]] | None = None,
     *,
-    node: str = "test",
+    nodes: Sequence[str] = ("test",),
     prefix: str = "qp:",
 ) -> list[str]:
     """Return every difference between the registry and ``connections`` (fd to its codes), one line each.
@@ -28,7 +28,7 @@ async def registry_faults(
     Args:
         redis: a client that answers with ``str``.
         members: the fds with a user, a group or session data, and the first two as ``u:<uid>`` and ``g:<group>``.
-        node: whose connections they are; nobody else's may be there.
+        nodes: whose connections they are; nobody else's may be there.
     """
     faults: list[str] = []
     of_ticks = tuple(prefix + name for name in _OF_TICKS)
@@ -65,19 +65,21 @@ async def registry_faults(
     for tag, fds in of_tag.items():
         name = f"{'user' if tag[0] == 'u' else 'group'}:{tag[2:]}"
         compare(name, await held(f"{prefix}{name}"), fds)
-    lives = await held(f"{prefix}node:{node}")
-    followed: set[str] = set()
-    for life in {life for life in lives if life.endswith(_MEMBERS)}:
-        lives.discard(life)
-        followed |= await held(f"{prefix}node:{node}:{life}")
-    compare(f"the members of {node}", followed, (members or {}).keys())
-    workers = [life.partition(".")[0] for life in lives]
-    if len(workers) != len(set(workers)):
-        faults.append(f"node:{node}: two lives of one worker: {' '.join(sorted(lives))}")
-    found: set[str] = set()
-    for life in lives:
-        found |= await held(f"{prefix}node:{node}:{life}")
-    compare(f"the lives of {node}", found, connections.keys())
+    for node in nodes:
+        of_node = {fd for fd in connections if fd.startswith(f"{node}.")}
+        lives = await held(f"{prefix}node:{node}")
+        followed: set[str] = set()
+        for life in {life for life in lives if life.endswith(_MEMBERS)}:
+            lives.discard(life)
+            followed |= await held(f"{prefix}node:{node}:{life}")
+        compare(f"the members of {node}", followed, of_node & (members or {}).keys())
+        workers = [life.partition(".")[0] for life in lives]
+        if len(workers) != len(set(workers)):
+            faults.append(f"node:{node}: two lives of one worker: {' '.join(sorted(lives))}")
+        found: set[str] = set()
+        for life in lives:
+            found |= await held(f"{prefix}node:{node}:{life}")
+        compare(f"the lives of {node}", found, of_node)
     if keys:
         faults.append(f"{len(keys)} keys too many: {' '.join(sorted(keys)[:3])}")
     return faults
@@ -88,7 +90,7 @@ async def registry_equals(
     connections: Mapping[str, Set[str]],
     members: Mapping[str, Set[str]] | None = None,
     *,
-    node: str = "test",
+    nodes: Sequence[str] = ("test",),
     prefix: str = "qp:",
     timeout_s: float = 15.0,
 ) -> None:
@@ -97,7 +99,7 @@ async def registry_equals(
 
     async def is_equal() -> bool:
         try:
-            faults[:] = await registry_faults(redis, connections, members, node=node, prefix=prefix)
+            faults[:] = await registry_faults(redis, connections, members, nodes=nodes, prefix=prefix)
         except RedisError as e:  # it has just come back
             faults[:] = [f"Redis: {e}"]
         return not faults
