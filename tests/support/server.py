@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,22 @@ class QuotepushServer:
         directory: for its lock and its log.
         redis_url: feed and registry.
         open_files: its limits, soft and hard; else those of the tests.
+        environment: more variables.
         settings: any setting by name, e.g. ``workers=1``; lists and tables as on the command line.
     """
 
     def __init__(
-        self, directory: Path, redis_url: str, *, open_files: tuple[int, int] | None = None, **settings: Any
+        self,
+        directory: Path,
+        redis_url: str,
+        *,
+        open_files: tuple[int, int] | None = None,
+        environment: Mapping[str, str] | None = None,
+        **settings: Any,
     ) -> None:
         self.directory = directory
         self.open_files = open_files
+        self._environment = environment or {}
         self.settings: dict[str, Any] = {
             "feed_redis": redis_url, "port": own_port(), "admin_port": 0, "workers": 2, "node": "test",
             "lock_file": str(directory / "lock"), "log_level": "debug", **settings,
@@ -88,7 +97,9 @@ class QuotepushServer:
         self._log_from = len(self.log_path.read_text()) if self.log_path.exists() else 0
         environment = {k: v for k, v in os.environ.items() if not k.startswith("QUOTEPUSH_")}
         with open(self.log_path, "ab") as log:
-            self._process = subprocess.Popen(self.command(), stdout=log, stderr=log, env=environment)
+            self._process = subprocess.Popen(
+                self.command(), stdout=log, stderr=log, env=environment | dict(self._environment)
+            )
 
     async def start(self, timeout_s: float = 30.0) -> None:
         """Start it and return when every worker accepts connections."""

@@ -37,9 +37,9 @@ class SeveralNodes:
         where = self._directory / (directory or name)
         return QuotepushServer(where, self._redis_url, node=name, **{**self._settings, **settings})
 
-    async def start(self, *names: str) -> None:
+    async def start(self, *names: str, **settings: Any) -> None:
         """Start nodes side by side."""
-        started = {name: self.make(name) for name in names}
+        started = {name: self.make(name, **settings) for name in names}
         self.nodes |= started
         await asyncio.gather(*(server.start() for server in started.values()))
 
@@ -57,6 +57,10 @@ class SeveralNodes:
         if tags:
             self._members[client.fd] = tags
         return client
+
+    def members_of(self, client: RecordingClient) -> set[str]:
+        """Return its user and groups, as ``u:<uid>`` and ``g:<group>``."""
+        return self._members.get(client.fd, set())
 
     @property
     def live(self) -> list[RecordingClient]:

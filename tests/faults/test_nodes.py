@@ -1,0 +1,275 @@
+"""A node dies, sleeps, loses its name or its Redis: the registry equals the live connections in the end."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from quotepush.backend import Backend
+from quotepush.cluster.commands import ClusterKeys
+from quotepush.cluster.presence import records
+from quotepush.errors import BackendUnavailable
+from tests.support.jumping_clock import JumpingClock
+from tests.support.redis_server import RedisServer
+from tests.support.several_nodes import SeveralNodes, heard_by, several_nodes
+from tests.support.steady_feed import publish, steady_feed
+from tests.support.waiting import wait_until
+from tests.support.ws_client import RecordingClient
+
+pytestmark = pytest.mark.fault
+
+QUICK = {
+    "heartbeat_ms": 200,
+    "registry_check_s": 0.5,
+    "probe_interval_s": 0.1,
+    "probe_timeout_s": 0.5,
+    "redis_timeout_s": 1,
+}
+
+
+@pytest.fixture
+async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
+    async with redis_server.client() as client:
+        yield client
+
+
+@pytest.fixture
+async def nodes(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[SeveralNodes]:
+    async with several_nodes(tmp_path, redis_server.url, events="true", **QUICK) as found:
+        yield found
+
+
+async def crowd(nodes: SeveralNodes, of_each: int = 6) -> dict[str, list[RecordingClient]]:
+    """Clients on every node: users who are on one node, one user on all, groups, codes."""
+    found: dict[str, list[RecordingClient]] = {}
+    for name in nodes.nodes:
+        found[name] = [
+            await nodes.connect(name, f"u-{name}-{n % 3}", [f"g{n % 2}", "all"], [f"C{n}", "AAPL"])
+            for n in range(of_each)
+        ]
+        found[name].append(await nodes.connect(name, "everywhere", codes=["AAPL"]))
+    return found
+
+
+@asynccontextmanager
+async def events_of(redis: Redis) -> AsyncIterator[list[dict[str, Any]]]:
+    """What is told on the channel of events."""
+    heard: list[dict[str, Any]] = []
+    async with redis.pubsub() as pubsub:
+        await pubsub.subscribe("qp:events")
+        assert (await pubsub.get_message(timeout=10))["type"] == "subscribe"
+
+        async def hear() -> None:
+            async for message in pubsub.listen():
+                heard.append(json.loads(message["data"]))
+
+        task = asyncio.create_task(hear())
+        try:
+            yield heard
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+
+async def sends_are_right(nodes: SeveralNodes, backend: Backend, number: int) -> None:
+    """Sends reach exactly whom they should, once."""
+    live = nodes.live
+    everywhere = [client for client in live if "u:everywhere" in nodes.members_of(client)]
+    before = {client.fd: heard_by(client) for client in live}
+    assert (await backend.send_to_user("everywhere", ["user", number])).delivered == len(everywhere)
+    assert (await backend.send_to_all(["all", number])).delivered == len(live)
+    for client in live:
+        await client.ping()
+        to_user = [["user", number]] if client in everywhere else []
+        assert heard_by(client)[len(before[client.fd]) :] == [*to_user, ["all", number]]
+
+
+def feed_of(client: RecordingClient) -> str:
+    """What its newest heartbeat says of the feed."""
+    return str((client.heartbeat or {}).get("feed"))
+
+
+async def is_cleared(redis: Redis, node: str) -> bool:
+    return not await redis.exists(f"qp:node:{node}")
+
+
+async def test_a_dead_nodes_state_is_cleared_once_and_its_return_is_like_a_new_one(
+    redis_server: RedisServer, nodes: SeveralNodes, redis: Redis
+) -> None:
+    clients = await crowd(nodes)
+    await nodes.registry_is_right(redis)
+    async with Backend(redis_server.url, timeout_s=5) as backend, events_of(redis) as events:
+        await nodes.nodes["n3"].kill()
+        await wait_until(lambda: is_cleared(redis, "n3"), 30)
+        await nodes.registry_is_right(redis)
+        await sends_are_right(nodes, backend, 1)
+        dead = {client.fd for client in clients["n3"]}
+        await wait_until(lambda: sum(event["event"] == "close" for event in events) >= len(dead))
+        gone = {f"u-n3-{n}" for n in range(3)}
+        await wait_until(lambda: sum(event["event"] == "user_offline" for event in events) >= len(gone))
+        closes = Counter(event["fd"] for event in events if event["event"] == "close")
+        assert closes == dict.fromkeys(dead, 1)
+        assert {event["uid"] for event in events if event["event"] == "user_offline"} == gone
+        cleared = [await nodes.nodes[name].metric("nodes_cleared") for name in ("n1", "n2")]
+        assert sorted(cleared) == [0, 1]
+        await nodes.nodes["n3"].start()
+        for n in range(3):
+            await nodes.connect("n3", f"u-n3-{n}", codes=["AAPL"])
+        await nodes.registry_is_right(redis)
+        await sends_are_right(nodes, backend, 2)
+    assert await nodes.nodes["n1"].metric("nodes_cleared") + await nodes.nodes["n2"].metric("nodes_cleared") == 1
+
+
+@pytest.mark.parametrize("only_main", [True, False], ids=["main", "all of it"])
+async def test_a_node_that_sleeps_for_longer_than_its_lease_is_back_with_all_its_connections(
+    redis_server: RedisServer, nodes: SeveralNodes, redis: Redis, only_main: bool
+) -> None:
+    clients = await crowd(nodes)
+    await nodes.registry_is_right(redis)
+    async with Backend(redis_server.url, timeout_s=1) as backend:
+        nodes.pause("n3", only_main=only_main)
+        sent = await backend.send_to_user("u-n3-0", "while it slept", delivery="kept")
+        assert (sent.delivered, sent.kept) == (0, 1)
+
+        async def is_taken_for_dead() -> bool:
+            return sum([await nodes.nodes[name].metric("nodes_cleared") for name in ("n1", "n2")]) >= 1
+
+        await wait_until(is_taken_for_dead, 30)
+        assert await backend.group_count("all") == 12
+        moved = await nodes.connect("n1", "u-n3-0")  # the user has come to another node meanwhile
+        await wait_until(lambda: heard_by(moved) == ["while it slept"], 15)
+        nodes.resume("n3", only_main=only_main)
+        await nodes.registry_is_right(redis, 30)
+        for client in clients["n3"]:
+            await client.ping()
+            assert heard_by(client) == []  # it was his, and he has it
+        assert heard_by(moved) == ["while it slept"]
+        await sends_are_right(nodes, backend, 1)
+
+
+async def test_a_node_that_sleeps_and_wakes_around_its_lease_again_and_again(
+    redis_server: RedisServer, nodes: SeveralNodes, redis: Redis
+) -> None:
+    """So that it comes back before, while and after others clear up after it."""
+    await crowd(nodes)
+    await nodes.registry_is_right(redis)
+    async with Backend(redis_server.url, timeout_s=1) as backend:
+        for sleep_s in (1.9, 2.2, 2.5, 2.8, 3.1):
+            nodes.pause("n3", only_main=sleep_s < 2.5)
+            await asyncio.sleep(sleep_s)  # the very length is what is tried
+            nodes.resume("n3")
+        await nodes.registry_is_right(redis, 30)
+        await sends_are_right(nodes, backend, 1)
+
+
+async def test_whoever_has_lost_its_name_while_it_slept_ends_and_touches_nothing_of_the_new_one(
+    redis_server: RedisServer, nodes: SeveralNodes, redis: Redis
+) -> None:
+    clients = await crowd(nodes, 3)
+    await nodes.registry_is_right(redis)
+    sleeper = nodes.nodes["n3"]
+    nodes.pause("n3", only_main=True)
+    heir = nodes.nodes["n3"] = nodes.make("n3", "heir")
+    await heir.start()
+    fresh = [await nodes.connect("n3", f"new-{n}", ["all"], ["AAPL", "NEW"]) for n in range(3)]
+    nodes.nodes["n3"] = sleeper
+    nodes.resume("n3", only_main=True)
+    nodes.nodes["n3"] = heir
+    assert await sleeper.wait() == 1
+    (line,) = [line for line in sleeper.log().splitlines() if "is taken" in line]
+    assert f"pid {heir.pid}" in line
+    for client in clients["n3"]:
+        await wait_until(lambda client=client: client.has_ended)
+        assert client.close_code == 1012
+    await nodes.registry_is_right(redis, 40)
+    assert all(not client.has_ended for client in fresh)
+    async with Backend(redis_server.url, timeout_s=5) as backend:
+        await sends_are_right(nodes, backend, 1)
+
+
+async def test_a_redis_that_was_emptied_is_filled_again(
+    redis_server: RedisServer, nodes: SeveralNodes, redis: Redis
+) -> None:
+    await crowd(nodes)
+    await nodes.registry_is_right(redis)
+    async with Backend(redis_server.url, timeout_s=5) as backend:
+        await redis.flushall()
+        await nodes.registry_is_right(redis, 30)
+
+        async def are_all_there() -> bool:
+            return len(await records(redis, ClusterKeys("qp:"))) == 3
+
+        await wait_until(are_all_there, 15)
+        await sends_are_right(nodes, backend, 1)
+    assert [await server.metric("nodes_cleared") for server in nodes.nodes.values()] == [0, 0, 0]
+
+
+async def test_feed_and_registry_are_lost_each_on_its_own(redis_server: RedisServer, tmp_path: Path) -> None:
+    registry = RedisServer(tmp_path / "registry")
+    registry.start()
+    try:
+        async with (
+            several_nodes(tmp_path, redis_server.url, registry_redis=registry.url, **QUICK) as nodes,
+            registry.client() as redis,
+            Backend(registry.url, feed_url=redis_server.url, timeout_s=2) as backend,
+        ):
+            clients = [client for some in (await crowd(nodes, 4)).values() for client in some]
+            await nodes.registry_is_right(redis)
+            async with steady_feed(redis_server.url, ["AAPL"], 100):
+                registry.kill()
+                with pytest.raises(BackendUnavailable):
+                    await backend.send_to_all("nobody hears it")
+                late = await nodes.connect("n2", "late", codes=["AAPL"])
+                count = [client.received for client in clients]
+                await wait_until(
+                    lambda: all(c.received > n + 20 for c, n in zip(clients, count, strict=True)), 20,
+                    "ticks go on without the registry",
+                )  # fmt: skip
+                registry.start()  # empty
+                await nodes.registry_is_right(redis, 30)
+                redis_server.kill()
+                await wait_until(lambda: all(feed_of(client) == "down" for client in clients), 20)
+                await sends_are_right(nodes, backend, 1)
+                await late.close()
+                await nodes.registry_is_right(redis)
+                redis_server.start()
+                await wait_until(lambda: all(feed_of(client) == "ok" for client in clients), 20)
+            async with redis_server.client() as feed_redis:
+                await publish(feed_redis, "AAPL", last=4711.0)
+            await wait_until(lambda: all(client.last("AAPL") == 4711.0 for client in clients), 20)
+    finally:
+        registry.kill()
+
+
+async def test_a_clock_that_jumps_kills_nobody_and_loses_nothing(
+    redis_server: RedisServer, redis: Redis, tmp_path: Path
+) -> None:
+    clock = JumpingClock(tmp_path / "clock")
+    async with several_nodes(tmp_path, redis_server.url, ["n1", "n2"], **QUICK) as nodes:
+        await nodes.start("n3", environment=clock.environment)
+        clients = await crowd(nodes, 3)
+        await nodes.registry_is_right(redis)
+        async with Backend(redis_server.url, timeout_s=5) as backend:
+            assert (await backend.send_to_user("away", "kept", delivery="kept")).kept == 1
+            for number, offset_s in enumerate((7 * 86_400, -7 * 86_400, 0)):
+                clock.jump_to(offset_s)
+                assert await nodes.nodes["n3"].metric("lease_held") == 1
+                assert "n3" in await records(redis, ClusterKeys("qp:"))
+                await sends_are_right(nodes, backend, number)
+                # A worker that begins now has fds of its own all the same.
+                known = {client.fd for client in nodes.clients}
+                assert (await nodes.connect("n3", f"after-{number}")).fd not in known
+                await nodes.registry_is_right(redis)
+            clock.jump_to(7 * 86_400)
+            back = await nodes.connect("n3", "away")
+            await wait_until(lambda: heard_by(back) == ["kept"], 15)
+        for some in clients.values():
+            for client in some:
+                assert not client.has_ended
+        assert [await server.metric("nodes_cleared") for server in nodes.nodes.values()] == [0, 0, 0]
