@@ -17,7 +17,7 @@ from typing import Any
 
 from bench.machine import cpu_s, family, on_cores
 
-__all__ = ["BenchError", "Child", "Server", "running_child", "running_server"]
+__all__ = ["BenchError", "Child", "Server", "ServerEnded", "running_child", "running_server"]
 
 _HERE = Path(__file__).resolve().parent
 _READY = re.compile(r"ready (https?)://127\.0\.0\.1:(\d+)\S*(?: admin=(\S+))?")
@@ -29,6 +29,10 @@ _LINE_BYTES = 1 << 26
 
 class BenchError(Exception):
     """A run cannot be made; printed in one line."""
+
+
+class ServerEnded(BenchError):
+    """A server has ended during a run."""
 
 
 class Child:
@@ -156,7 +160,7 @@ async def running_server(
             server = Server(name, process.pid, await _ready_line(name, process, log), log)
             yield server
             if process.returncode is not None:
-                raise BenchError(f"{name} ended with {process.returncode} during the run: {_last_line(log)}")
+                raise ServerEnded(f"{name} ended with {process.returncode} during the run: {_last_line(log)}")
         finally:
             await _end(process)
             if server is not None:
