@@ -42,7 +42,8 @@ async def start_server(
     servers: list[QuotepushServer] = []
 
     async def start(**settings: Any) -> QuotepushServer:
-        server = QuotepushServer(tmp_path / f"server-{len(servers)}", redis_server.url, **settings)
+        name = f"test{len(servers) or ''}"  # each is a node of its own
+        server = QuotepushServer(tmp_path / f"server-{len(servers)}", redis_server.url, **{"node": name, **settings})
         servers.append(server)
         await server.start()
         return server

@@ -446,12 +446,12 @@ def test_each_format_is_counted_on_the_wire(tmp_path: Path):
 
 def test_messages_of_backends_are_measured_until_the_last_client_has_them(tmp_path: Path):
     ended = subprocess.run(
-        [sys.executable, str(BENCH.parent / "bench" / "backend.py"), "20", "10"],
+        [sys.executable, str(BENCH.parent / "bench" / "backend.py"), "20", "10", "2"],
         cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    rows = [line.split("|")[1].strip() for line in ended.stdout.splitlines() if line.startswith("| `")]
+    rows = [line.split("|")[1].strip() for line in ended.stdout.splitlines() if line.startswith("| ")][1:]
     assert [row.partition("`,")[0].partition("` ")[0].strip("`") for row in rows] == [
-        "send_to_user", "send_to_user", "send_to_all",
+        "send_to_user", "send_to_user", "send_to_all", "until nothing of a killed node is in the registry",
     ]  # fmt: skip
-    assert "20 connections: " in ended.stdout and "KiB per user" in ended.stdout
+    assert "20 connections on 2 nodes: " in ended.stdout and "KiB per user" in ended.stdout
