@@ -205,7 +205,7 @@ async def test_page_fits_a_phone_and_keeps_its_table_there(visit: Visit, publish
     await publish(
         "600519.SH", last=1688.2, prev_close=1675.6, bid=1688.1, ask=1688.3, volume=123_456_789, name="贵州茅台"
     )
-    await expect(cell(page, "600519.SH", "last")).to_be_visible()
+    await expect(cell(page, "600519.SH", "last")).to_have_text("1,688.20")
     await expect(cell(page, "600519.SH", "bid")).to_be_visible()
     assert await page.evaluate("document.documentElement.scrollWidth") == 360
     cut = await line(page, "600519.SH").evaluate(
