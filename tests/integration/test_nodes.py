@@ -1,5 +1,6 @@
 """Several nodes are one cluster: everybody is reached wherever he is, and nobody else is asked."""
 
+import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -141,3 +142,78 @@ async def test_a_restarted_node_has_its_name_at_once_and_no_fd_comes_twice(nodes
     old, new = (client.fd.split(".") for client in (before, after))
     assert int(new[2]) > int(old[2])
     await nodes.registry_is_right(redis)
+
+
+class Expected:
+    """Who belongs where, by what backends have said so far, and what everybody must have heard."""
+
+    def __init__(self, clients: list[RecordingClient]) -> None:
+        self.user: dict[str, str] = {}
+        self.groups: dict[str, set[str]] = {client.fd: set() for client in clients}
+        self.heard: dict[str, list[Any]] = {client.fd: [] for client in clients}
+
+    def sent(self, number: int, fds: set[str]) -> int:
+        for fd in fds:
+            self.heard[fd].append(number)
+        return len(fds)
+
+    def of_users(self, users: list[str]) -> set[str]:
+        return {fd for fd, user in self.user.items() if user in users}
+
+    def in_group(self, group: str) -> set[str]:
+        return {fd for fd, groups in self.groups.items() if group in groups}
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_nobody_ever_hears_what_is_for_others_whatever_is_bound_joined_and_sent(
+    nodes: SeveralNodes, backend: Backend, seed: int
+) -> None:
+    chance = random.Random(seed)
+    clients = [await nodes.connect(name) for name in nodes.nodes for _ in range(4)]
+    fds = [client.fd for client in clients]
+    users, groups = ["ann", "bob", "cy"], ["g", "h"]
+    expected = Expected(clients)
+    for number in range(150):
+        fd, user, group = chance.choice(fds), chance.choice(users), chance.choice(groups)
+        some = chance.sample(fds, 3)
+        match chance.randrange(10):
+            case 0:
+                await backend.unbind_user(fd)
+                expected.user.pop(fd, None)
+                await backend.bind_user(fd, user)
+                expected.user[fd] = user
+            case 1:
+                await backend.unbind_user(fd)
+                expected.user.pop(fd, None)
+            case 2:
+                await backend.join_group(fd, group)
+                expected.groups[fd].add(group)
+            case 3:
+                await backend.leave_group(fd, group)
+                expected.groups[fd].discard(group)
+            case 4:
+                sent = await backend.send_to_user(user, number, exclude=some)
+                assert sent.delivered == expected.sent(number, expected.of_users([user]) - {*some})
+            case 5:
+                sent = await backend.send_to_users(users[:2], number)
+                assert sent.delivered == expected.sent(number, expected.of_users(users[:2]))
+            case 6:
+                sent = await backend.send_to_group(group, number)
+                assert sent.delivered == expected.sent(number, expected.in_group(group))
+            case 7:
+                sent = await backend.send_to_conns(some, number)
+                assert sent.delivered == expected.sent(number, {*some})
+            case 8:
+                sent = await backend.send_to_all(number, exclude=some)
+                assert sent.delivered == expected.sent(number, {*fds} - {*some})
+            case _:
+                sent = await backend.send_to_user(user, number, delivery="kept")
+                assert sent.delivered == expected.sent(number, expected.of_users([user]))
+                if not sent.delivered:  # it waits, and would come to whoever is bound next
+                    await backend.bind_user(fd, user)
+                    expected.user[fd] = user
+                    await hear(next(c for c in clients if c.fd == fd), *expected.heard[fd], number)
+                    expected.heard[fd].append(number)
+    for client in clients:
+        await client.ping()
+        assert heard_by(client) == expected.heard[client.fd]
