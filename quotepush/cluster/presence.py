@@ -184,7 +184,8 @@ class Presence:
     async def _renew(self) -> bool:
         now_ms, before = await self._look()
         found = decode_node(before)
-        if found is not None and found.owner != self.owner and (found.owner or found.is_alive(now_ms)):
+        # Whoever took the name later has it. An earlier life can be back in a Redis that has lost what came after it.
+        if found is not None and found.owner != self.owner and found.started >= self._record.started:
             self.is_lost = True
             self._held_until_s = float("-inf")
             self._on_lost(NodeTaken(self._node, _holder(found)))

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
@@ -49,7 +50,7 @@ async def age(redis: Redis, by_ms: int, node: str = "n1") -> None:
     """Let a record be older than it is."""
     found = decode_node(await text_of(redis, node))
     assert found is not None
-    older = NodeRecord(**{**{f: getattr(found, f) for f in found.__struct_fields__}, "renewed": found.renewed - by_ms})
+    older = msgspec.structs.replace(found, renewed=found.renewed - by_ms, started=found.started - by_ms)
     await redis.hset(KEYS.nodes, node, encode(older))
 
 
@@ -145,6 +146,19 @@ async def test_one_whose_name_another_has_taken_says_so_once(redis: Redis) -> No
     assert (len(first.lost), first.presence.is_lost, first.presence.is_held) == (1, True, False)
     await first.presence.leave()
     assert (await records(redis, KEYS))["n1"].owner == "b"
+
+
+async def test_a_redis_that_has_gone_back_to_an_earlier_life_does_not_end_the_present_one(redis: Redis) -> None:
+    earlier, node = Node(redis, "a"), Node(redis, "b")
+    await earlier.presence.take()
+    await age(redis, 1)
+    old = await text_of(redis)
+    await age(redis, 600_000)
+    await node.presence.take()
+    await redis.hset(KEYS.nodes, "n1", old)
+    assert await node.presence.renew()
+    assert (await records(redis, KEYS))["n1"].owner == "b"
+    assert (node.lost, node.removed) == ([], 1)
 
 
 async def test_an_emptied_redis_has_the_record_again(redis: Redis) -> None:
