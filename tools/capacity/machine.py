@@ -74,7 +74,7 @@ def flush_of(costs: Costs, clients: float, rows_each: float, frames: float, row_
     """What the flushes of a worker settle at.
 
     After a flush that took ``t`` the next one waits ``3 t``, at most 5 ms; so the busier a worker is the more rows
-    share a write. A client is written to when at least one row has come for it, which is ``1 - exp(-rows in the period)``.
+    share a write. A client is written to when at least one row has come for it: with ``1 - exp(-rows in the period)``.
 
     Args:
         clients: of this worker.

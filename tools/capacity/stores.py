@@ -176,7 +176,8 @@ def commands_of_batch(work: Workload, market: Market, come: float) -> tuple[Comm
     """What a worker says to Redis when so many connections have come since it last did, and when they have gone.
 
     One command per code for all of them, one per connection, and a few for the worker's own sets
-    (``RegistryMirror._write``); the same for their users.
+    (``RegistryMirror._write``); the same for their users. The sets of codes are taken to have others left in them;
+    those of users are asked, twice, whether they have.
     """
     codes = market.demand(come)
     members = come * work.each
@@ -189,7 +190,7 @@ def commands_of_batch(work: Workload, market: Market, come: float) -> tuple[Comm
             coming.commands + 4 + 5 * users, coming.members + 5 * users, coming.turns + 5 + 5 * users // _SLICE_COMMANDS
         )
         going = Commands(
-            going.commands + 2 + 4 * users, going.members + 4 * users, going.turns + 4 + 4 * users // _SLICE_COMMANDS
+            going.commands + 2 + 5 * users, going.members + 4 * users, going.turns + 5 + 5 * users // _SLICE_COMMANDS
         )
     return coming, going
 

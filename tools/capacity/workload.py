@@ -60,7 +60,7 @@ SCENARIOS: dict[str, tuple[str, Workload]] = {
         "thirty machines: a national app",
         Workload(
             viewers=1_300_000, codes=10_000, ticks_per_s=30_000, row_bytes=100, max_rate=2, connects_per_s=2_000,
-            spare=1, sends_per_s=1_000, batch=100, tls=True, cores=16, memory_gib=64, registry_check_s=60,
+            spare=1, sends_per_s=1_000, batch=100, tls=True, cores=16, memory_gib=64, registry_check_s=300,
         ),
     ),
     "thousand": (
