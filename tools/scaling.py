@@ -6,11 +6,13 @@ python tools/scaling.py --viewers 200000 --each 30 --codes 10000 --ticks-per-s 2
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
 from capacity.costs import Costs
+from capacity.document import refreshed
 from capacity.plan import plan
 from capacity.report import as_json, as_text, comparison_table, costs_table
 from capacity.workload import SCENARIOS, Workload
@@ -55,26 +57,43 @@ def _costs(changes: tuple[str, ...]) -> Costs:
 @click.option(
     "--explain", type=click.Choice(list(_EXPLANATIONS)), help="The constants, or them beside what was measured."
 )
+@click.option("--refresh", metavar="FILE", help="Put into a document what its commands print now; nothing else.")
 @click.option("--json", "is_json", is_flag=True, help="All figures as JSON.")
 @_with_workload
-def main(scenario: str | None, changes: tuple[str, ...], explain: str | None, is_json: bool, **asked: Any) -> None:
+def main(refresh: str | None, **options: Any) -> None:
     """Say what it takes to serve so many viewers, and what is first to end."""
+    if refresh is None:
+        click.echo(_answer(**options), nl=False)
+        return
+    document = Path(refresh)
+    text = document.read_text(encoding="utf-8")
+    document.write_text(refreshed(text, printed), encoding="utf-8")
+
+
+def printed(arguments: Sequence[str]) -> str:
+    """What the program prints for these arguments."""
+    options = main.make_context("scaling.py", list(arguments)).params
+    options.pop("refresh")
+    return _answer(**options)
+
+
+def _answer(scenario: str | None, changes: tuple[str, ...], explain: str | None, is_json: bool, **asked: Any) -> str:
     costs = _costs(changes)
     if explain is not None:
-        click.echo(_EXPLANATIONS[explain](costs), nl=False)
-        return
+        return _EXPLANATIONS[explain](costs)
     title, work = SCENARIOS[scenario] if scenario is not None else ("", Workload())
     given = {name: value for name, value in asked.items() if value is not None}
-    if any(value < 0 for value in given.values()) or any(given.get(name) == 0 for name in _ABOVE_ZERO):
-        raise click.UsageError("a number is too small")
+    for name, value in given.items():
+        if value < 0 or (value == 0 and name in _ABOVE_ZERO):
+            raise click.BadParameter("it is too small", param_hint="--" + name.replace("_", "-"))
     found = plan(dataclasses.replace(work, **given), costs)
-    click.echo(as_json(found) + "\n" if is_json else as_text(found, title if not given else ""), nl=False)
+    return as_json(found) + "\n" if is_json else as_text(found, title if not given else "")
 
 
 _ABOVE_ZERO = (
     "viewers", "each", "codes", "ticks_per_s", "tick_bytes", "row_bytes", "cores", "memory_gib", "nic_gbit",
     "connections_each", "return_s", "headroom", "memory_headroom", "redis_gib", "registry_check_s",
-    "registry_interval_s", "registry_ttl_s", "clusters",
+    "registry_interval_s", "registry_ttl_s", "lease_s", "clusters",
 )  # fmt: skip
 
 

@@ -37,10 +37,11 @@ PROTOCOL = ROOT / "docs" / "protocol.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 BACKENDS = ROOT / "docs" / "backends.md"
 COMING_FROM = ROOT / "docs" / "coming-from.md"
+SCALING = ROOT / "docs" / "scaling.md"
 SETTINGS = ROOT / "docs" / "settings.md"
 CLIENTS = ROOT / "docs" / "clients.md"
 WRITTEN = [README, PROTOCOL, OPERATIONS]  # by hand and about what the code does; settings.md is generated
-WORDED = [*WRITTEN, CLIENTS, BACKENDS, COMING_FROM]  # their examples have tests of their own
+WORDED = [*WRITTEN, CLIENTS, BACKENDS, COMING_FROM, SCALING]  # their examples have tests of their own
 ALL = sorted({README, CHINESE, *(ROOT / "docs").glob("*.md")})
 
 # Words in code spans that belong to other programs.
@@ -156,14 +157,25 @@ def metric_names() -> dict[str, tuple[str, tuple[str, ...]]]:
     }
 
 
-def feed_command() -> click.Command:
-    spec = importlib.util.spec_from_file_location("feed_tool", ROOT / "tools" / "feed.py")
+def tool(name: str) -> click.Command:
+    """The command of a program in tools/."""
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     command = module.main
     assert isinstance(command, click.Command)
     return command
+
+
+def feed_command() -> click.Command:
+    return tool("feed")
+
+
+def scaling_command() -> click.Command:
+    if str(ROOT / "tools") not in sys.path:  # its package stands beside it
+        sys.path.insert(0, str(ROOT / "tools"))
+    return tool("scaling")
 
 
 def flags_of(command: click.Command) -> set[str]:
@@ -203,6 +215,9 @@ def test_every_link_inside_the_project_leads_somewhere(path: Path) -> None:
 @pytest.mark.parametrize("path", WORDED, ids=name_of)
 def test_every_setting_and_word_of_the_wire_exists_in_the_code(path: Path) -> None:
     known = words_in_code() | FOREIGN | metric_names().keys() | set(dir(Backend))
+    if path == SCALING:
+        scaling_command()
+        known |= set(sys.modules["capacity.costs"].Costs.__dataclass_fields__)  # the constants that it names
     for span in spans_of(path):
         span = re.sub(r"<\w+>", "", span)  # a place that the reader fills
         for word in re.findall(r"(?<![\w$./-])[a-z]+(?:_[a-z0-9]+)+(?![\w.])", span):
@@ -216,6 +231,8 @@ def test_every_flag_and_variable_exists(path: Path) -> None:
     variables = {settings.ENV_PREFIX + name.upper() for name in names}
     variables |= {f"{settings.ENV_PREFIX}{role}_REDIS_PASSWORD" for role in ("FEED", "REGISTRY")}
     variables |= {str(option.envvar) for command in cli.commands.values() for option in command.params if option.envvar}
+    if path == SCALING:
+        flags |= flags_of(scaling_command())
     for span in spans_of(path):
         if span.startswith("--"):
             assert span.split()[0] in flags, f"{name_of(path)} speaks of {span}, which no command has"

@@ -6,9 +6,10 @@ import json
 import math
 import random
 import re
+import shlex
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from redis.asyncio import Redis
 
 from quotepush.cluster.registry import RegistryMirror, registry_client
 from quotepush.cluster.sessions import SessionMirror
+from tests.support.examples import blocks_of
 from tests.support.redis_server import RedisServer
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -24,6 +26,7 @@ sys.path.insert(0, str(TOOLS))  # the package of the simulation stands beside it
 
 import scaling  # noqa: E402
 from capacity.costs import Costs  # noqa: E402
+from capacity.document import refreshed  # noqa: E402
 from capacity.machine import flush_of  # noqa: E402
 from capacity.measured import compared  # noqa: E402
 from capacity.plan import Plan, plan  # noqa: E402
@@ -32,6 +35,7 @@ from capacity.stores import commands_of_batch, compared_in_round, feed_store  # 
 from capacity.workload import SCENARIOS, Workload  # noqa: E402
 
 PERFORMANCE = TOOLS.parent / "docs" / "performance.md"
+SCALING = TOOLS.parent / "docs" / "scaling.md"
 COSTS = Costs()
 
 
@@ -261,11 +265,42 @@ def test_each_constant_has_a_source_and_the_steps_are_those_of_the_document() ->
     steps = 0
     for field in dataclasses.fields(Costs):
         assert field.metadata["source"] and field.metadata["meaning"], field.name
-        if "Where the time goes" in field.metadata["source"] and field.name not in ("row_us", "write_kb_us"):
+        if "#where-the-time-goes" in field.metadata["source"] and field.name not in ("row_us", "write_kb_us"):
             steps += 1
             assert f"{field.default:g}" in document or field.name == "rest_factor", field.name
     assert steps >= 8
     assert "board_kib" in Costs.assumptions()
+
+
+# --- the document -----------------------------------------------------------------------------------------------------
+
+
+def test_the_outputs_in_the_document_are_what_is_printed() -> None:
+    text = SCALING.read_text(encoding="utf-8")
+    asked: list[str] = []
+
+    def printed(arguments: Sequence[str]) -> str:
+        asked.append(" ".join(arguments))
+        return scaling.printed(arguments)
+
+    assert refreshed(text, printed) == text, "run: python tools/scaling.py --refresh docs/scaling.md"
+    assert set(asked) >= {f"--scenario {name}" for name in SCENARIOS} | {"--explain check", "--explain costs"}
+
+
+def test_every_command_in_the_document_runs() -> None:
+    lines = [line for block in blocks_of(SCALING) if block.language == "sh" for line in block.text.splitlines()]
+    assert len(lines) >= 8
+    for line in lines:
+        assert line.startswith("python tools/scaling.py "), line
+        assert run(*shlex.split(line)[2:]).exit_code == 0, line
+
+
+def test_refreshing_changes_outputs_and_nothing_else(tmp_path: Path) -> None:
+    document = tmp_path / "some.md"
+    around = "before\n\n```sh\npython tools/scaling.py --scenario one\n```\n\n```text\n{}```\n\n| a | table |\n"
+    document.write_text(around.format("old\n"), encoding="utf-8")
+    assert run("--refresh", str(document)).output == ""
+    assert document.read_text(encoding="utf-8") == around.format(run("--scenario", "one").output)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -10,13 +10,16 @@ from typing import Any
 
 __all__ = ["Costs"]
 
-_STEPS = 'docs/performance.md, "Where the time goes": '
-_RESULTS = 'docs/performance.md, "Results": '
-_SIZING = 'docs/performance.md, "Sizing a machine": '
-_WIRE = 'docs/performance.md, "Bytes on the wire": '
-_MESSAGES = 'docs/performance.md, "Messages of backends": '
-_REDIS = 'docs/scaling.md, "What one Redis carries": '
-_FITTED = 'fitted to docs/performance.md, see "How far to trust it" in docs/scaling.md: '
+# As docs/scaling.md links to them.
+_STEPS = "[where the time goes](performance.md#where-the-time-goes): "
+_RESULTS = "[results](performance.md#results): "
+_SIZING = "[sizing a machine](performance.md#sizing-a-machine): "
+_MESSAGES = "[messages of backends](performance.md#messages-of-backends): "
+_FAILED = "[what did not work](performance.md#what-did-not-work): "
+_REDIS = "[what one Redis carries](#what-one-redis-carries): "
+_FITTED = "fitted to [these](#how-far-to-trust-it): "
+_SETTING = "[setting](settings.md) "
+_PROTOCOL = "[protocol](protocol.md): "
 
 
 def _cost(value: float, unit: str, meaning: str, source: str) -> Any:
@@ -36,7 +39,7 @@ class Costs:
     bus_out_us: float = _cost(0.024, "µs", "a row is packed for a worker", _STEPS + "bus")
     relay_us: float = _cost(0.2, "µs", "the rest of a tick's way in main", _FITTED + "hose, flood")
     wake_us: float = _cost(10.0, "µs", "main wakes and reads", _FITTED + "watch, market at 100 ticks/s")
-    rest_ms: float = _cost(1.0, "ms", "main rests between two reads", 'docs/performance.md, "What did not work"')
+    rest_ms: float = _cost(1.0, "ms", "main rests between two reads", _FAILED + "a rest of 1 ms")
     idle_cores: float = _cost(0.03, "cores", "a server without ticks", _FITTED + "market at 100 ticks/s")
     # workers
     bus_in_us: float = _cost(0.092, "µs", "a row is unpacked in a worker", _STEPS + "bus")
@@ -49,7 +52,7 @@ class Costs:
     tls_write_us: float = _cost(0.8, "µs", "TLS, on top of a write", _RESULTS + "real with and without --tls")
     flush_us: float = _cost(40.0, "µs", "a flush, without its writes", _FITTED + "watch")
     rest_factor: float = _cost(3.0, "", "a flush that took t rests this often t", _STEPS + "its third point")
-    rest_most_ms: float = _cost(5.0, "ms", "but no longer than max_flush_delay_ms", "docs/settings.md")
+    rest_most_ms: float = _cost(5.0, "ms", "but no longer than this", _SETTING + "`max_flush_delay_ms`")
     connect_us: float = _cost(126.0, "µs", "a handshake", _RESULTS + "+sub/s of watch and market")
     subscribe_us: float = _cost(2.05, "µs", "each code that it subscribes", _RESULTS + "+sub/s of watch and market")
     tls_connect_us: float = _cost(449.0, "µs", "TLS, on top of a handshake", _RESULTS + "+sub/s of real with --tls")
@@ -65,20 +68,16 @@ class Costs:
     subscription_kib: float = _cost(0.2, "KiB", "each code of it", _RESULTS + "KiB/conn of index, watch, market")
     code_kib: float = _cost(1.4, "KiB", "a code that a worker holds", _RESULTS + "KiB/conn of hose")
     tls_kib: float = _cost(20.0, "KiB", "TLS, on top of a connection", _RESULTS + "TLS")
-    ring_mib: float = _cost(64.0, "MiB", "recent rows in main, at most (ring_bytes)", "docs/settings.md")
+    ring_mib: float = _cost(64.0, "MiB", "recent rows in main, at most", _SETTING + "`ring_bytes`")
     board_kib: float = _cost(2.0, "KiB", "a code on the board of main", "assumption")
     kernel_kib: float = _cost(4.0, "KiB", "the kernel's part of a quiet connection", "assumption")
-    slow_kib: float = _cost(
-        256.0, "KiB", "what waits for a slow client, at most (merge_above_bytes)", "docs/settings.md"
-    )
+    slow_kib: float = _cost(256.0, "KiB", "what waits for a slow client, at most", _SETTING + "`merge_above_bytes`")
     slow_share: float = _cost(0.005, "", "part of the clients that are so slow at a time", "assumption")
     # network
-    envelope_bytes: float = _cost(
-        45.0, "bytes", "a message around its rows", "docs/protocol.md: tick, and a frame's head"
-    )
+    envelope_bytes: float = _cost(45.0, "bytes", "a message around its rows", _PROTOCOL + "`tick`, and a frame's head")
     packet_bytes: float = _cost(66.0, "bytes", "Ethernet, IP and TCP around a write", "their headers, with timestamps")
-    heartbeat_bytes: float = _cost(90.0, "bytes", "a heartbeat", "docs/protocol.md: heartbeat")
-    heartbeat_s: float = _cost(5.0, "s", "between two heartbeats (heartbeat_ms)", "docs/settings.md")
+    heartbeat_bytes: float = _cost(90.0, "bytes", "a heartbeat", _PROTOCOL + "`heartbeat`")
+    heartbeat_s: float = _cost(5.0, "s", "between two heartbeats", _SETTING + "`heartbeat_ms`")
     resp_bytes: float = _cost(70.0, "bytes", "pattern, channel and RESP around a tick", "assumption")
     # Redis
     publish_us: float = _cost(0.7, "µs", "a plain PUBLISH", _REDIS + "136 bytes, no subscriber")
@@ -97,9 +96,7 @@ class Costs:
     registry_code_kib: float = _cost(0.124, "KiB", "each code of it", _REDIS + "memory")
     registry_user_kib: float = _cost(0.94, "KiB", "its user, with session data", _MESSAGES + "in Redis")
     member_bytes: float = _cost(40.0, "bytes", "a member on its way to or from Redis", "assumption")
-    record_bytes: float = _cost(
-        110.0, "bytes", "the record of a node", 'docs/protocol.md, "Commands and messages in Redis"'
-    )
+    record_bytes: float = _cost(280.0, "bytes", "the record of a node", _PROTOCOL + "a field of `qp:nodes`")
 
     @classmethod
     def assumptions(cls) -> list[str]:

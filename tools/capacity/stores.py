@@ -24,7 +24,6 @@ __all__ = [
 _SLICE_COMMANDS = 200  # quotepush/cluster/sets.py
 _CHECKED = 500  # quotepush/cluster/registry.py: CHECKED_PER_ROUND
 _CHECKED_MEMBERS = 20_000
-_RENEW_S = 3.0  # quotepush/cluster/presence.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +117,7 @@ def registry_store(work: Workload, costs: Costs, market: Market, viewers: float,
     come = work.connects_per_s / work.clusters
     writes = _come_and_go(work, market, come / workers)
     compare = _compare(work, market, viewers, workers)
-    renew = Commands(machines * 5 / _RENEW_S, machines * machines / _RENEW_S, machines * 4 / _RENEW_S)
+    renew = _leases(work, machines)
     sends, to_all = work.sends_per_s / work.clusters, work.sends_to_all_per_h / 3600
     send = Commands(
         sends * 3 + to_all * (2 + machines), sends + to_all * 2 * machines, sends * 3 + to_all * (2 + machines)
@@ -205,6 +204,12 @@ def _come_and_go(work: Workload, market: Market, come_per_s: float) -> Commands:
     return Commands(coming.commands + going.commands, coming.members + going.members, coming.turns + going.turns).times(
         come_per_s / come
     )
+
+
+def _leases(work: Workload, machines: int) -> Commands:
+    """Three times a lease a node renews its record (``Presence``), four times it reads all of them (``Cleaner``)."""
+    renewals, looks = 3 * machines / work.lease_s, 4 * machines / work.lease_s
+    return Commands(4 * renewals + 2 * looks, looks * machines, 4 * renewals + 2 * looks)
 
 
 def _one_key_cores(work: Workload, costs: Costs, market: Market, come_per_s: float, workers: int) -> float:

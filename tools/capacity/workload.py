@@ -44,6 +44,7 @@ class Workload:
     registry_check_s: float = _asked(5.0, "s", "The servers' setting.")
     registry_interval_s: float = _asked(0.1, "s", "The servers' setting.")
     registry_ttl_s: float = _asked(7_200, "s", "The servers' setting.")
+    lease_s: float = _asked(10, "s", "The servers' setting.")
     clusters: int = _asked(1, "", "Clusters with a registry of their own, by region; each has the whole feed.")
 
 
