@@ -31,7 +31,7 @@ from capacity.machine import flush_of  # noqa: E402
 from capacity.measured import compared  # noqa: E402
 from capacity.plan import Plan, plan  # noqa: E402
 from capacity.popularity import Market, chances_of, limited  # noqa: E402
-from capacity.stores import commands_of_batch, compared_in_round, feed_store  # noqa: E402
+from capacity.stores import commands_of_batch, commands_of_changes, compared_in_round, feed_store  # noqa: E402
 from capacity.workload import SCENARIOS, Workload  # noqa: E402
 
 PERFORMANCE = TOOLS.parent / "docs" / "performance.md"
@@ -177,6 +177,29 @@ async def test_registry_takes_the_commands_that_the_simulation_says(redis_server
     await mirror._flush()
     # The last connections leave: the set of each code is asked twice whether somebody is left.
     assert await commands(redis_server) == pytest.approx(going.commands + 2 * market.demand(come), rel=0.06)
+
+
+async def test_changed_codes_take_the_commands_that_the_simulation_says(
+    redis_server: RedisServer, registry: Redis
+) -> None:
+    clients, codes, each = 300, 300, 10
+    mirror = RegistryMirror(registry, prefix="qp:", node="n1", life="0.1")
+    await mirror._begin()
+    # One more watches every code, so that none is without anybody afterwards.
+    mirror.open("n1.0.1000", [f"C{code}" for code in range(codes)])
+    watched = [{f"C{code}" for code in some[1:]} for some in lot(clients, codes, each + 1, 1.0)]
+    for fd, held in enumerate(watched, 1):
+        mirror.open(f"n1.0.{fd}", held)
+    await mirror._flush()
+    for fd, (held, some) in enumerate(zip(watched, lot(clients, codes, each + 1, 1.0), strict=True), 1):
+        held.remove(f"C{some[-1]}")
+        held.add(f"C{some[0]}")
+        mirror.touch(f"n1.0.{fd}")
+    await commands(redis_server)
+    await mirror._flush()
+    market = Market(codes, each, 1.0, 0.0, 1.0)
+    said = commands_of_changes(Workload(codes=codes, each=each), market, clients).commands
+    assert await commands(redis_server) == pytest.approx(said, rel=0.15)
 
 
 async def test_users_take_the_commands_that_the_simulation_says(redis_server: RedisServer, registry: Redis) -> None:

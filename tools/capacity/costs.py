@@ -55,6 +55,7 @@ class Costs:
     rest_most_ms: float = _cost(5.0, "ms", "but no longer than this", _SETTING + "`max_flush_delay_ms`")
     connect_us: float = _cost(126.0, "µs", "a handshake", _RESULTS + "+sub/s of watch and market")
     subscribe_us: float = _cost(2.05, "µs", "each code that it subscribes", _RESULTS + "+sub/s of watch and market")
+    request_us: float = _cost(50.0, "µs", "a request on an open connection, without its codes", "assumption")
     tls_connect_us: float = _cost(449.0, "µs", "TLS, on top of a handshake", _RESULTS + "+sub/s of real with --tls")
     send_all_us: float = _cost(
         30.0, "µs", "send_to_all, for each connection of a worker", _MESSAGES + "on a busy machine, so rather less"

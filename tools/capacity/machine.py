@@ -126,6 +126,8 @@ def load_of(
         costs.write_us + (costs.tls_write_us if work.tls else 0.0)
     )
     handshake_us = costs.connect_us + work.each * costs.subscribe_us + (costs.tls_connect_us if work.tls else 0.0)
+    changes = work.changes_per_s * viewers / work.viewers
+    worker_us += changes * (costs.request_us + costs.subscribe_us)
     rows, writes = viewers * each, workers * flush.writes / flush.period_s
     kib = viewers * (
         costs.connection_kib + work.each * costs.subscription_kib + costs.kernel_kib

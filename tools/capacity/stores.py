@@ -16,6 +16,7 @@ __all__ = [
     "FeedStore",
     "RegistryStore",
     "commands_of_batch",
+    "commands_of_changes",
     "compared_in_round",
     "feed_store",
     "registry_store",
@@ -53,7 +54,7 @@ class RegistryStore:
     """The Redis of the registry.
 
     Attributes:
-        come_and_go: commands a second for connections that come and go.
+        come_and_go: commands a second for connections that come and go, and for codes that they change.
         compare: commands a second of workers that compare it with what is true; they read ``compared_members``.
         renew: commands a second of nodes that renew their records.
         send: commands a second for messages.
@@ -115,7 +116,8 @@ def registry_store(work: Workload, costs: Costs, market: Market, viewers: float,
     """
     workers = machines * work.cores
     come = work.connects_per_s / work.clusters
-    writes = _come_and_go(work, market, come / workers)
+    change = work.changes_per_s / work.clusters
+    writes = _come_and_go(work, market, come / workers, change / workers)
     compare = _compare(work, market, viewers, workers)
     renew = _leases(work, machines)
     sends, to_all = work.sends_per_s / work.clusters, work.sends_to_all_per_h / 3600
@@ -194,15 +196,24 @@ def commands_of_batch(work: Workload, market: Market, come: float) -> tuple[Comm
     return coming, going
 
 
-def _come_and_go(work: Workload, market: Market, come_per_s: float) -> Commands:
-    """One worker, of which so many connections come and go a second."""
-    if not come_per_s:
-        return Commands(0, 0, 0)
+def commands_of_changes(work: Workload, market: Market, changes: float) -> Commands:
+    """What a worker says to Redis when so many connections have each taken a code and dropped another."""
+    codes = market.demand(changes / work.each)
+    return Commands(2 + 2 * changes + 2 * codes, 4 * changes + codes, 6 + (2 * changes + 2 * codes) // _SLICE_COMMANDS)
+
+
+def _come_and_go(work: Workload, market: Market, come_per_s: float, changes_per_s: float) -> Commands:
+    """One worker, of which so many connections come and go a second, and so many change a code."""
     # Rarely, one by one; often, all of an interval at once.
     come = max(1.0, come_per_s * work.registry_interval_s)
+    changed = max(1.0, changes_per_s * work.registry_interval_s)
+    changes = commands_of_changes(work, market, changed).times(changes_per_s / changed)
     coming, going = commands_of_batch(work, market, come)
-    return Commands(coming.commands + going.commands, coming.members + going.members, coming.turns + going.turns).times(
-        come_per_s / come
+    often = come_per_s / come
+    return Commands(
+        (coming.commands + going.commands) * often + changes.commands,
+        (coming.members + going.members) * often + changes.members,
+        (coming.turns + going.turns) * often + changes.turns,
     )
 
 

@@ -27,6 +27,7 @@ class Workload:
     batch: float = _asked(0.0, "ticks", "Ticks in a batch of a Publisher; 0: plain PUBLISH, tick by tick.")
     demand: bool = _asked(False, "", "The feed publishes only codes that somebody watches.")
     connects_per_s: float = _asked(10, "1/s", "Connections that come, and as many that go, of all machines.")
+    changes_per_s: float = _asked(20, "1/s", "Requests with which a client takes one code and drops another.")
     sends_per_s: float = _asked(10, "1/s", "Messages of backends to users.")
     sends_to_all_per_h: float = _asked(4, "1/h", "Messages of backends to everybody.")
     users: float = _asked(1.0, "", "Part of the viewers who have a user (a token, or bound).")
@@ -53,23 +54,24 @@ SCENARIOS: dict[str, tuple[str, Workload]] = {
     "three": (
         "three machines: a portal",
         Workload(
-            viewers=50_000, codes=10_000, ticks_per_s=20_000, row_bytes=170, max_rate=4, connects_per_s=100, spare=1,
-            sends_per_s=100, batch=50, tls=True, cores=16, memory_gib=32,
+            viewers=50_000, codes=10_000, ticks_per_s=20_000, batch=50, row_bytes=170, max_rate=4, tls=True,
+            connects_per_s=100, changes_per_s=200, sends_per_s=100, spare=1, cores=16, memory_gib=32,
         ),
     ),
     "thirty": (
         "thirty machines: a national app",
         Workload(
-            viewers=1_300_000, codes=10_000, ticks_per_s=30_000, row_bytes=100, max_rate=2, connects_per_s=2_000,
-            spare=1, sends_per_s=1_000, batch=100, tls=True, cores=16, memory_gib=64, registry_check_s=300,
+            viewers=1_300_000, codes=10_000, ticks_per_s=30_000, batch=100, row_bytes=100, max_rate=2, tls=True,
+            connects_per_s=2_000, changes_per_s=5_000, sends_per_s=1_000, spare=1, cores=16, memory_gib=64,
+            registry_check_s=300,
         ),
     ),
     "thousand": (
         "a thousand machines: several countries",
         Workload(
-            viewers=48_000_000, codes=50_000, ticks_per_s=50_000, row_bytes=100, max_rate=2, connects_per_s=60_000,
-            spare=1, sends_per_s=10_000, batch=200, tls=True, cores=16, memory_gib=64, registry_check_s=300,
-            clusters=40,
+            viewers=48_000_000, codes=50_000, ticks_per_s=50_000, batch=200, row_bytes=100, max_rate=2, tls=True,
+            connects_per_s=60_000, changes_per_s=200_000, sends_per_s=10_000, spare=1, cores=16, memory_gib=64,
+            registry_check_s=300, clusters=40,
         ),
     ),
 }  # fmt: skip
