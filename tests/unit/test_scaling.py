@@ -310,6 +310,13 @@ def test_the_outputs_in_the_document_are_what_is_printed() -> None:
     assert set(asked) >= {f"--scenario {name}" for name in SCENARIOS} | {"--explain check", "--explain costs"}
 
 
+def test_the_price_of_comparing_often_is_what_the_document_says() -> None:
+    often = dataclasses.replace(SCENARIOS["thirty"][1], registry_check_s=5)
+    price, seldom = plan(often, COSTS).registry.cores_of[1], plan(SCENARIOS["thirty"][1], COSTS).registry.cores_of[1]
+    said = f"would take {price:.0f} cores of Redis with 5 s, and takes {seldom:.2f} with 300 s"
+    assert said in " ".join(SCALING.read_text(encoding="utf-8").split())
+
+
 def test_every_command_in_the_document_runs() -> None:
     lines = [line for block in blocks_of(SCALING) if block.language == "sh" for line in block.text.splitlines()]
     assert len(lines) >= 8
