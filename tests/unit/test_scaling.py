@@ -179,6 +179,25 @@ async def test_registry_takes_the_commands_that_the_simulation_says(redis_server
     assert await commands(redis_server) == pytest.approx(going.commands + 2 * market.demand(come), rel=0.06)
 
 
+async def test_comparing_reads_whole_sets_as_the_simulation_says(redis_server: RedisServer, registry: Redis) -> None:
+    clients, codes, each, watchers = 100, 250, 10, 2_000
+    mirror = RegistryMirror(registry, prefix="qp:", node="n1", life="0.1")
+    await mirror._begin()
+    for fd, some in enumerate(lot(clients, codes, each, 0.0), 1):
+        mirror.open(f"n1.0.{fd}", [f"C{code}" for code in some])
+    await mirror._flush()
+    others = [f"n2.0.{n}" for n in range(watchers)]
+    for code in range(codes):
+        await registry.sadd(f"qp:code:C{code}", *others)
+    await commands(redis_server)
+    await mirror._check()
+    sent = int((await registry.info("stats"))["total_net_output_bytes"])
+    market, work = Market(codes, each, 0.0, 0.0, 1.0), Workload(codes=codes, each=each, users=0)
+    said = compared_in_round(work, market, watchers * codes / each, clients)
+    assert await commands(redis_server) == pytest.approx(said.commands, rel=0.15)
+    assert sent / said.members == pytest.approx(16, abs=3)  # "$9", "n2.0.1234" and two ends of line
+
+
 async def test_changed_codes_take_the_commands_that_the_simulation_says(
     redis_server: RedisServer, registry: Redis
 ) -> None:

@@ -240,7 +240,7 @@ def compared_in_round(work: Workload, market: Market, viewers: float, clients: f
     # Whole sets are read, two hundred at a time, until more than 20,000 members have been.
     slices = max(1.0, math.ceil(_CHECKED_MEMBERS / (_SLICE_COMMANDS * size))) if size else 1.0
     read = min(codes_in_turn, slices * _SLICE_COMMANDS)
-    pages = read * max(1.0, size / 1000)
+    pages = read * (1 + max(0.0, size - 100) / 1000)  # one of about a hundred, then of a thousand
     members = fds_in_turn * work.each + read * size + codes_in_turn
     commands = 8 + 2 * fds_in_turn + codes_in_turn + pages
     return Commands(commands, members, 6 + commands / _SLICE_COMMANDS + max(0.0, pages - read))
