@@ -290,6 +290,7 @@ class _Main:
                 if stopped.done():
                     log.info("stopping: %d connections are closed", self._supervisor.connections)
                     notify(STOPPING="1", STATUS="stopping")
+                    self._switchboard.stop_firing()
                     await self._supervisor.stop(self._settings.drain_timeout_s, _RETRY_AFTER_MS)
                     await workers
                 for task in (*helpers, stopped):
