@@ -80,7 +80,8 @@ class Command(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):
         raw: send the payload alone, as one frame.
         exclude: fds that do not get it.
         sender: whom the recipients see as the sender, and who does not get it himself.
-        keep: a message that is to be kept for users who are not here any more (only in an inbox).
+        keep: a message that is kept for who is not here (in an inbox, or as a job), or that may come again: no
+            connection takes two of one ``id``.
         sent: of a kept message: epoch milliseconds of the send; 0: now.
         until: of a kept message: epoch milliseconds after which nobody wants it; 0: as the server's settings say.
         conns, conn, users, user, group: whom it is about.

@@ -282,7 +282,7 @@ class Schedule:
     async def _page(self, cursor: str, count: int) -> Page[Job]:
         at = set_cursor(cursor)
         ((after, found),) = await self._ask(("ZSCAN", self._keys.jobs, at, "COUNT", min(count, _PAGE)))
-        ids = [text(one) for one in found[::2]]
+        ids = [text(job) for job, _ in found]
         read = await self._ask(*(("HMGET", self._keys.job(job), *_FIELDS) for job in ids))
         jobs = [_job_of(job, fields) for job, fields in zip(ids, read, strict=True)]
         return Page(tuple(job for job in jobs if job is not None), next_cursor(after))
