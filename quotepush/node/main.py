@@ -518,6 +518,7 @@ def _backend(settings: Settings) -> Backend:
     return Backend(
         settings.registry_url, feed_url=settings.feed_redis, prefix=settings.redis_prefix,
         inbox_max=settings.inbox_max, kept_max=settings.kept_max, kept_ttl_s=settings.kept_ttl_s,
+        jobs_max=settings.jobs_max,
     )  # fmt: skip
 
 
