@@ -90,7 +90,7 @@ class BlockingBackend:
     def send_to_conn(self, conn: str, data: Any, **options: Unpack[EveryOptions]) -> Job: ...
     def send_to_conn(self, conn: str, data: Any, **options: Unpack[JobOptions]) -> Sent | Job:
         """Send to one connection as :meth:`Backend.send_to_conn` does."""
-        return self._wait_for(self._backend.send(To(conns=[conn]), data, options))
+        return self.send(To(conns=[conn]), data, options)
 
     @overload
     def send_to_conns(self, conns: Iterable[str], data: Any, **options: Unpack[SendOptions]) -> Sent: ...
@@ -100,7 +100,7 @@ class BlockingBackend:
     def send_to_conns(self, conns: Iterable[str], data: Any, **options: Unpack[EveryOptions]) -> Job: ...
     def send_to_conns(self, conns: Iterable[str], data: Any, **options: Unpack[JobOptions]) -> Sent | Job:
         """Send to connections as :meth:`Backend.send_to_conns` does."""
-        return self._wait_for(self._backend.send(To(conns=list(conns)), data, options))
+        return self.send(To(conns=list(conns)), data, options)
 
     @overload
     def send_to_user(self, user: str, data: Any, **options: Unpack[SendOptions]) -> Sent: ...
@@ -110,7 +110,7 @@ class BlockingBackend:
     def send_to_user(self, user: str, data: Any, **options: Unpack[EveryOptions]) -> Job: ...
     def send_to_user(self, user: str, data: Any, **options: Unpack[JobOptions]) -> Sent | Job:
         """Send to a user as :meth:`Backend.send_to_user` does."""
-        return self._wait_for(self._backend.send(To(users=[user]), data, options))
+        return self.send(To(users=[user]), data, options)
 
     @overload
     def send_to_users(self, users: Iterable[str], data: Any, **options: Unpack[SendOptions]) -> Sent: ...
@@ -120,7 +120,7 @@ class BlockingBackend:
     def send_to_users(self, users: Iterable[str], data: Any, **options: Unpack[EveryOptions]) -> Job: ...
     def send_to_users(self, users: Iterable[str], data: Any, **options: Unpack[JobOptions]) -> Sent | Job:
         """Send to users as :meth:`Backend.send_to_users` does."""
-        return self._wait_for(self._backend.send(To(users=list(users)), data, options))
+        return self.send(To(users=list(users)), data, options)
 
     @overload
     def send_to_group(self, group: str, data: Any, **options: Unpack[SendOptions]) -> Sent: ...
@@ -130,7 +130,7 @@ class BlockingBackend:
     def send_to_group(self, group: str, data: Any, **options: Unpack[EveryOptions]) -> Job: ...
     def send_to_group(self, group: str, data: Any, **options: Unpack[JobOptions]) -> Sent | Job:
         """Send to a group as :meth:`Backend.send_to_group` does."""
-        return self._wait_for(self._backend.send(To(group=group), data, options))
+        return self.send(To(group=group), data, options)
 
     @overload
     def send_to_all(self, data: Any, **options: Unpack[SendOptions]) -> Sent: ...
@@ -140,7 +140,11 @@ class BlockingBackend:
     def send_to_all(self, data: Any, **options: Unpack[EveryOptions]) -> Job: ...
     def send_to_all(self, data: Any, **options: Unpack[JobOptions]) -> Sent | Job:
         """Send to everybody as :meth:`Backend.send_to_all` does."""
-        return self._wait_for(self._backend.send(To(all=True), data, options))
+        return self.send(To(all=True), data, options)
+
+    def send(self, to: To, data: Any, options: JobOptions) -> Sent | Job:
+        """Send as :meth:`Backend.send` does."""
+        return self._wait_for(self._backend.send(to, data, options))
 
     # Messages that are sent later
 

@@ -181,6 +181,7 @@ class Claim:
     Attributes:
         at_ms: the time that it is sent for.
         lease_ms: when the lease ends.
+        sent: how many times it was sent before.
         command: what is sent; None: it is gone, or is no message.
         fault: why it is none.
         is_over: nobody wants it any more.
@@ -189,6 +190,7 @@ class Claim:
     id: str
     at_ms: int
     lease_ms: int
+    sent: int
     command: Command | None
     fault: str = ""
     is_over: bool = False
@@ -196,7 +198,7 @@ class Claim:
     @property
     def message(self) -> str:
         """What the message is called, whoever sends it for this time and however often."""
-        return f"{self.id}.{self.at_ms}"
+        return f"{self.id}.{self.sent}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,12 +405,12 @@ def _job_of(job: str, fields: Sequence[Any]) -> Job | None:
 
 
 def _claim_of(job: str, fields: Sequence[Any], now_ms: int) -> Claim:
-    said, at, _, last, *_ = fields
+    said, at, _, last, _, sent, *_ = fields
     lease_ms = now_ms + LEASE_S * 1000
     if said is None:
-        return Claim(job, 0, lease_ms, None)
+        return Claim(job, 0, lease_ms, 0, None)
     try:
-        at_ms, last_ms = int(at or 0), int(last or 0)
-        return Claim(job, at_ms, lease_ms, _command_of(said), is_over=0 < last_ms < now_ms)
+        at_ms, last_ms, sent_before = int(at or 0), int(last or 0), int(sent or 0)
+        return Claim(job, at_ms, lease_ms, sent_before, _command_of(said), is_over=0 < last_ms < now_ms)
     except ValueError as e:
-        return Claim(job, 0, lease_ms, None, str(e))
+        return Claim(job, 0, lease_ms, 0, None, str(e))

@@ -6,14 +6,20 @@ from quotepush.cluster.commands import ClusterKeys
 
 __all__ = ["pass_time"]
 
+# As one step, like a clock.
+_PASS = """
+for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+    redis.call('ZINCRBY', KEYS[1], -ARGV[1], id)
+    for _, name in ipairs({'next', 'last', 'made'}) do
+        local at = tonumber(redis.call('HGET', KEYS[1] .. ':' .. id, name) or 0)
+        if at and at > 0 then
+            redis.call('HSET', KEYS[1] .. ':' .. id, name, string.format('%d', at - ARGV[1]))
+        end
+    end
+end
+"""
+
 
 async def pass_time(redis: Redis, seconds: float, prefix: str = "qp:") -> None:
     """Let so many seconds pass: for the jobs it is as if the clock of Redis were ahead by them."""
-    keys = ClusterKeys(prefix)
-    ms = round(seconds * 1000)
-    for job in await redis.zrange(keys.jobs, 0, -1):
-        await redis.zincrby(keys.jobs, -ms, job)
-        for name in ("next", "last", "made"):
-            at = int(await redis.hget(keys.job(job), name) or 0)
-            if at:
-                await redis.hset(keys.job(job), name, at - ms)
+    await redis.eval(_PASS, 1, ClusterKeys(prefix).jobs, str(round(seconds * 1000)))

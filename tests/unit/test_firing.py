@@ -151,7 +151,7 @@ async def test_several_nodes_send_each_job_once(cluster: Cluster) -> None:
         cluster.node()
     await cluster.has_sent(300)
     await cluster.is_empty()
-    assert Counter(cluster.sent()) == Counter(f"{job.id}.{job.at}" for job in jobs)
+    assert Counter(cluster.sent()) == Counter(f"{job.id}.0" for job in jobs)
     assert sum(node.firing.fired for node in cluster.nodes) == 300
 
 
@@ -161,7 +161,7 @@ async def test_a_job_is_sent_at_its_time_by_whoever_lives_then(cluster: Cluster)
     for round_ in (1, 2, 3):
         await wait_until(lambda: first.firing.waiting == second.firing.waiting == 1)
         assert len(cluster.sent()) == round_ - 1
-        await pass_time(cluster.redis, 61)
+        await pass_time(cluster.redis, 60)
         await cluster.has_sent(round_)
         await wait_until(lambda r=round_: _has_sent(cluster, job, r))
     names = set(cluster.sent())
