@@ -13,6 +13,7 @@ sent it for the time before. Jobs are bounded in number and size, and one that n
 time is nobody's any more.
 """
 
+import asyncio
 import math
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
@@ -286,8 +287,12 @@ class Schedule:
         ((after, found),) = await self._ask(("ZSCAN", self._keys.jobs, at, "COUNT", min(count, _PAGE)))
         ids = [text(job) for job, _ in found]
         read = await self._ask(*(("HMGET", self._keys.job(job), *_FIELDS) for job in ids))
-        jobs = [_job_of(job, fields) for job, fields in zip(ids, read, strict=True)]
-        return Page(tuple(job for job in jobs if job is not None), next_cursor(after))
+        jobs = []
+        for job, fields in zip(ids, read, strict=True):
+            if (found_job := _job_of(job, fields)) is not None:
+                jobs.append(found_job)
+            await asyncio.sleep(0)  # reading a large one takes its time
+        return Page(tuple(jobs), next_cursor(after))
 
     # For nodes
 
@@ -296,7 +301,10 @@ class Schedule:
         now_ms, waiting, soonest, ids = await self._run(_CLAIM, (self._keys.jobs,), LEASE_S * 1000, most)
         names = [text(job) for job in ids]
         read = await self._ask(*(("HMGET", self._keys.job(job), *_FIELDS) for job in names))
-        claims = [_claim_of(job, fields, now_ms) for job, fields in zip(names, read, strict=True)]
+        claims = []
+        for job, fields in zip(names, read, strict=True):
+            claims.append(_claim_of(job, fields, now_ms))
+            await asyncio.sleep(0)
         soonest_s = (float(soonest) - now_ms) / 1000 if soonest else None
         return Claims(claims, waiting, soonest_s, len(claims) >= most)
 

@@ -14,6 +14,7 @@ from quotepush.cluster.schedule import LEASE_S, LEFT_S, MAX_JOB_BYTES, Claim, Jo
 from quotepush.errors import CallRefused
 from tests.support.jobs import pass_time
 from tests.support.redis_server import RedisServer
+from tests.support.waiting import wait_until
 
 MESSAGE = Command(op="send", to=To(users=["ann"]), data={"title": "Markets open"})
 
@@ -235,6 +236,34 @@ async def test_what_somebody_else_has_put_there_is_claimed_as_a_fault_and_not_li
     for claim in claims:
         await desk.schedule.drop(claim)
     assert await desk.names() == []
+
+
+async def test_a_whole_life_in_redis_and_in_valkey_as_nodes_of_a_cluster(store: RedisServer) -> None:
+    """In a Redis Cluster a step with keys of two slots would be refused."""
+    store.stop()
+    store.options = ("--cluster-enabled", "yes")
+    store.start()
+    async with store.client() as redis, store.client(decode_responses=False) as asked:
+        await redis.execute_command("CLUSTER", "ADDSLOTS", *range(16384))
+
+        async def is_up() -> bool:
+            return "cluster_state:ok" in str(await redis.execute_command("CLUSTER", "INFO"))
+
+        await wait_until(is_up)
+        line = Line(asked, "Redis", 5.0)
+        desk = Desk(redis, Schedule(line.ask, "qp:"))
+        job = await desk.add(at=timedelta(), every=60, count=2)
+        for turn in (0, 1):
+            (claim,) = await desk.claim()
+            await desk.schedule.put_off(claim, has_failed=False)
+            (claim,) = await desk.claim()
+            assert claim.message == f"{job.id}.{turn}"
+            await desk.schedule.settle(claim)
+            await pass_time(redis, 60)
+        assert await desk.names() == []
+        job = await desk.add(every=60)
+        assert await desk.schedule.jobs() == [job] and await desk.schedule.cancel(job.id)
+        await line.aclose()
 
 
 async def test_claims_at_the_same_time_are_of_different_jobs(desk: Desk) -> None:
