@@ -12,46 +12,33 @@ next call makes it anew.
 """
 
 import asyncio
-import base64
 import contextlib
 import os
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Self
 
 import redis.asyncio
+from msgspec.structs import replace
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from quotepush.backend_events import Events
+from quotepush.backend_sending import Sending, SendOptions
 from quotepush.cluster.census import Census, Node, Session
-from quotepush.cluster.commands import ClusterKeys, Command, To, is_name, node_of
+from quotepush.cluster.commands import ClusterKeys, Command, is_name, node_of
 from quotepush.cluster.line import Line
 from quotepush.cluster.pages import Listing, Page
 from quotepush.cluster.routing import Answers, Routing, Sent
+from quotepush.cluster.schedule import Job, Schedule, Times
 from quotepush.errors import BackendUnavailable, CallRefused, NotOnline
 from quotepush.publisher import Publisher, open_client, shown_address
 from quotepush.quote.code import BadCode, parse_code
 
-__all__ = ["Backend", "Done", "Listing", "Node", "Page", "Sent", "Session", "Stats"]
-
-
-class SendOptions(TypedDict, total=False):
-    """How a message is sent; all may be left out.
-
-    Attributes:
-        exclude: connections that do not get it.
-        raw: send the payload alone, as one text or binary frame, without the envelope of quotes.v1.
-        delivery: ``now`` (the default): to whoever is there, at most once. ``kept``: it also waits for a user who is
-            away and for a node that is cut off, and comes when they are back.
-    """
-
-    exclude: Iterable[str]
-    raw: bool
-    delivery: Literal["now", "kept"]
+__all__ = ["Backend", "Done", "Job", "Listing", "Node", "Page", "SendOptions", "Sent", "Session", "Stats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +71,7 @@ class Stats:
     codes: int
 
 
-class Backend:
+class Backend(Sending):
     """Calls for programs with asyncio; :class:`~quotepush.backend_blocking.BlockingBackend` is the same for others.
 
     Connections are named by their fd, which ``hello`` calls ``conn``. Calls may be made at the same time, from any
@@ -99,6 +86,7 @@ class Backend:
         inbox_max: as the servers' setting: how many kept messages wait for a node, about; the oldest go first.
         kept_max: as the servers' setting: how many wait for a user who is away; the oldest go first.
         kept_ttl_s: as the servers' setting: how long they wait.
+        jobs_max: as the servers' setting: how many messages wait to be sent later; more are refused.
 
     Raises:
         SettingsError: an address is none.
@@ -114,6 +102,7 @@ class Backend:
         inbox_max: int = 10_000,
         kept_max: int = 100,
         kept_ttl_s: int = 86_400,
+        jobs_max: int = 10_000,
     ) -> None:
         self._pid = os.getpid()
         self._timeout_s = timeout_s
@@ -128,6 +117,8 @@ class Backend:
             self._line, self._redis, prefix,
             timeout_s=timeout_s, inbox_max=inbox_max, kept_max=kept_max, kept_ttl_s=kept_ttl_s,
         )  # fmt: skip
+        self._schedule = Schedule(self._line.ask, prefix)
+        self._jobs_max = jobs_max
         self._publisher = Publisher(feed_url or url, prefix=prefix, give_up_s=timeout_s)
         self._events_channel = ClusterKeys(prefix).events
         self._events: weakref.WeakSet[Events] = weakref.WeakSet()
@@ -161,34 +152,19 @@ class Backend:
         """
         await self._line.ask(("PING",))
 
-    # Messages. The named arguments are the same for all, see _send.
+    # Messages that are sent later: send_to_…(at=…, every=…) makes them
 
-    async def send_to_conn(self, conn: str, data: Any, **options: Unpack[SendOptions]) -> Sent:
-        """Send ``data`` to one connection. Options: :class:`SendOptions`.
+    def jobs(self) -> Listing[Job]:
+        """Find the messages that are to be sent later, in no order."""
+        return self._schedule.jobs()
 
-        All calls that send raise ``CallRefused`` (``bad_request``, ``too_large``) for what can be sent to nobody.
+    async def cancel_job(self, job: str) -> bool:
+        """Forget a message that is to be sent later, by its id; say whether it was there.
+
+        What is on its way just now still arrives.
         """
-        return await self.send_to_conns([conn], data, **options)
-
-    async def send_to_conns(self, conns: Iterable[str], data: Any, **options: Unpack[SendOptions]) -> Sent:
-        """Send to each of these connections that is there."""
-        return await self._send(To(conns=list(conns)), data, options)
-
-    async def send_to_user(self, user: str, data: Any, **options: Unpack[SendOptions]) -> Sent:
-        """Send to every connection of a user."""
-        return await self.send_to_users([user], data, **options)
-
-    async def send_to_users(self, users: Iterable[str], data: Any, **options: Unpack[SendOptions]) -> Sent:
-        """Send to every connection of each of these users."""
-        return await self._send(To(users=list(users)), data, options)
-
-    async def send_to_group(self, group: str, data: Any, **options: Unpack[SendOptions]) -> Sent:
-        """Send to every connection in a group."""
-        return await self._send(To(group=group), data, options)
-
-    async def send_to_all(self, data: Any, **options: Unpack[SendOptions]) -> Sent:
-        """Send to every connection of every node."""
-        return await self._send(To(all=True), data, options)
+        self._check_process()
+        return await self._schedule.cancel(job)
 
     # Ending connections
 
@@ -418,23 +394,13 @@ class Backend:
 
     # The nodes' part
 
-    async def _send(self, to: To, data: Any, options: SendOptions) -> Sent:
+    async def _send_now(self, command: Command, is_kept: bool) -> Sent:
         self._check_process()
-        unknown = options.keys() - SendOptions.__annotations__.keys()
-        if unknown:
-            raise TypeError(f"an unknown option: {', '.join(sorted(unknown))}")
-        delivery = options.get("delivery", "now")
-        if delivery not in ("now", "kept"):
-            raise CallRefused("bad_request", f"delivery must be now or kept, not {delivery!r}")
-        is_raw = options.get("raw", False)
-        is_binary = isinstance(data, (bytes, bytearray, memoryview))
-        if is_raw and not is_binary and not isinstance(data, str):
-            raise CallRefused("bad_request", "raw sends a text or bytes as they are")
-        command = Command(
-            op="send", to=to, raw=is_raw, exclude=list(options.get("exclude", ())),
-            data=base64.b64encode(data).decode() if is_binary else data, encoding="base64" if is_binary else "",
-        )  # fmt: skip
-        return await self._routing.send(command, kept=delivery == "kept")
+        return await self._routing.send(command, kept=is_kept)
+
+    async def _send_later(self, command: Command, is_kept: bool, times: Times) -> Job:
+        self._check_process()
+        return await self._schedule.add(replace(command, keep=is_kept), times, most=self._jobs_max)
 
     async def _order(self, command: Command) -> Answers:
         self._check_process()

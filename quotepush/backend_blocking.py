@@ -15,10 +15,12 @@ import threading
 from collections.abc import Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack
+from typing import Any, Generic, Self, TypeVar, Unpack, overload
 
-from quotepush.backend import Backend, Done, Listing, Page, SendOptions, Sent, Session, Stats
+from quotepush.backend import Backend, Done, Job, Listing, Page, Sent, Session, Stats
 from quotepush.backend_events import Events
+from quotepush.backend_sending import AtOptions, EveryOptions, JobOptions, SendOptions
+from quotepush.cluster.commands import To
 from quotepush.errors import BackendUnavailable
 
 __all__ = ["BlockingBackend", "BlockingEvents", "BlockingListing"]
@@ -80,29 +82,79 @@ class BlockingBackend:
 
     # Messages
 
-    def send_to_conn(self, conn: str, data: Any, **options: Unpack[SendOptions]) -> Sent:
+    @overload
+    def send_to_conn(self, conn: str, data: Any, **options: Unpack[SendOptions]) -> Sent: ...
+    @overload
+    def send_to_conn(self, conn: str, data: Any, **options: Unpack[AtOptions]) -> Job: ...
+    @overload
+    def send_to_conn(self, conn: str, data: Any, **options: Unpack[EveryOptions]) -> Job: ...
+    def send_to_conn(self, conn: str, data: Any, **options: Unpack[JobOptions]) -> Sent | Job:
         """Send to one connection as :meth:`Backend.send_to_conn` does."""
-        return self._wait_for(self._backend.send_to_conn(conn, data, **options))
+        return self.send(To(conns=[conn]), data, options)
 
-    def send_to_conns(self, conns: Iterable[str], data: Any, **options: Unpack[SendOptions]) -> Sent:
+    @overload
+    def send_to_conns(self, conns: Iterable[str], data: Any, **options: Unpack[SendOptions]) -> Sent: ...
+    @overload
+    def send_to_conns(self, conns: Iterable[str], data: Any, **options: Unpack[AtOptions]) -> Job: ...
+    @overload
+    def send_to_conns(self, conns: Iterable[str], data: Any, **options: Unpack[EveryOptions]) -> Job: ...
+    def send_to_conns(self, conns: Iterable[str], data: Any, **options: Unpack[JobOptions]) -> Sent | Job:
         """Send to connections as :meth:`Backend.send_to_conns` does."""
-        return self._wait_for(self._backend.send_to_conns(conns, data, **options))
+        return self.send(To(conns=list(conns)), data, options)
 
-    def send_to_user(self, user: str, data: Any, **options: Unpack[SendOptions]) -> Sent:
+    @overload
+    def send_to_user(self, user: str, data: Any, **options: Unpack[SendOptions]) -> Sent: ...
+    @overload
+    def send_to_user(self, user: str, data: Any, **options: Unpack[AtOptions]) -> Job: ...
+    @overload
+    def send_to_user(self, user: str, data: Any, **options: Unpack[EveryOptions]) -> Job: ...
+    def send_to_user(self, user: str, data: Any, **options: Unpack[JobOptions]) -> Sent | Job:
         """Send to a user as :meth:`Backend.send_to_user` does."""
-        return self._wait_for(self._backend.send_to_user(user, data, **options))
+        return self.send(To(users=[user]), data, options)
 
-    def send_to_users(self, users: Iterable[str], data: Any, **options: Unpack[SendOptions]) -> Sent:
+    @overload
+    def send_to_users(self, users: Iterable[str], data: Any, **options: Unpack[SendOptions]) -> Sent: ...
+    @overload
+    def send_to_users(self, users: Iterable[str], data: Any, **options: Unpack[AtOptions]) -> Job: ...
+    @overload
+    def send_to_users(self, users: Iterable[str], data: Any, **options: Unpack[EveryOptions]) -> Job: ...
+    def send_to_users(self, users: Iterable[str], data: Any, **options: Unpack[JobOptions]) -> Sent | Job:
         """Send to users as :meth:`Backend.send_to_users` does."""
-        return self._wait_for(self._backend.send_to_users(users, data, **options))
+        return self.send(To(users=list(users)), data, options)
 
-    def send_to_group(self, group: str, data: Any, **options: Unpack[SendOptions]) -> Sent:
+    @overload
+    def send_to_group(self, group: str, data: Any, **options: Unpack[SendOptions]) -> Sent: ...
+    @overload
+    def send_to_group(self, group: str, data: Any, **options: Unpack[AtOptions]) -> Job: ...
+    @overload
+    def send_to_group(self, group: str, data: Any, **options: Unpack[EveryOptions]) -> Job: ...
+    def send_to_group(self, group: str, data: Any, **options: Unpack[JobOptions]) -> Sent | Job:
         """Send to a group as :meth:`Backend.send_to_group` does."""
-        return self._wait_for(self._backend.send_to_group(group, data, **options))
+        return self.send(To(group=group), data, options)
 
-    def send_to_all(self, data: Any, **options: Unpack[SendOptions]) -> Sent:
+    @overload
+    def send_to_all(self, data: Any, **options: Unpack[SendOptions]) -> Sent: ...
+    @overload
+    def send_to_all(self, data: Any, **options: Unpack[AtOptions]) -> Job: ...
+    @overload
+    def send_to_all(self, data: Any, **options: Unpack[EveryOptions]) -> Job: ...
+    def send_to_all(self, data: Any, **options: Unpack[JobOptions]) -> Sent | Job:
         """Send to everybody as :meth:`Backend.send_to_all` does."""
-        return self._wait_for(self._backend.send_to_all(data, **options))
+        return self.send(To(all=True), data, options)
+
+    def send(self, to: To, data: Any, options: JobOptions) -> Sent | Job:
+        """Send as :meth:`Backend.send` does."""
+        return self._wait_for(self._backend.send(to, data, options))
+
+    # Messages that are sent later
+
+    def jobs(self) -> "BlockingListing[Job]":
+        """Find the messages that are to be sent later, in no order."""
+        return BlockingListing(self, self._backend.jobs())
+
+    def cancel_job(self, job: str) -> bool:
+        """Forget a message that is to be sent later as :meth:`Backend.cancel_job` does."""
+        return self._wait_for(self._backend.cancel_job(job))
 
     # Ending connections
 

@@ -3,78 +3,25 @@
 They go through Redis as :class:`~quotepush.backend.Backend` does; the settings say where it is.
 """
 
-import asyncio
 import base64
 import binascii
 import sys
 import time
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 import orjson
 
-from quotepush import settings as settings_module
-from quotepush.errors import CallRefused, NotOnline, SettingsError
+from quotepush.commanding_jobs import job_options, jobs, say_job
+from quotepush.errors import SettingsError
+from quotepush.reaching import NOBODY, reaching, run, say, say_json, warn
 
 if TYPE_CHECKING:
     from quotepush.backend import Backend
 
 __all__ = ["COMMANDS"]
 
-_SILENT, _NOBODY = 1, 3
-
-Do = Callable[["Backend"], Awaitable[int]]
-
-
-def _reaching(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options that say where Redis is, and how it answers."""
-    for option in (
-        click.option("--json", "is_json", is_flag=True, help="Answer in JSON."),
-        click.option("--timeout", type=click.FloatRange(0.05, 600), default=3.0, show_default=True, metavar="SECONDS",
-                     help="Longest wait for Redis, and then for the nodes."),
-        click.option("--config", metavar="FILE", envvar="QUOTEPUSH_CONFIG", help="TOML file with settings."),
-        click.option("--prefix", help="The servers' redis_prefix  [default: as for serve]"),
-        click.option("--redis", "url", metavar="URL", help="The servers' registry Redis  [default: as for serve]"),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-def _run(do: Do, *, url: str | None, prefix: str | None, config: str | None, timeout: float) -> None:
-    """Carry it out and end the process with its exit code."""
-    import uvloop
-
-    from quotepush.backend import Backend
-
-    flags = {name: value for name, value in (("registry_redis", url), ("redis_prefix", prefix)) if value is not None}
-    found = settings_module.load(config, flags=flags)
-
-    async def call() -> int:
-        async with Backend(found.registry_url, prefix=found.redis_prefix, timeout_s=timeout) as backend:
-            return await do(backend)
-
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            status = runner.run(call())
-    except NotOnline as e:
-        _warn(e.message)
-        status = _NOBODY
-    except CallRefused as e:
-        raise SettingsError([e.message]) from None
-    sys.exit(status)
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def _warn(line: str) -> None:
-    print(f"quotepush: {line}", file=sys.stderr)
-
-
-def _json(value: Any) -> None:
-    _say(orjson.dumps(value).decode())
+_SILENT = 1
 
 
 def _conns(count: int) -> str:
@@ -84,15 +31,15 @@ def _conns(count: int) -> str:
 def _outcome(what: str, count: int, nodes: dict[str, int], missing: tuple[str, ...], kept: int = 0) -> int:
     """Say what became of a call; return its exit code."""
     where = ", ".join(f"{node}: {number}" for node, number in nodes.items())
-    _say(f"{what} {_conns(count)}{f' ({where})' if where else ''}{f'; {kept} kept for later' if kept else ''}")
+    say(f"{what} {_conns(count)}{f' ({where})' if where else ''}{f'; {kept} kept for later' if kept else ''}")
     if missing:
-        _warn(f"no answer in time from {', '.join(missing)}; it may have happened there all the same")
+        warn(f"no answer in time from {', '.join(missing)}; it may have happened there all the same")
         return _SILENT
-    return 0 if count or kept else _NOBODY
+    return 0 if count or kept else NOBODY
 
 
 def _exit_of(count: int, missing: tuple[str, ...], kept: int = 0) -> int:
-    return _SILENT if missing else 0 if count or kept else _NOBODY
+    return _SILENT if missing else 0 if count or kept else NOBODY
 
 
 def _payload(text: str, is_text: bool, is_base64: bool) -> Any:
@@ -123,36 +70,44 @@ def _payload(text: str, is_text: bool, is_base64: bool) -> Any:
 @click.option("--raw", "is_raw", is_flag=True, help="Send DATA alone, as one frame.")
 @click.option("--text", "is_text", is_flag=True, help="DATA is a text, even if it looks like JSON.")
 @click.option("--base64", "is_base64", is_flag=True, help="DATA is the base64 of bytes.")
-@_reaching
+@click.option("--at", metavar="TIME", help="Send it then: 2026-07-25T09:30+08:00, or from now: +90s, +30m, +1d.")
+@click.option("--every", metavar="TIME", help="Send it again after so long: 90s, 30m, 1h, 1d.")
+@click.option("--until", metavar="TIME", help="Do not send it after that.")
+@click.option("--count", type=click.IntRange(min=1), metavar="N", help="With --every: how many times in all.")
+@reaching
 def send(
     data: str, users: tuple[str, ...], conns: tuple[str, ...], group: str | None, is_all: bool,
-    exclude: tuple[str, ...], kept: bool, is_raw: bool, is_text: bool, is_base64: bool, is_json: bool, **reaching: Any,
+    exclude: tuple[str, ...], kept: bool, is_raw: bool, is_text: bool, is_base64: bool, at: str | None,
+    every: str | None, until: str | None, count: int | None, is_json: bool, **where: Any,
 ) -> None:  # fmt: skip
     """Send DATA, a JSON value or else a text ("-": standard input), to users, connections, a group or everybody.
 
-    Exit codes: 0 somebody took it, or it is kept; 1 Redis, or a node, does not answer in time; 2 something is wrong
-    with the call; 3 nobody was there to take it.
+    With --at or --every it is sent later, by whichever server runs then; "quotepush jobs" lists and cancels.
+
+    Exit codes: 0 somebody took it, or it is kept, or for later; 1 Redis, or a node, does not answer in time; 2
+    something is wrong with the call; 3 nobody was there to take it.
     """
     if bool(users) + bool(conns) + (group is not None) + is_all != 1:
         raise SettingsError(["send: give one of --user, --conn, --group and --all"])
     payload = _payload(data, is_text or is_raw, is_base64)
+    times = job_options(at, every, until, count)
 
     async def do(backend: "Backend") -> int:
-        options: Any = {"exclude": exclude, "raw": is_raw, "delivery": "kept" if kept else "now"}
-        if users:
-            sent = await backend.send_to_users(users, payload, **options)
-        elif conns:
-            sent = await backend.send_to_conns(conns, payload, **options)
-        elif group is not None:
-            sent = await backend.send_to_group(group, payload, **options)
-        else:
-            sent = await backend.send_to_all(payload, **options)
+        from quotepush.backend import Job
+        from quotepush.cluster.commands import To
+
+        to = To(conns=list(conns) or None, users=list(users) or None, group=group, all=is_all)
+        options: Any = {"exclude": exclude, "raw": is_raw, "delivery": "kept" if kept else "now", **times}
+        sent = await backend.send(to, payload, options)
+        if isinstance(sent, Job):
+            say_job(sent, is_json=is_json)
+            return 0
         if is_json:
-            _json(sent)
+            say_json(sent)
             return _exit_of(sent.delivered, sent.missing, sent.kept)
         return _outcome("delivered to", sent.delivered, sent.nodes, sent.missing, sent.kept)
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 @click.command()
@@ -160,8 +115,8 @@ def send(
 @click.option("--conn", "conns", multiple=True, metavar="CONN", help="A connection; also repeated.")
 @click.option("--code", default=4403, show_default=True, help="Close code: 1000, or 3000 to 4999.")
 @click.option("--reason", default="kicked", show_default=True, help="What the client is told.")
-@_reaching
-def kick(user: str | None, conns: tuple[str, ...], code: int, reason: str, is_json: bool, **reaching: Any) -> None:
+@reaching
+def kick(user: str | None, conns: tuple[str, ...], code: int, reason: str, is_json: bool, **where: Any) -> None:
     """Close connections. Our clients do not come back after the code 4403.
 
     Exit codes: 0 some were closed; 1 Redis, or a node, does not answer in time; 2 something is wrong with the call; 3
@@ -176,11 +131,11 @@ def kick(user: str | None, conns: tuple[str, ...], code: int, reason: str, is_js
         else:
             done = await backend.close_conns(conns, code=code, reason=reason)
         if is_json:
-            _json(done)
+            say_json(done)
             return _exit_of(done.count, done.missing)
         return _outcome("closed", done.count, done.nodes, done.missing)
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 @click.command()
@@ -188,10 +143,8 @@ def kick(user: str | None, conns: tuple[str, ...], code: int, reason: str, is_js
 @click.option("--group", metavar="GROUP", help="Those in a group, with their sessions.")
 @click.option("--code", metavar="CODE", help="Those that watch a code.")
 @click.option("--count", "is_count", is_flag=True, help="Only how many there are.")
-@_reaching
-def conns(
-    user: str | None, group: str | None, code: str | None, is_count: bool, is_json: bool, **reaching: Any
-) -> None:
+@reaching
+def conns(user: str | None, group: str | None, code: str | None, is_count: bool, is_json: bool, **where: Any) -> None:
     """List connections: all of them, or those of a user, in a group or on a code.
 
     Exit codes: 0 done; 1 Redis does not answer in time; 2 something is wrong with the call.
@@ -202,22 +155,22 @@ def conns(
     async def do(backend: "Backend") -> int:
         if is_count:
             count = await _count(backend, user, group, code)
-            _json({"count": count}) if is_json else _say(str(count))
+            say_json({"count": count}) if is_json else say(str(count))
             return 0
         if user is not None or code is not None:
             names = backend.user_conns(user) if user is not None else backend.code_conns(code or "")
             async for conn in names:
-                _json({"conn": conn}) if is_json else _say(conn)
+                say_json({"conn": conn}) if is_json else say(conn)
             return 0
         async for session in backend.group_sessions(group) if group is not None else backend.sessions():
             if is_json:
-                _json(session)
+                say_json(session)
             else:
                 groups = ",".join(session["groups"])
-                _say(f"{session['conn']}  user {session['user'] or '-'}  groups {groups or '-'}")
+                say(f"{session['conn']}  user {session['user'] or '-'}  groups {groups or '-'}")
         return 0
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 async def _count(backend: "Backend", user: str | None, group: str | None, code: str | None) -> int:
@@ -231,8 +184,8 @@ async def _count(backend: "Backend", user: str | None, group: str | None, code: 
 
 
 @click.command()
-@_reaching
-def users(is_json: bool, **reaching: Any) -> None:
+@reaching
+def users(is_json: bool, **where: Any) -> None:
     """List the users who are online, and how many connections each has.
 
     Exit codes: 0 done; 1 Redis does not answer in time.
@@ -241,16 +194,16 @@ def users(is_json: bool, **reaching: Any) -> None:
     async def do(backend: "Backend") -> int:
         async for user in backend.users():
             count = await backend.user_count(user)
-            _json({"user": user, "conns": count}) if is_json else _say(f"{user}  {_conns(count)}")
+            say_json({"user": user, "conns": count}) if is_json else say(f"{user}  {_conns(count)}")
         return 0
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 @click.group(invoke_without_command=True)
-@_reaching
+@reaching
 @click.pass_context
-def groups(context: click.Context, /, is_json: bool, **reaching: Any) -> None:
+def groups(context: click.Context, /, is_json: bool, **where: Any) -> None:
     """List the groups and how many connections are in each; or join, leave, dissolve one.
 
     Exit codes: 0 done; 1 Redis, or a node, does not answer in time; 2 something is wrong with the call; 3 the
@@ -262,56 +215,56 @@ def groups(context: click.Context, /, is_json: bool, **reaching: Any) -> None:
     async def do(backend: "Backend") -> int:
         async for group in backend.groups():
             count = await backend.group_count(group)
-            _json({"group": group, "conns": count}) if is_json else _say(f"{group}  {_conns(count)}")
+            say_json({"group": group, "conns": count}) if is_json else say(f"{group}  {_conns(count)}")
         return 0
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 @groups.command()
 @click.argument("conn")
 @click.argument("group")
-@_reaching
-def join(conn: str, group: str, is_json: bool, **reaching: Any) -> None:
+@reaching
+def join(conn: str, group: str, is_json: bool, **where: Any) -> None:
     """Put a connection into a group."""
 
     async def do(backend: "Backend") -> int:
         await backend.join_group(conn, group)
-        _json({"conn": conn, "group": group, "member": True}) if is_json else _say(f"{conn} is in {group}")
+        say_json({"conn": conn, "group": group, "member": True}) if is_json else say(f"{conn} is in {group}")
         return 0
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 @groups.command()
 @click.argument("conn")
 @click.argument("group")
-@_reaching
-def leave(conn: str, group: str, is_json: bool, **reaching: Any) -> None:
+@reaching
+def leave(conn: str, group: str, is_json: bool, **where: Any) -> None:
     """Take a connection out of a group."""
 
     async def do(backend: "Backend") -> int:
         await backend.leave_group(conn, group)
-        _json({"conn": conn, "group": group, "member": False}) if is_json else _say(f"{conn} is not in {group}")
+        say_json({"conn": conn, "group": group, "member": False}) if is_json else say(f"{conn} is not in {group}")
         return 0
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 @groups.command()
 @click.argument("group")
-@_reaching
-def dissolve(group: str, is_json: bool, **reaching: Any) -> None:
+@reaching
+def dissolve(group: str, is_json: bool, **where: Any) -> None:
     """Take every connection out of a group."""
 
     async def do(backend: "Backend") -> int:
         done = await backend.dissolve_group(group)
         if is_json:
-            _json(done)
+            say_json(done)
             return _exit_of(done.count, done.missing)
         return _outcome(f"{group} has lost", done.count, done.nodes, done.missing)
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 @click.group()
@@ -325,75 +278,75 @@ def session() -> None:
 
 @session.command("get")
 @click.argument("conn")
-@_reaching
-def get_session(conn: str, is_json: bool, **reaching: Any) -> None:
+@reaching
+def get_session(conn: str, is_json: bool, **where: Any) -> None:
     """Print the session data of a connection, as JSON."""
 
     async def do(backend: "Backend") -> int:
-        _json(await backend.get_session(conn))
+        say_json(await backend.get_session(conn))
         return 0
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 @session.command("set")
 @click.argument("conn")
 @click.argument("data")
-@_reaching
-def set_session(conn: str, data: str, is_json: bool, **reaching: Any) -> None:
+@reaching
+def set_session(conn: str, data: str, is_json: bool, **where: Any) -> None:
     """Replace the session data of a connection by a JSON object; print what it is now."""
     said = _object(data)
 
     async def do(backend: "Backend") -> int:
-        _json(await backend.set_session(conn, said))
+        say_json(await backend.set_session(conn, said))
         return 0
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 @session.command("update")
 @click.argument("conn")
 @click.argument("data")
-@_reaching
-def update_session(conn: str, data: str, is_json: bool, **reaching: Any) -> None:
+@reaching
+def update_session(conn: str, data: str, is_json: bool, **where: Any) -> None:
     """Merge a JSON object into the session data of a connection, null removes; print what it is now."""
     said = _object(data)
 
     async def do(backend: "Backend") -> int:
-        _json(await backend.update_session(conn, said))
+        say_json(await backend.update_session(conn, said))
         return 0
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 @session.command("bind")
 @click.argument("conn")
 @click.argument("user")
 @click.option("--conn-key", default="", metavar="KEY", help="From the hello of the connection, where it is needed.")
-@_reaching
-def bind(conn: str, user: str, conn_key: str, is_json: bool, **reaching: Any) -> None:
+@reaching
+def bind(conn: str, user: str, conn_key: str, is_json: bool, **where: Any) -> None:
     """Make a connection a user's."""
 
     async def do(backend: "Backend") -> int:
         await backend.bind_user(conn, user, conn_key=conn_key)
-        _json({"conn": conn, "user": user}) if is_json else _say(f"{conn} is {user}'s")
+        say_json({"conn": conn, "user": user}) if is_json else say(f"{conn} is {user}'s")
         return 0
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 @session.command("unbind")
 @click.argument("conn")
-@_reaching
-def unbind(conn: str, is_json: bool, **reaching: Any) -> None:
+@reaching
+def unbind(conn: str, is_json: bool, **where: Any) -> None:
     """Take a connection from its user."""
 
     async def do(backend: "Backend") -> int:
         await backend.unbind_user(conn)
-        _json({"conn": conn, "user": None}) if is_json else _say(f"{conn} has no user")
+        say_json({"conn": conn, "user": None}) if is_json else say(f"{conn} has no user")
         return 0
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -407,8 +360,8 @@ def _object(text: str) -> dict[str, Any]:
 
 
 @click.command()
-@_reaching
-def stats(is_json: bool, **reaching: Any) -> None:
+@reaching
+def stats(is_json: bool, **where: Any) -> None:
     """Show the nodes that are alive, their connections, and how many codes are watched.
 
     Exit codes: 0 done; 1 Redis does not answer in time; 3 no node is alive.
@@ -417,21 +370,21 @@ def stats(is_json: bool, **reaching: Any) -> None:
     async def do(backend: "Backend") -> int:
         found = await backend.stats()
         if is_json:
-            _json(found)
-            return 0 if found.nodes else _NOBODY
+            say_json(found)
+            return 0 if found.nodes else NOBODY
         for name, node in sorted(found.nodes.items()):
             up_s = max(0, time.time() - node.started / 1000)
             workers = f"{node.workers} worker{'' if node.workers == 1 else 's'}"
-            _say(f"{name}  {_conns(found.conns.get(name, 0))}  {workers}  {node.version}  up {up_s / 60:.0f} min")
-        _say(f"{len(found.nodes)} nodes, {_conns(sum(found.conns.values()))}, {found.codes} codes watched")
-        return 0 if found.nodes else _NOBODY
+            say(f"{name}  {_conns(found.conns.get(name, 0))}  {workers}  {node.version}  up {up_s / 60:.0f} min")
+        say(f"{len(found.nodes)} nodes, {_conns(sum(found.conns.values()))}, {found.codes} codes watched")
+        return 0 if found.nodes else NOBODY
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
 @click.command()
-@_reaching
-def events(is_json: bool, **reaching: Any) -> None:
+@reaching
+def events(is_json: bool, **where: Any) -> None:
     """Print who comes and goes as it happens, one JSON object a line. Ctrl-C ends it.
 
     The servers say it where their setting events is on.
@@ -440,10 +393,10 @@ def events(is_json: bool, **reaching: Any) -> None:
     async def do(backend: "Backend") -> int:
         async with backend.events() as heard:
             async for event in heard:
-                _json(event)
+                say_json(event)
         return 0
 
-    _run(do, **reaching)
+    run(do, **where)
 
 
-COMMANDS = (send, kick, conns, users, groups, session, stats, events)
+COMMANDS = (send, jobs, kick, conns, users, groups, session, stats, events)

@@ -280,6 +280,9 @@ class Settings:
     )
     kept_max: int = _setting(100, "Messages that wait for a user who is away; the oldest ones go first.", at_least=1)
     kept_ttl_s: int = _setting(86_400, "A message for a user who is away waits no longer.", unit="s", at_least=1)
+    jobs_max: int = _setting(
+        10_000, "Messages of all backends that wait to be sent later; more are refused with job_limit.", at_least=1
+    )
     client_message_bytes: int = _setting(
         16_384, "Data of a message that a client sends; more is refused with too_large.", unit="bytes", at_least=1
     )

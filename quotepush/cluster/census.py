@@ -14,16 +14,14 @@ import orjson
 
 from quotepush.cluster.commands import ClusterKeys, decode_node, node_of
 from quotepush.cluster.line import Line, Words
-from quotepush.cluster.pages import Listing, Page
+from quotepush.cluster.pages import Listing, Page, next_cursor, no_cursor, set_cursor
 from quotepush.cluster.sets import RegistryKeys, text
-from quotepush.errors import CallRefused
 
 __all__ = ["Census", "Node", "Session"]
 
 _FIRST_LOOK_S, _SLOWEST_LOOK_S = 0.01, 0.2
 _FD = re.compile(r"([A-Za-z0-9-]{1,32})\.(\d{1,6})\.(\d{1,20})\Z")
 _LIFE = re.compile(r"(\d+)\.(\d+)\Z")
-_SET_CURSOR = re.compile(r"\d{1,20}\Z")
 _LIFE_CURSOR = re.compile(r"([A-Za-z0-9-]{1,32})/(\d+\.\d+)/(\d{1,20})\Z")
 
 
@@ -207,12 +205,12 @@ class Census:
 
     def _conns(self, key: str | bytes) -> Listing[str]:
         async def fetch(cursor: str, count: int) -> Page[str]:
-            at = _set_cursor(cursor)
+            at = set_cursor(cursor)
             nodes, now, page = await self._line.ask(*self._ask_nodes(), ("SSCAN", key, at, "COUNT", count))
             after, members = page
             alive = _alive(nodes, now)
             conns = tuple(conn for conn in map(text, members) if node_of(conn) in alive)
-            return Page(conns, _next_cursor(after))
+            return Page(conns, next_cursor(after))
 
         return Listing(fetch, str)
 
@@ -224,10 +222,10 @@ class Census:
 
     def _members(self, key: str, kind: str) -> Listing[str]:
         async def fetch(cursor: str, count: int) -> Page[str]:
-            at = _set_cursor(cursor)
+            at = set_cursor(cursor)
             match = ("MATCH", f"{kind}*") if kind else ()
             ((after, members),) = await self._line.ask(("SSCAN", key, at, *match, "COUNT", count))
-            return Page(tuple(text(member).removeprefix(kind) for member in members), _next_cursor(after))
+            return Page(tuple(text(member).removeprefix(kind) for member in members), next_cursor(after))
 
         return Listing(fetch, str)
 
@@ -235,7 +233,7 @@ class Census:
         """A page of as many lives as it takes; its cursor is ``node/life/cursor of the set``."""
         match = _LIFE_CURSOR.match(cursor)
         if cursor and match is None:
-            raise _no_cursor(cursor)
+            raise no_cursor(cursor)
         here, at = ((match[1], match[2]), match[3]) if match else (("", ""), "0")
         conns: list[str] = []
         following = ""
@@ -249,7 +247,7 @@ class Census:
                 ("SSCAN", self._registry(*life).life, at if life == here else "0", "COUNT", count - len(conns))
             )
             conns += map(text, members)
-            if after := _next_cursor(after):
+            if after := next_cursor(after):
                 following = f"{life[0]}/{life[1]}/{after}"
                 break
         return Page(await self._sessions_of(conns), following)
@@ -294,17 +292,3 @@ def _object(said: bytes | None) -> dict[str, Any]:
 
 def _name_of(session: Session) -> str:
     return session["conn"]
-
-
-def _set_cursor(cursor: str) -> str:
-    if cursor and not _SET_CURSOR.match(cursor):
-        raise _no_cursor(cursor)
-    return cursor or "0"
-
-
-def _next_cursor(after: Any) -> str:
-    return str(int(after)) if int(after) else ""
-
-
-def _no_cursor(cursor: str) -> CallRefused:
-    return CallRefused("bad_request", f"{cursor[:80]!r} is no cursor of an answer")

@@ -19,7 +19,8 @@ import orjson
 
 __all__ = [
     "MAX_COMMAND_BYTES", "OPS", "BadCommand", "ClusterKeys", "Command", "Kept", "NodeRecord",
-    "Reply", "Sender", "To", "decode_kept", "decode_node", "decode_reply", "encode", "is_fd", "is_name", "new_id",
+    "Reply", "Sender", "To", "decode_kept", "decode_node", "decode_reply", "encode", "is_fd", "is_job", "is_name",
+    "new_id",
     "node_of", "parse_command", "payload_of", "worker_of",
 ]  # fmt: skip
 
@@ -27,6 +28,7 @@ __all__ = [
 MAX_COMMAND_BYTES = 1 << 20
 
 _FD = re.compile(r"([A-Za-z0-9-]{1,32})\.([0-9]{1,6})\.([0-9]{1,20})", re.ASCII)
+_ID = re.compile(r"[A-Za-z0-9-]{1,32}", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _NAME_CHARACTERS = 128
 
@@ -78,7 +80,8 @@ class Command(msgspec.Struct, omit_defaults=True, kw_only=True, frozen=True):
         raw: send the payload alone, as one frame.
         exclude: fds that do not get it.
         sender: whom the recipients see as the sender, and who does not get it himself.
-        keep: a message that is to be kept for users who are not here any more (only in an inbox).
+        keep: a message that is kept for who is not here (in an inbox, or as a job), or that may come again: no
+            connection takes two of one ``id``.
         sent: of a kept message: epoch milliseconds of the send; 0: now.
         until: of a kept message: epoch milliseconds after which nobody wants it; 0: as the server's settings say.
         conns, conn, users, user, group: whom it is about.
@@ -194,6 +197,8 @@ class ClusterKeys:
         self.members = f"{prefix}members"
         self.to_all = f"{prefix}to"
         self.events = f"{prefix}events"
+        # One slot of a Redis Cluster for all that is about jobs.
+        self.jobs = f"{prefix}{{jobs}}"
 
     def user(self, user: str) -> str:
         """Return the set of the fds of a user."""
@@ -219,6 +224,10 @@ class ClusterKeys:
         """Return the list of messages for a user who is away."""
         return f"{self.prefix}kept:{user}"
 
+    def job(self, job: str) -> str:
+        """Return the hash of a message that is to be sent later."""
+        return f"{self.jobs}:{job}"
+
     def to_node(self, node: str) -> str:
         """Return the channel of commands for one node."""
         return f"{self.prefix}to:{node}"
@@ -241,6 +250,11 @@ def is_name(name: str) -> bool:
 def is_fd(text: str) -> bool:
     """Say whether this can be the name of a connection."""
     return _FD.fullmatch(text) is not None
+
+
+def is_job(text: str) -> bool:
+    """Say whether this can be the id of a message that is sent later."""
+    return _ID.fullmatch(text) is not None
 
 
 def node_of(fd: str) -> str:

@@ -4,15 +4,19 @@ Invariant: no page asks Redis for more than about ``count`` members, and a curso
 can bring back later, to whichever process.
 """
 
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Listing", "Page"]
+from quotepush.errors import CallRefused
+
+__all__ = ["Listing", "Page", "next_cursor", "no_cursor", "set_cursor"]
 
 Item = TypeVar("Item")
 
 _PAGE = 500
+_SET_CURSOR = re.compile(r"\d{1,20}\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,3 +88,24 @@ class Listing(Generic[Item]):
 
     def __await__(self) -> Generator[Any, None, list[Item]]:
         return self.all().__await__()
+
+
+def set_cursor(cursor: str) -> str:
+    """Return what stands for a cursor of ours in a SCAN of Redis.
+
+    Raises:
+        CallRefused: it is none.
+    """
+    if cursor and not _SET_CURSOR.match(cursor):
+        raise no_cursor(cursor)
+    return cursor or "0"
+
+
+def next_cursor(after: Any) -> str:
+    """Return the cursor that stands for what a SCAN of Redis said of its next page."""
+    return str(int(after)) if int(after) else ""
+
+
+def no_cursor(cursor: str) -> CallRefused:
+    """Return what to raise for a text that is no cursor."""
+    return CallRefused("bad_request", f"{cursor[:80]!r} is no cursor of an answer")

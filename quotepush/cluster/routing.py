@@ -160,17 +160,20 @@ class Routing:
 
     # Commands
 
-    async def send(self, command: Command, *, kept: bool = False) -> Sent:
+    async def send(self, command: Command, *, kept: bool = False, name: str = "") -> Sent:
         """Send a message (``op`` is ``send``) to those of its recipients who are there.
 
         Args:
             kept: where nobody takes it, it waits.
+            name: what it is called, where it may be sent again: no connection takes two of one name. Empty: a new one.
 
         Raises:
             CallRefused: it is no command, or a node refuses it.
         """
         _check(command)
-        name = new_id()
+        if name:
+            command = replace(command, keep=True)
+        name = name or new_id()
         if not kept:
             calls, _ = await self._calls(command)
             answers = await self._ask(calls, name)

@@ -33,8 +33,8 @@ _REPORT_EVERY_S = 60.0
 STATUSES = {
     "bad_request": 400, "bad_tick": 400, "bad_code": 400, "not_authenticated": 401, "no_api": 403, "key_needed": 403,
     "wrong_key": 403,
-    "not_found": 404, "not_online": 404, "method_not_allowed": 405, "too_slow": 408, "too_large": 413, "internal": 500,
-    "unavailable": 503,
+    "not_found": 404, "not_online": 404, "method_not_allowed": 405, "too_slow": 408, "job_limit": 409,
+    "too_large": 413, "internal": 500, "unavailable": 503,
 }  # fmt: skip
 # What every call may answer with.
 _COMMON = ("bad_request", "not_authenticated", "no_api", "internal", "unavailable")

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from quotepush.backend import Backend, Done, Listing, Page, SendOptions, Sent, Session
+from quotepush.backend import Backend, Done, Job, Listing, Page, Session
+from quotepush.backend_sending import JobOptions
+from quotepush.cluster.commands import To
 from quotepush.errors import CallRefused
 
 __all__ = ["LARGEST_PAGE", "PATH_WORDS", "ROUTES", "Ask", "Error", "Route"]
@@ -24,6 +26,7 @@ PATH_WORDS = {
     "user": "Name of a user, percent-encoded.",
     "group": "Name of a group, percent-encoded.",
     "code": "A code in any accepted spelling.",
+    "job": "Id of a message that is to be sent later.",
 }
 
 
@@ -57,6 +60,16 @@ class Message(_Body):
             description="now: to whoever is there. kept: it also waits for who is away. Absent: the server's setting."
         ),
     ] = None
+    at: Annotated[
+        int | None,
+        Meta(description="Send it then, in milliseconds since 1970; what is over already is sent at once."),
+    ] = None
+    every: Annotated[
+        float | None,
+        Meta(description="Send it again after so many seconds, at least 1; without at, the first time is then."),
+    ] = None
+    until: Annotated[int | None, Meta(description="Do not send it after that, in milliseconds.")] = None
+    count: Annotated[int | None, Meta(description="With every: how many times in all.")] = None
 
 
 class Goodbye(_Body):
@@ -87,6 +100,30 @@ class Error(msgspec.Struct):
 
     error: Annotated[str, Meta(description="A word for programs.")]
     message: Annotated[str, Meta(description="A sentence for people.")]
+
+
+class SendOutcome(msgspec.Struct):
+    """What became of a message, or the job that sends it later."""
+
+    delivered: Annotated[int, Meta(description="To how many connections it was written.")]
+    nodes: Annotated[dict[str, int], Meta(description="The same for each node that answered.")]
+    missing: Annotated[list[str], Meta(description="Nodes with a recipient that did not answer in time.")]
+    kept: Annotated[int, Meta(description="How many messages wait for who is away.")]
+    job: Annotated[Job | msgspec.UnsetType, Meta(description="Only where it is sent later.")] = msgspec.UNSET
+
+
+class Jobs(msgspec.Struct):
+    """A page of messages that are to be sent later."""
+
+    items: list[Job]
+    cursor: Annotated[str, Meta(description="For the next page; empty: this was the last.")]
+
+
+class Cancelled(msgspec.Struct):
+    """Whether a message was still to be sent."""
+
+    job: str
+    cancelled: bool
 
 
 class Closed(msgspec.Struct):
@@ -227,7 +264,7 @@ class Route:
     refusals: tuple[str, ...] = ()
 
 
-async def _send(backend: Backend, ask: Ask) -> Sent:
+async def _send(backend: Backend, ask: Ask) -> SendOutcome:
     message: Message = ask.body
     to, data = message.to, message.data
     if (to.conns is not None) + (to.users is not None) + (to.group is not None) + to.all != 1:
@@ -237,16 +274,18 @@ async def _send(backend: Backend, ask: Ask) -> Sent:
             data = msgspec.convert(data, bytes)  # from base64
         except msgspec.ValidationError:
             raise CallRefused("bad_request", "data must be base64") from None
-    options: SendOptions = {
+    options: JobOptions = {
         "exclude": message.exclude, "raw": message.raw, "delivery": message.delivery or ask.delivery,
+        "at": message.at, "every": message.every, "until": message.until, "count": message.count,
     }  # fmt: skip
-    if to.conns is not None:
-        return await backend.send_to_conns(to.conns, data, **options)
-    if to.users is not None:
-        return await backend.send_to_users(to.users, data, **options)
-    if to.group is not None:
-        return await backend.send_to_group(to.group, data, **options)
-    return await backend.send_to_all(data, **options)
+    sent = await backend.send(To(conns=to.conns, users=to.users, group=to.group, all=to.all), data, options)
+    if isinstance(sent, Job):
+        return SendOutcome(0, {}, [], 0, sent)
+    return SendOutcome(sent.delivered, sent.nodes, list(sent.missing), sent.kept)
+
+
+async def _cancel_job(backend: Backend, ask: Ask) -> Cancelled:
+    return Cancelled(ask.path["job"], await backend.cancel_job(ask.path["job"]))
 
 
 async def _publish(backend: Backend, ask: Ask) -> Published:
@@ -351,6 +390,7 @@ _code_conns = _page_of(lambda backend, ask: backend.code_conns(ask.path["code"])
 _sessions = _page_of(lambda backend, ask: backend.sessions(), Sessions)
 _users = _page_of(lambda backend, ask: backend.users(), Names)
 _groups = _page_of(lambda backend, ask: backend.groups(), Names)
+_jobs = _page_of(lambda backend, ask: backend.jobs(), Jobs)
 _codes = _page_of(lambda backend, ask: backend.codes(), Names)
 
 _Object = dict[str, Any]
@@ -358,8 +398,10 @@ _Ticks = dict[str, Any] | list[dict[str, Any]]
 _GONE = ("not_online",)
 
 ROUTES = (
-    Route("POST", "/send", "send", "Send a message to connections, users, a group or everybody.",
-          _send, Sent, Message),
+    Route("POST", "/send", "send", "Send a message to connections, users, a group or everybody, now or later.",
+          _send, SendOutcome, Message, refusals=("job_limit",)),
+    Route("GET", "/jobs", "jobs", "The messages that are to be sent later, in no order.", _jobs, Jobs, is_paged=True),
+    Route("DELETE", "/jobs/{job}", "cancel_job", "Forget a message that is to be sent later.", _cancel_job, Cancelled),
     Route("POST", "/publish", "publish", "Publish a tick, or an array of at most 1,000, in order and as a whole.",
           _publish, Published, _Ticks, refusals=("bad_tick",)),
     Route("GET", "/stats", "stats", "The nodes that are alive, and how many connections they have.", _stats, Overview),

@@ -290,6 +290,7 @@ class _Main:
                 if stopped.done():
                     log.info("stopping: %d connections are closed", self._supervisor.connections)
                     notify(STOPPING="1", STATUS="stopping")
+                    self._switchboard.stop_firing()
                     await self._supervisor.stop(self._settings.drain_timeout_s, _RETRY_AFTER_MS)
                     await workers
                 for task in (*helpers, stopped):
@@ -517,6 +518,7 @@ def _backend(settings: Settings) -> Backend:
     return Backend(
         settings.registry_url, feed_url=settings.feed_redis, prefix=settings.redis_prefix,
         inbox_max=settings.inbox_max, kept_max=settings.kept_max, kept_ttl_s=settings.kept_ttl_s,
+        jobs_max=settings.jobs_max,
     )  # fmt: skip
 
 

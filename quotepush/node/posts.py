@@ -1,6 +1,6 @@
 """What clients of this node say to others: handed to the cluster as any backend would, and answered.
 
-Law: each message is answered once, and what is under way is bounded. A node whose clients say nothing has no connection
+Law: each message is answered once, and what is under way is bounded. A node that has nothing to send has no connection
 for it.
 """
 
@@ -79,7 +79,7 @@ class Posts:
         try:
             command = parse_command(message.command)
             is_kept = self._settings.delivery == "kept"
-            sent = await self._route().send(command, kept=is_kept)
+            sent = await self.route().send(command, kept=is_kept)
         except BadCommand as e:
             return Sent(number, 0, error=e.error, message=str(e))
         except CallRefused as e:
@@ -92,7 +92,8 @@ class Posts:
         self.sent += 1
         return Sent(number, sent.delivered, sent.kept)
 
-    def _route(self) -> Routing:
+    def route(self) -> Routing:
+        """Return this node's own way to all nodes; it is made when somebody asks for it."""
         if self._routing is None:
             s = self._settings
             self._redis = Redis.from_url(

@@ -16,17 +16,21 @@ from redis.asyncio import ConnectionPool
 from quotepush import __version__
 from quotepush.cluster.announcer import Announcer
 from quotepush.cluster.cleaner import Cleaner
-from quotepush.cluster.commands import ClusterKeys, NodeRecord
+from quotepush.cluster.commands import ClusterKeys, Command, NodeRecord
 from quotepush.cluster.crowds import Crowds
+from quotepush.cluster.firing import Firing
 from quotepush.cluster.inbox import Inbox
+from quotepush.cluster.line import Line
 from quotepush.cluster.nodes import Told
 from quotepush.cluster.presence import Presence
+from quotepush.cluster.routing import Sent
+from quotepush.cluster.schedule import Schedule
 from quotepush.errors import NodeTaken
 from quotepush.node import bus
 from quotepush.node.errands import Errands
 from quotepush.node.posts import Posts
 from quotepush.node.whereabouts import birth_of, here, is_running
-from quotepush.settings import Settings
+from quotepush.settings import Settings, without_password
 
 __all__ = ["Switchboard"]
 
@@ -74,6 +78,9 @@ class Switchboard:
         )  # fmt: skip
         self._crowds = Crowds(redis, keys, timeout_s=timeout_s)
         self._posts = Posts(settings)
+        self._line = Line(redis, without_password(settings.registry_url), timeout_s)
+        self._firing = Firing(Schedule(self._line.ask, settings.redis_prefix), self._send, is_open=self._may_fire)
+        self._is_leaving = False
         self._has_events = settings.events
 
     @property
@@ -114,6 +121,9 @@ class Switchboard:
             "node_connections_cleared": self._cleaner.removed,
             "events_told": self._announcer.told,
             "events_dropped": self._announcer.dropped,
+            "jobs_fired": self._firing.fired,
+            "jobs_failed": self._firing.failed,
+            "jobs_waiting": self._firing.waiting,
         }
 
     async def join(self) -> None:
@@ -137,6 +147,11 @@ class Switchboard:
             group.create_task(self._announcer.run(), name="events")
             group.create_task(self._crowds.run(), name="crowds")
             group.create_task(self._posts.run(), name="posts")
+            group.create_task(self._firing.run(), name="jobs")
+
+    def stop_firing(self) -> None:
+        """The connections of this node are about to be closed: others send what is due now."""
+        self._is_leaving = True
 
     async def leave(self) -> None:
         """This node leaves the cluster; one attempt.
@@ -144,6 +159,7 @@ class Switchboard:
         Raises:
             RedisError, OSError, TimeoutError: Redis does not answer.
         """
+        await self._line.aclose()
         await self._announcer.flush()
         await self._presence.leave()
 
@@ -171,6 +187,14 @@ class Switchboard:
                 self._posts.send(self._ends.get(worker), message)
             case bus.Happened():
                 self._announcer.happened(message.events)
+
+    # Messages that are sent later
+
+    def _may_fire(self) -> bool:
+        return bool(self._ends) and self.is_held and not self._is_leaving
+
+    async def _send(self, command: Command, is_kept: bool, name: str) -> Sent:
+        return await self._posts.route().send(command, kept=is_kept, name=name)
 
 
 def _record(settings: Settings) -> NodeRecord:

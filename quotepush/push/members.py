@@ -6,7 +6,6 @@ are gone. A session without a user, a group and session data is not known here a
 Pure: what others have to know of a change is told through ``changed``.
 """
 
-from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -21,9 +20,6 @@ __all__ = ["MAX_GROUPS", "MAX_SESSION_BYTES", "Member", "Members", "TooManyGroup
 # Of one session.
 MAX_GROUPS = 1000
 MAX_SESSION_BYTES = 8192  # session data as JSON
-
-# A kept message that comes a second time is known by its name for so many later ones.
-_KEPT_REMEMBERED = 100
 
 _EMPTY: frozenset[Session] = frozenset()
 
@@ -44,28 +40,17 @@ class Member:
         data: its session data, a JSON object.
     """
 
-    __slots__ = ("_kept", "data", "tags", "user")
+    __slots__ = ("data", "tags", "user")
 
     def __init__(self) -> None:
         self.user: str | None = None
         self.tags: dict[str, None] = {}
         self.data: dict[str, Any] = {}
-        self._kept: deque[str] | None = None
 
     @property
     def groups(self) -> list[str]:
         """The groups that it is in, in the order in which it joined them."""
         return [tag[2:] for tag in self.tags if tag.startswith("g:")]
-
-    def has_had(self, message: str) -> bool:
-        """Say whether this kept message has been sent to it."""
-        return self._kept is not None and message in self._kept
-
-    def note_kept(self, message: str) -> None:
-        """This kept message has been sent to it."""
-        if self._kept is None:
-            self._kept = deque(maxlen=_KEPT_REMEMBERED)
-        self._kept.append(message)
 
 
 class Members:

@@ -36,6 +36,9 @@ MAX_UNSENT_BYTES = 262_144
 # A write is a system call: 100 of them take less than half a millisecond.
 _PER_SLICE = 100
 
+# A message that comes a second time is known by its name for so many later ones of its kind.
+_REMEMBERED = 100
+
 # Orders that wait, in bytes; beyond that they are refused.
 _MAX_WAITING_BYTES = 1 << 25
 
@@ -86,7 +89,7 @@ class Message:
         is_raw: the payload alone is sent, as one frame.
         sender: the client who speaks.
         sent_ms: when; None: now.
-        kept: its name, when it was kept: no session is sent it twice.
+        kept: its name, when it may come again: no session is sent it twice.
     """
 
     def __init__(
@@ -168,16 +171,18 @@ class Orders:
         return outcome
 
     def _write(self, link: SocketLink, frame: bytes | None, kept: str) -> bool:
-        member = link.session.member
-        if kept and member is not None and member.has_had(kept):
+        session = link.session
+        if kept and session.had is not None and kept in session.had:
             return True
         if frame is None or link.unsent_bytes > MAX_UNSENT_BYTES:
             self.undelivered += 1
             return False
         link.write(frame)
         self.delivered += 1
-        if kept and member is not None:
-            member.note_kept(kept)
+        if kept:
+            if session.had is None:
+                session.had = deque(maxlen=_REMEMBERED)
+            session.had.append(kept)
         return True
 
     async def _audience(self, to: Audience) -> AsyncIterator[SocketLink]:

@@ -61,13 +61,14 @@ class Session:
         identity: who it has proved to be; None: nobody yet, or this server takes no tokens.
         entitlement: what it may have.
         member: its user, groups and session data; None: it has none.
+        had: names of the messages that it was sent and that may come again, newest last; None: of none.
         watchlist: what it is subscribed to.
     """
 
     __slots__ = (
         "_allowance", "_allowance_at_ms", "_claimed", "_desk", "_epoch", "_inbox", "_is_waiting", "_limited_since_ms",
-        "_limits", "_link", "_most", "_send_due_ms", "codec", "entitlement", "fd", "identity", "is_closed", "member",
-        "opened_ms", "outbox", "watchlist",
+        "_limits", "_link", "_most", "_send_due_ms", "codec", "entitlement", "fd", "had", "identity", "is_closed",
+        "member", "opened_ms", "outbox", "watchlist",
     )  # fmt: skip
 
     def __init__(
@@ -84,6 +85,7 @@ class Session:
         self.identity = identity
         self._link = link
         self.member: Member | None = None
+        self.had: deque[str] | None = None
         self._most = limits or desk.limits  # whatever it is entitled to
         self._adopt(desk.entitlement_of(identity))
         self._desk = desk = desk.of(self.entitlement.delay_s)

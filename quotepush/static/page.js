@@ -9,6 +9,7 @@ import { Days } from "./page-day.js";
 import { Detail } from "./page-detail.js";
 import { whole } from "./page-figures.js";
 import { Lists, MOST_CODES, addressOf, readAddress } from "./page-lists.js";
+import { Messages } from "./page-messages.js";
 import { Movers } from "./page-movers.js";
 import { Search } from "./page-search.js";
 import { State } from "./page-state.js";
@@ -91,6 +92,7 @@ const tabs = new Tabs({
   },
 });
 const movers = new Movers({ strip: $("movers"), url: url("codes"), onOpen: open });
+const messages = new Messages({ pane: $("messages"), onOpen: open, onEmpty: () => $("code").focus() });
 const search = new Search({
   input: $("code"),
   list: $("found"),
@@ -303,6 +305,8 @@ quotes.on("merged", (event) => state.takeMerged(event));
 
 quotes.on("pong", (event) => state.takePong(event));
 
+quotes.on("message", (event) => messages.take(event));
+
 quotes.on("status", (event) => {
   if (event.scope === "connection") state.takeStatus(event);
   if (event.scope !== "codes") return;
@@ -404,6 +408,7 @@ $("language").addEventListener("change", ({ target }) => {
   state.paint();
   state.tick();
   movers.paint();
+  messages.paint();
   detail.restyle();
   remember();
 });

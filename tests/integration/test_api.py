@@ -103,6 +103,18 @@ async def test_each_call_does_what_it_says_and_answers_as_described(start_server
         assert (await api("POST", "/send", body=binary))[1]["delivered"] == 1
         await wait_until(lambda: heard(a) == [{"n": 1}, "x", "x", "AP8="] and not heard(b))
 
+        later = {"to": {"users": [uid]}, "data": {"n": 2}, "at": 4_000_000_000_000, "every": 60, "count": 2}
+        status, answer = await api("POST", "/send", body=later)
+        job = answer["job"]
+        assert (status, answer["delivered"], job["at"], job["every"], job["left"], job["to"]) == (
+            200, 0, 4_000_000_000_000, 60, 2, {"users": [uid]},
+        )  # fmt: skip
+        assert await api("GET", "/jobs", query="?limit=5") == (200, {"items": [job], "cursor": ""})
+        assert (await api("DELETE", "/jobs/{job}", job["id"]))[1] == {"job": job["id"], "cancelled": True}
+        assert (await api("DELETE", "/jobs/{job}", job["id"]))[1] == {"job": job["id"], "cancelled": False}
+        assert (await api("POST", "/send", body={**later, "every": 0.5}))[0] == 400
+        assert (await api("POST", "/send", body={**later, "at": 4_000_000_000}))[0] == 400
+
         assert (await api("GET", "/users/{user}", uid))[1] == {"user": uid, "online": True, "conns": 1}
         assert (await api("GET", "/users/{user}/conns", uid))[1] == {"items": [fd(a)], "cursor": ""}
         assert (await api("GET", "/users"))[1]["items"] == [uid]

@@ -1,10 +1,12 @@
 """The library for backends: what it asks of Redis and of nodes, and what a caller is told when they are silent."""
 
 import asyncio
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from quotepush import Backend
+from quotepush import Backend, BlockingBackend
+from quotepush.backend import Job
 from quotepush.cluster.commands import Reply
 from quotepush.errors import BackendUnavailable, CallRefused, NotOnline
 from tests.support.redis_server import RedisServer
@@ -74,6 +76,52 @@ async def test_what_nobody_could_carry_out_is_refused_before_it_is_sent(redis_se
         with pytest.raises(TypeError, match="exlude"):
             await b.send_to_user("ann", 1, exlude=[fd])  # type: ignore[call-arg]
         assert not node.heard
+
+
+async def test_every_call_that_sends_can_do_so_later(redis_server: RedisServer) -> None:
+    at = datetime.now(UTC) + timedelta(hours=1)
+    async with Backend(redis_server.url, jobs_max=8) as b:
+        made = [
+            await b.send_to_conn("n1.0.1", 1, at=at), await b.send_to_conns(["n1.0.1", "n1.0.2"], b"\x00", at=at),
+            await b.send_to_user("ann", "x", at=at, raw=True),
+            await b.send_to_users(["ann"], 1, at=at, delivery="kept"),
+            await b.send_to_group("vip", 1, every=60, exclude=["n1.0.1"]),
+            await b.send_to_all({"x": 1}, at=timedelta(minutes=5), every=timedelta(days=1), count=3),
+        ]  # fmt: skip
+        assert all(type(job) is Job for job in made)
+        assert [job.to for job in made] == [
+            {"conns": ["n1.0.1"]}, {"conns": ["n1.0.1", "n1.0.2"]}, {"users": ["ann"]}, {"users": ["ann"]},
+            {"group": "vip"}, {"all": True},
+        ]  # fmt: skip
+        assert made[0].at == int(at.timestamp() * 1000)
+        assert (made[1].data, made[1].encoding, made[2].raw, made[3].delivery) == ("AA==", "base64", True, "kept")
+        assert (made[4].every, made[4].exclude, made[5].every, made[5].left) == (60, ("n1.0.1",), 86_400, 3)
+
+        def look() -> None:
+            with BlockingBackend(redis_server.url) as twin:
+                assert sorted(job.id for job in twin.jobs()) == sorted(job.id for job in made)
+                assert twin.cancel_job(made[0].id) and not twin.cancel_job(made[0].id)
+                assert twin.send_to_all("later", at=at).to == {"all": True}
+
+        await asyncio.to_thread(look)
+        assert len(await b.jobs()) == 6
+
+        await b.send_to_all(1, every=1)
+        await b.send_to_all(1, every=1)
+        with pytest.raises(CallRefused) as refused:
+            await b.send_to_all(1, every=1)
+        assert refused.value.error == "job_limit"
+        for call in (
+            b.send_to_user("", 1, at=at), b.send_to_user("a", {"x": 1}, at=at, raw=True),
+            b.send_to_user("a", 1, at=datetime(2026, 7, 25)), b.send_to_user("a", 1, every=0.5),
+        ):  # fmt: skip
+            with pytest.raises(CallRefused) as refused:
+                await call
+            assert refused.value.error == "bad_request"
+        redis_server.kill()
+        for asked in (b.send_to_all(1, at=at), b.cancel_job(made[1].id), b.jobs().all()):
+            with pytest.raises(BackendUnavailable):
+                await asked
 
 
 async def test_what_a_node_refuses_is_raised_with_its_word(redis_server: RedisServer) -> None:

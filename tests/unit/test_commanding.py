@@ -58,6 +58,41 @@ async def test_each_command_says_what_became_of_it(redis_server: RedisServer) ->
         assert "no answer in time from n1" in outcome.stderr
 
 
+async def test_jobs_are_made_listed_and_cancelled(redis_server: RedisServer) -> None:
+    async def run(*words: str) -> Outcome:
+        return await run_quotepush(*words, "--redis", redis_server.url, "--timeout", "20", env={"TZ": "Asia/Shanghai"})
+
+    outcome = await run("jobs")
+    assert (outcome.status, outcome.stdout) == (0, "")
+    at = "2099-07-25T09:30"
+    far = await run("send", "--user", "ann", "--at", f"{at}+08:00", '{"title":"Open","n":1}', "--json")
+    job = json.loads(far.stdout)
+    assert (far.status, job["to"], job["data"], job["every"]) == (
+        0,
+        {"users": ["ann"]},
+        {"title": "Open", "n": 1},
+        None,
+    )
+    again = await run("send", "--group", "vip", "--every", "30m", "--count", "3", "--until", "2098-01-01", "x" * 99)
+    soon = await run("send", "--all", "--at", "+90s", "--kept", "--text", "\x1b[31mhi")
+    assert again.status == soon.status == 0
+
+    lines = (await run("jobs")).stdout.splitlines()
+    assert lines == [soon.stdout.strip(), again.stdout.strip(), lines[2]], "the next ones first"
+    assert lines[2] == f'{job["id"]}  {at.replace("T", " ")}:00+08:00  user ann  {{"title":"Open","n":1}}'
+    assert lines[0].endswith("  all  \N{REPLACEMENT CHARACTER}[31mhi")
+    assert f"  every 1800 s  3 left  until 2098-01-01 00:00:00+08:00  group vip  {'x' * 59}…" in lines[1]
+    listed = [json.loads(line) for line in (await run("jobs", "--json")).stdout.splitlines()]
+    assert listed[2] == job and [one["delivery"] for one in listed] == ["kept", "now", "now"]
+
+    outcome = await run("jobs", "cancel", job["id"], "nosuch")
+    assert (outcome.status, outcome.stdout) == (0, f"{job['id']} is cancelled\n")
+    assert outcome.stderr == "quotepush: there is no job 'nosuch'\n"
+    outcome = await run("jobs", "cancel", job["id"], "--json")
+    assert (outcome.status, json.loads(outcome.stdout)) == (3, {"job": job["id"], "cancelled": False})
+    assert len((await run("jobs")).stdout.splitlines()) == 2
+
+
 _CALLS = {
     'send --user ann {"x":1}': ["delivered to 2 connections (n1: 2)"],
     "send --conn FD hello": ["delivered to 1 connection (n1: 1)"],
@@ -91,6 +126,12 @@ _CALLS = {
         (["send", "--user", "a", "--all", "x"], 2, "give one of --user"),
         (["send", "--user", "", "x"], 2, "1 to 128 characters"),
         (["send", "--user", "a", "--base64", "x"], 2, "no base64"),
+        (["send", "--all", "x", "--at", "soon"], 2, "--at: 'soon' must be like"),
+        (["send", "--all", "x", "--at", "+soon"], 2, "--at: 'soon' must be like"),
+        (["send", "--all", "x", "--every", "0"], 2, "at least 1"),
+        (["send", "--all", "x", "--count", "2"], 2, "belong to at or every"),
+        (["send", "--all", "x", "--every", "5", "--until", "+1h"], 2, "as a date and time"),
+        (["jobs", "--redis", "redis://:secret@127.0.0.1:1"], 1, "cannot use Redis"),
         (["kick"], 2, "either --user or --conn"),
         (["kick", "--user", "a", "--code", "1006"], 2, "code must be"),
         (["conns", "--user", "a", "--code", "b"], 2, "at most one"),

@@ -11,6 +11,7 @@ import shutil
 import sys
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -580,7 +581,7 @@ async def test_the_examples_for_backends_work_as_written(
 
     def here(text: str) -> str:
         text = text.replace("redis://127.0.0.1:6379/0", redis_server.url)
-        text = re.sub(r"^quotepush ", f"{sys.executable} -m quotepush ", text)
+        text = re.sub(r"^quotepush ", f"{sys.executable} -m quotepush ", text).replace("127.0.0.1:8008", server.url[7:])
         return text.replace("127.0.0.1:8009", f"127.0.0.1:{server.admin_port}")
 
     async def run(block: Block) -> str:
@@ -601,12 +602,28 @@ async def test_the_examples_for_backends_work_as_written(
 
             await wait_until(are_heard, 30)
             # One after the other: the second binds the connection that the others speak of.
-            assert await run(python["send_to_all"]) == "1 connections took it\n"
-            assert await run(python["send_to_user"]) == "1 connections took it\n"
+            assert await run(python[_KEYS[0]]) == "1 connections took it\n"
+            assert await run(python[_KEYS[1]]) == "1 connections took it\n"
             assert [(await next_message(socket))["from"] for _ in range(2)] == ["all", "user"]
             assert await run(python["entitle_user"]) == "1 connections may see Shanghai now\n"
             assert (await next_message(socket))["state"] == "limits"
             assert await run(python[".page("]) == f"{hello['conn']}\n1 1 True\n"
+            opening, pause = (await run(python["cancel_job"])).splitlines()[:2]
+            at_ms = int(datetime(2099, 7, 27, 1, 25, tzinfo=UTC).timestamp()) * 1000
+            assert opening == f"{at_ms} {{'title': 'Markets open in five minutes'}}"
+            assert pause == f"{at_ms + 3_600_000} Take a break"
+            async with running(sys.executable, "-u", "-c", here(python["ALERTS"].text)) as alerts:
+
+                async def are_watched() -> bool:
+                    return await redis.scard("qp:code:600519.SH") == 1
+
+                await wait_until(are_watched, 30)
+                for last, user in ((1699, ""), (1749, "ann"), (1751, "bob")):
+                    await redis.publish("quote.sh600519", json.dumps({"last": last}))
+                    if user:
+                        assert await asyncio.wait_for(alerts.readline(), 30) == f"told {user}\n".encode()
+            news = (await next_message(socket))["data"]
+            assert news == {"title": "600519.SH is at 1749", "text": "You asked for 1700.0", "code": "600519.SH"}
             while "user_online" not in (line := (await asyncio.wait_for(events.readline(), 30)).decode()):
                 assert line
         for block, command in commands_of(BACKENDS):
@@ -625,13 +642,16 @@ async def test_the_examples_for_backends_work_as_written(
 
 
 # What names each of the Python examples of docs/backends.md.
-_KEYS = ("send_to_all", "send_to_user", ".page(", "entitle_user", "events()")
+_KEYS = (
+    'title": "Markets open in five minutes"})', 'Order filled", ', ".page(", "entitle_user", "events()", "cancel_job",
+    "ALERTS",
+)  # fmt: skip
 
 
 def test_the_table_of_gatewayworker_names_calls_that_exist() -> None:
     from quotepush.node.api_routes import ROUTES
 
-    (table,) = tables_of(COMING_FROM, "GatewayWorker calls")
+    (table,) = tables_of(BACKENDS, "Coming from GatewayWorker")
     routes = {f"{route.method} {route.path}" for route in ROUTES}
     for _, library, http, command in table[1:]:
         for call in words_of(library):
@@ -665,8 +685,9 @@ def test_the_calls_that_stand_for_those_of_others_exist() -> None:
 
 
 def test_no_word_of_others_is_explained_twice_in_a_table() -> None:
-    for heading in ("Swoole settings", "Swoole callbacks", "Swoole calls", "GatewayWorker calls", "distribute-ws"):
-        (table,) = tables_of(COMING_FROM, heading)
+    headings = ("Swoole settings", "Swoole callbacks", "Swoole calls", "distribute-ws")
+    for path, heading in [*((COMING_FROM, each) for each in headings), (BACKENDS, "Coming from GatewayWorker")]:
+        (table,) = tables_of(path, heading)
         words = [word for word in first_cells(table) if word not in ("host", "port")]
         assert sorted(words) == sorted(set(words)), heading
 

@@ -117,18 +117,6 @@ def test_a_session_is_in_a_bounded_number_of_groups() -> None:
     room.members.join(session, "g0")  # it is in it
 
 
-def test_of_kept_messages_it_is_known_which_it_has_had() -> None:
-    room = Room()
-    session = room.open()
-    room.members.bind(session, "a")
-    member = session.member
-    assert member is not None and not member.has_had("m1")
-    for number in range(101):
-        member.note_kept(f"m{number}")
-    assert member.has_had("m100") and member.has_had("m1")
-    assert not member.has_had("m0"), "it is bounded"
-
-
 class Model(RuleBasedStateMachine):
     """Whatever is done, the two indexes say the same as the sessions."""
 

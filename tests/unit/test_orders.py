@@ -196,6 +196,16 @@ async def test_a_session_gets_a_kept_message_once() -> None:
     assert (await room.orders.send(Message("x", kept="m2"), to)).users == []
 
 
+async def test_of_messages_that_may_come_again_it_is_known_which_a_session_has_had() -> None:
+    room = Room()
+    stranger = room.open(1)  # without a user, too
+    for number in range(101):
+        await room.orders.send(Message(number, kept=f"m{number}"), Audience(everybody=True))
+    for again in (100, 1, 0):
+        assert (await room.orders.send(Message(again, kept=f"m{again}"), Audience(everybody=True))).delivered == 1
+    assert [said["data"] for said in stranger.said] == [*range(101), 0], "what is remembered is bounded"
+
+
 # connections
 
 
