@@ -68,6 +68,8 @@ METRICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "jobs_waiting": ("gauge", "Messages of the cluster that wait for their time.", ()),
     "events_told": ("counter", "Events that Redis has taken.", ()),
     "events_dropped": ("counter", "Events that it has not.", ()),
+    "demand_told": ("counter", "Codes that were told to be wanted, or wanted no more.", ()),
+    "demand_pending": ("gauge", "Codes of which that is still to be told, or to be looked at again.", ()),
     "registry_pending": ("gauge", "Connections whose sets in Redis are not written yet.", ("worker",)),
     "registry_lag_seconds": ("gauge", "Age of the oldest change that is not written yet.", ("worker",)),
     "registry_repairs": ("counter", "Differences between the sets and the truth that were repaired.", ("worker",)),

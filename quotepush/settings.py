@@ -268,6 +268,9 @@ class Settings:
         "the registry is removed.",
         unit="s", at_least=1,
     )  # fmt: skip
+    demand_debounce_s: float = _setting(
+        5.0, "Feeds are told that nobody wants a code when nobody has wanted it for so long.", unit="s", at_least=0
+    )
 
     # Users, groups and messages.
     delivery: str = _setting(

@@ -199,6 +199,7 @@ class ClusterKeys:
         self.events = f"{prefix}events"
         # One slot of a Redis Cluster for all that is about jobs.
         self.jobs = f"{prefix}{{jobs}}"
+        self.demand = f"{prefix}demand"
 
     def user(self, user: str) -> str:
         """Return the set of the fds of a user."""

@@ -41,6 +41,7 @@ async def purge_life(redis: Redis, prefix: str, node: str, life: str, told: "Tol
         await purge(redis, members)
         return await purge(redis, keys)
     members.told = told.listed
+    keys.told = told.wanted
     users: dict[str, str] = {}
     await purge(redis, members, lambda found: users.update(_users_of(found)))
     return await purge(redis, keys, lambda found: told.closed({fd: users.get(fd) for fd in found}))
@@ -65,7 +66,10 @@ async def lives_of(redis: Redis, prefix: str, node: str) -> list[str]:
 
 
 class Told(Protocol):
-    """Hears of the connections of a dead life, and of its users."""
+    """Hears of the connections of a dead life, of its users and of its codes."""
+
+    def wanted(self, code: str, is_wanted: bool) -> None:
+        """A code has a subscriber somewhere, or has none any more."""
 
     def listed(self, tag: str, is_listed: bool) -> None:
         """A user or a group (``u:<uid>``, ``g:<group>``) has a connection somewhere, or has none any more."""

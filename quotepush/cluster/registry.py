@@ -94,6 +94,7 @@ class RegistryMirror:
         on_client_id: gets the ``CLIENT ID`` of each new connection before anything is written through it, so that
             somebody else can cut it off (:func:`cut_connection`) before purging a dead worker's life.
             Redis Cluster has a connection and an id per master, so a cluster client is not asked.
+        told: called with each code that nobody in the cluster watched before (True), or watches any more (False).
 
     Attributes:
         repairs: differences that the rounds of comparing found and put right.
@@ -110,9 +111,11 @@ class RegistryMirror:
         ttl_s: int = 7200,
         check_interval_s: float = 5.0,
         on_client_id: Callable[[int], None] | None = None,
+        told: Callable[[str, bool], None] | None = None,
     ) -> None:
         self._redis = redis
         self._keys = self._make_keys(prefix, node, life)
+        self._keys.told = told
         self._connection_name = connection_name(node, self._keys.life_name)
         worker, _, start_us = life.partition(".")
         self._fd_prefix = f"{node}.{worker}."

@@ -21,8 +21,7 @@ class SessionMirror(RegistryMirror):
         describe: returns the text about an fd as it is now, None when there is nothing to say; whenever that has
             changed, :meth:`touch` is called.
         on_users: called with users who have got a connection, when Redis knows of it.
-        told: called with each user or group (``u:<uid>``, ``g:<group>``) that nobody in the cluster had a connection
-            of before (True), or has any more (False).
+        options: of the other mirror; ``told`` is called with users and groups, as ``u:<uid>`` and ``g:<group>``.
     """
 
     _make_keys = MemberKeys
@@ -33,13 +32,11 @@ class SessionMirror(RegistryMirror):
         *,
         describe: Callable[[str], bytes | None],
         on_users: Callable[[Sequence[str]], None] = lambda users: None,
-        told: Callable[[str, bool], None] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(redis, **options)
         self._describe = describe
         self._on_users = on_users
-        self._keys.told = told
 
     async def _enrol(self, joined: Sequence[str], grown: Iterable[Command], gained: Any) -> None:
         await super()._enrol(joined, grown, gained)

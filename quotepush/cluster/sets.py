@@ -58,6 +58,7 @@ class RegistryKeys:
     def __init__(self, prefix: str, node: str, life: str) -> None:
         self.life_name = life
         self.codes = f"{prefix}codes"
+        self.demanded = f"{prefix}demanded:{{{self.codes}}}"
         self.node = f"{prefix}node:{node}"
         self.life = f"{prefix}node:{node}:{life}"
         self._code = f"{prefix}code:"
@@ -170,10 +171,16 @@ async def enlist(redis: Redis, keys: RegistryKeys, codes: Sequence[str], *, is_l
     if keys.told is None:
         await execute(redis, with_members(verb, keys.codes, codes))
         return
-    replies = await execute(redis, ((1, (verb, keys.codes, raw(code))) for code in codes))
-    for code, has_changed in zip(codes, replies, strict=True):
-        if has_changed:
-            keys.told(code, is_listed)
+    rest = iter(codes)
+    while some := list(islice(rest, SLICE_MEMBERS)):
+        # Who has changed it has to be known for each, and a command for each costs main or the worker ten times as
+        # much as a question about all. Whoever unlists one that is listed now looks again whether it has an fd.
+        (flags,) = await execute(redis, with_members("SMISMEMBER", keys.codes, some))
+        some = [code for code, flag in zip(some, flags, strict=True) if bool(flag) is not is_listed]
+        replies = await execute(redis, ((1, (verb, keys.codes, raw(code))) for code in some))
+        for code, has_changed in zip(some, replies, strict=True):
+            if has_changed:
+                keys.told(code, is_listed)
 
 
 async def codes_of_fds(redis: Redis, keys: RegistryKeys, fds: Sequence[tuple[str, int]]) -> dict[str, Codes]:

@@ -18,12 +18,12 @@ import msgspec
 
 __all__ = [
     "BUS_VERSION", "Answered", "Ask", "BusEnd", "Carried", "ClientSend", "Doubt", "Drain", "Feed", "Figures",
-    "Find", "Found", "Freshness", "Happened", "Hello", "KeysWanted", "Lend", "Order", "PlacesBack", "PlacesGranted",
-    "PlacesWanted", "Ready", "RegistryClient", "Rows", "Sent", "Setup", "ToMain", "ToWorker", "TokenKeys",
-    "Unwatch", "UsersCame",
+    "Find", "Found", "Freshness", "Happened", "Hello", "KeysWanted", "Lend", "Listed", "Order", "PlacesBack",
+    "PlacesGranted", "PlacesWanted", "Ready", "RegistryClient", "Rows", "Sent", "Setup", "ToMain", "ToWorker",
+    "TokenKeys", "Unwatch", "UsersCame",
 ]  # fmt: skip
 
-BUS_VERSION = 6
+BUS_VERSION = 7
 _LENGTH = struct.Struct("!I")
 _READ_MAX = 1 << 28
 
@@ -258,6 +258,13 @@ class Happened(_Message, tag="happened"):
     events: list[bytes]
 
 
+class Listed(_Message, tag="listed"):
+    """Codes that nobody in the cluster watched before, and codes that nobody in it watches any more."""
+
+    came: list[str]
+    left: list[str]
+
+
 class Figures(_Message, tag="figures"):
     """Sign of life with what the worker has counted."""
 
@@ -269,7 +276,7 @@ ToWorker = (
 )
 ToMain = (
     Hello | Ready | Ask | Find | KeysWanted | Unwatch | PlacesWanted | PlacesBack | RegistryClient | Figures
-    | Carried | UsersCame | ClientSend | Happened
+    | Carried | UsersCame | ClientSend | Happened | Listed
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

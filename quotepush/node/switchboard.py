@@ -1,7 +1,7 @@
 """Main's side of what the cluster says to this node, and of what this node's workers say to the cluster.
 
 The wiring of :mod:`quotepush.cluster` and :mod:`quotepush.node.errands`: commands in, replies out, kept messages, the
-record of this node, events.
+record of this node, demand, events.
 """
 
 import asyncio
@@ -18,6 +18,7 @@ from quotepush.cluster.announcer import Announcer
 from quotepush.cluster.cleaner import Cleaner
 from quotepush.cluster.commands import ClusterKeys, Command, NodeRecord
 from quotepush.cluster.crowds import Crowds
+from quotepush.cluster.demand import DemandTeller
 from quotepush.cluster.firing import Firing
 from quotepush.cluster.inbox import Inbox
 from quotepush.cluster.line import Line
@@ -44,6 +45,9 @@ class Switchboard:
         on_up: called when they are.
         on_lost: called when another main has this node's name.
         on_removed: called when what the registry says about this node's connections may have been removed.
+
+    Attributes:
+        told: who hears what a purge finds.
     """
 
     def __init__(
@@ -71,22 +75,21 @@ class Switchboard:
             ttl_s=settings.registry_ttl_s, timeout_s=timeout_s, on_lost=on_lost, on_removed=on_removed,
         )  # fmt: skip
         self._announcer = Announcer(redis, keys.events, clock_ms=_clock_ms, timeout_s=timeout_s)
+        self._demand = DemandTeller(
+            redis, keys, settings.node,
+            debounce_s=settings.demand_debounce_s, ttl_s=settings.registry_ttl_s, timeout_s=timeout_s,
+        )  # fmt: skip
+        self.told: Told = _Findings(self._demand, self._announcer if settings.events else None)
         self._cleaner = Cleaner(
             redis, keys, settings.node, self._presence.owner,
             look_s=settings.lease_s / 4, kept_max=settings.kept_max, kept_ttl_s=settings.kept_ttl_s,
-            timeout_s=timeout_s, told=self._announcer if settings.events else None, may_work=lambda: self.is_held,
+            timeout_s=timeout_s, told=self.told, may_work=lambda: self.is_held,
         )  # fmt: skip
         self._crowds = Crowds(redis, keys, timeout_s=timeout_s)
         self._posts = Posts(settings)
         self._line = Line(redis, without_password(settings.registry_url), timeout_s)
         self._firing = Firing(Schedule(self._line.ask, settings.redis_prefix), self._send, is_open=self._may_fire)
         self._is_leaving = False
-        self._has_events = settings.events
-
-    @property
-    def told(self) -> Told | None:
-        """Who hears what a purge finds; None: nobody wants to know."""
-        return self._announcer if self._has_events else None
 
     @property
     def is_settled(self) -> bool:
@@ -119,6 +122,8 @@ class Switchboard:
             "lease_held": self.is_held,
             "nodes_cleared": self._cleaner.cleared,
             "node_connections_cleared": self._cleaner.removed,
+            "demand_told": self._demand.told,
+            "demand_pending": self._demand.pending,
             "events_told": self._announcer.told,
             "events_dropped": self._announcer.dropped,
             "jobs_fired": self._firing.fired,
@@ -144,6 +149,7 @@ class Switchboard:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._inbox.run(), name="inbox")
             group.create_task(self._cleaner.run(), name="cleaner")
+            group.create_task(self._demand.run(), name="demand")
             group.create_task(self._announcer.run(), name="events")
             group.create_task(self._crowds.run(), name="crowds")
             group.create_task(self._posts.run(), name="posts")
@@ -187,6 +193,9 @@ class Switchboard:
                 self._posts.send(self._ends.get(worker), message)
             case bus.Happened():
                 self._announcer.happened(message.events)
+            case bus.Listed():
+                self._demand.came(message.came)
+                self._demand.left(message.left)
 
     # Messages that are sent later
 
@@ -195,6 +204,22 @@ class Switchboard:
 
     async def _send(self, command: Command, is_kept: bool, name: str) -> Sent:
         return await self._posts.route().send(command, kept=is_kept, name=name)
+
+
+class _Findings:
+    """What a purge finds, to each who wants to know it."""
+
+    def __init__(self, demand: DemandTeller, announcer: Announcer | None) -> None:
+        self._announcer = announcer
+        self.wanted = demand.wanted
+
+    def listed(self, tag: str, is_listed: bool) -> None:
+        if self._announcer is not None:
+            self._announcer.listed(tag, is_listed)
+
+    def closed(self, users: Mapping[str, str | None]) -> None:
+        if self._announcer is not None:
+            self._announcer.closed(users)
 
 
 def _record(settings: Settings) -> NodeRecord:

@@ -78,6 +78,7 @@ class WorkerProcess:
         self._command_ids: dict[int, str] = {}
         self._sends: dict[int, Callable[[Delivered], None]] = {}
         self._unwatched: list[str] = []
+        self._listed: dict[str, bool] = {}
         self._feed = FeedState()
         self._places: Places | PlacesByAddress = Places(
             ask=lambda needed, spare: self._bus.send(bus.PlacesWanted(needed, spare)),
@@ -115,6 +116,7 @@ class WorkerProcess:
             ttl_s=settings.registry_ttl_s,
             check_interval_s=settings.registry_check_s,
             on_client_id=lambda client_id: self._tell_client_id(life, client_id),
+            told=self._note_listed,
         )
         memberships = Memberships(
             settings,
@@ -123,7 +125,7 @@ class WorkerProcess:
             find=self._session,
             on_client_id=self._tell_client_id,
             on_users=self._tell_users,
-            told=self._tell_listed if settings.events else None,
+            told=self._tell_online if settings.events else None,
         )
 
         def doubt() -> None:
@@ -312,6 +314,16 @@ class WorkerProcess:
             codes, self._unwatched = self._unwatched, []
             self._bus.send(bus.Unwatch(codes))
 
+    def _note_listed(self, code: str, is_listed: bool) -> None:
+        if not self._listed:
+            asyncio.get_running_loop().call_soon(self._tell_listed)
+        self._listed[code] = is_listed
+
+    def _tell_listed(self) -> None:
+        listed, self._listed = self._listed, {}
+        came = [code for code, is_listed in listed.items() if is_listed]
+        self._bus.send(bus.Listed(came, [code for code, is_listed in listed.items() if not is_listed]))
+
     def _tell_client_id(self, life: str, client_id: int) -> None:
         self._bus.send(bus.RegistryClient(client_id, life))
         self._bus.flush()
@@ -371,9 +383,9 @@ class WorkerProcess:
     def _tell_left(self, session: Session, user: str | None, by: str, reason: str) -> None:
         self._bus.send(bus.Happened([event_text("close", clock_ms(), fd=session.fd, uid=user, by=by, reason=reason)]))
 
-    def _tell_listed(self, tag: str, is_listed: bool) -> None:
+    def _tell_online(self, tag: str, is_online: bool) -> None:
         if tag.startswith("u:"):
-            event = "user_online" if is_listed else "user_offline"
+            event = "user_online" if is_online else "user_offline"
             self._bus.send(bus.Happened([event_text(event, clock_ms(), uid=tag[2:])]))
 
     async def _tell_figures(self, mirror: RegistryMirror, memberships: Memberships, silence_s: float) -> None:

@@ -66,6 +66,7 @@ TO_MAIN = [
     bus.UsersCame(["u1", "u2"], [("u1", 2, True)]),
     bus.ClientSend(3, b'{"op":"send"}'),
     bus.Happened([b"{}", b"{}"]),
+    bus.Listed(["AAPL"], ["MSFT", "600519.SH"]),
     bus.PlacesWanted(0, 0, ["192.0.2.1", ""]),
     bus.PlacesBack(0, ["192.0.2.1"]),
     bus.Figures({"connections": 3, "connections_closed": {"closed": 2}, "lag": 0.5}),

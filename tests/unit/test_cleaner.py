@@ -32,6 +32,10 @@ class Told:
     def __init__(self) -> None:
         self.closes: dict[str, str | None] = {}
         self.changes: list[tuple[str, bool]] = []
+        self.codes: dict[str, bool] = {}
+
+    def wanted(self, code: str, is_wanted: bool) -> None:
+        self.codes[code] = is_wanted
 
     def listed(self, tag: str, is_listed: bool) -> None:
         self.changes.append((tag, is_listed))
@@ -88,6 +92,7 @@ async def test_everything_of_a_dead_node_goes_and_is_told(redis: Redis) -> None:
     assert await left_of(redis) == []
     assert survivor.told.closes == {node.fd(n): f"u{n}" for n in range(3)}
     assert sorted(survivor.told.changes) == [("g:g", False), ("u:u0", False), ("u:u1", False), ("u:u2", False)]
+    assert survivor.told.codes and not any(survivor.told.codes.values())
     assert (survivor.cleaner.cleared, survivor.cleaner.removed) == (1, 3)
     assert (await record_of(redis)).is_cleaned
 

@@ -217,6 +217,8 @@ async def test_a_dead_life_is_cleared_with_all_that_goes_with_it(redis_server: R
     closed: dict[str, str | None] = {}
 
     class Hearer:
+        def wanted(self, code: str, is_wanted: bool) -> None: ...
+
         def listed(self, tag: str, is_listed: bool) -> None:
             told.append((tag, is_listed))
 
