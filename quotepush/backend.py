@@ -26,6 +26,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from quotepush.backend_demand import Demand, DemandChange
 from quotepush.backend_events import Events
 from quotepush.backend_sending import Sending, SendOptions
 from quotepush.cluster.census import Census, Node, Session
@@ -38,7 +39,9 @@ from quotepush.errors import BackendUnavailable, CallRefused, NotOnline
 from quotepush.publisher import Publisher, open_client, shown_address
 from quotepush.quote.code import BadCode, parse_code
 
-__all__ = ["Backend", "Done", "Job", "Listing", "Node", "Page", "SendOptions", "Sent", "Session", "Stats"]
+__all__ = [
+    "Backend", "DemandChange", "Done", "Job", "Listing", "Node", "Page", "SendOptions", "Sent", "Session", "Stats",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,8 @@ class Backend(Sending):
         self._jobs_max = jobs_max
         self._publisher = Publisher(feed_url or url, prefix=prefix, give_up_s=timeout_s)
         self._events_channel = ClusterKeys(prefix).events
-        self._events: weakref.WeakSet[Events] = weakref.WeakSet()
+        self._prefix = prefix
+        self._hearing: weakref.WeakSet[Events | Demand] = weakref.WeakSet()
 
     # Its life
 
@@ -135,8 +139,8 @@ class Backend(Sending):
 
     async def aclose(self) -> None:
         """Let go of the connections; calls that wait raise ``BackendUnavailable``. Harmless twice."""
-        for events in list(self._events):
-            await events.aclose()
+        for hearing in list(self._hearing):
+            await hearing.aclose()
         await self._routing.aclose()
         await self._line.aclose()
         await self._publisher.aclose()
@@ -379,8 +383,15 @@ class Backend(Sending):
         """Hear who comes and goes; the servers say it where their setting ``events`` is on."""
         self._check_process()
         events = Events(self._redis, self._events_channel, self._timeout_s)
-        self._events.add(events)
+        self._hearing.add(events)
         return events
+
+    def demand(self) -> Demand:
+        """Hear which codes have a subscriber anywhere: first all, then what changes."""
+        self._check_process()
+        demand = Demand(self._redis, self._prefix, self._timeout_s)
+        self._hearing.add(demand)
+        return demand
 
     async def publish(self, ticks: Iterable[Mapping[str, Any]]) -> list[int]:
         """Publish a batch of ticks, in its order and as a whole; return the ``seq`` of each.

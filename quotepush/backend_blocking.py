@@ -12,21 +12,22 @@ Law: all calls run on one loop in a thread of its own, so any number of threads 
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, Unpack, overload
+from typing import Any, Generic, Protocol, Self, TypeVar, Unpack, overload
 
 from quotepush.backend import Backend, Done, Job, Listing, Page, Sent, Session, Stats
-from quotepush.backend_events import Events
+from quotepush.backend_demand import Demand, DemandChange
 from quotepush.backend_sending import AtOptions, EveryOptions, JobOptions, SendOptions
 from quotepush.cluster.commands import To
 from quotepush.errors import BackendUnavailable
 
-__all__ = ["BlockingBackend", "BlockingEvents", "BlockingListing"]
+__all__ = ["BlockingBackend", "BlockingDemand", "BlockingEvents", "BlockingListing"]
 
 Answer = TypeVar("Answer")
 Item = TypeVar("Item")
+Heard = TypeVar("Heard", covariant=True)
 
 _PAGE = 500
 
@@ -291,16 +292,23 @@ class BlockingBackend:
     def events(self) -> "BlockingEvents":
         """Hear who comes and goes, as :meth:`Backend.events` does."""
 
-        async def make() -> Events:
-            return self._backend.events()
+        return BlockingEvents(self, self._make(self._backend.events))
 
-        return BlockingEvents(self, self._wait_for(make()))
+    def demand(self) -> "BlockingDemand":
+        """Hear which codes have a subscriber anywhere, as :meth:`Backend.demand` does."""
+        return BlockingDemand(self, self._make(self._backend.demand))
 
     def publish(self, ticks: Iterable[Mapping[str, Any]]) -> list[int]:
         """Publish a batch of ticks as :meth:`Backend.publish` does."""
         return self._wait_for(self._backend.publish(list(ticks)))
 
     # The other thread
+
+    def _make(self, kind: Callable[[], Answer]) -> Answer:
+        async def make() -> Answer:
+            return kind()
+
+        return self._wait_for(make())
 
     def _wait_for(self, doing: Coroutine[Any, Any, Answer]) -> Answer:
         """Return what a coroutine returns on the backend's loop; an interrupted wait cancels it."""
@@ -360,15 +368,23 @@ class BlockingListing(Generic[Item]):
                 return
 
 
-class BlockingEvents:
-    """What happens, as it happens: ``for event in backend.events()``; see :class:`~quotepush.backend_events.Events`."""
+class _Hearing(Protocol[Heard]):
+    async def __aenter__(self) -> Self: ...
 
-    def __init__(self, backend: BlockingBackend, events: Events) -> None:
+    async def __anext__(self) -> Heard: ...
+
+    async def aclose(self) -> None: ...
+
+
+class _Blocking(Generic[Item]):
+    """What is heard, for programs without asyncio."""
+
+    def __init__(self, backend: BlockingBackend, hearing: _Hearing[Item]) -> None:
         self._backend = backend
-        self._events = events
+        self._hearing = hearing
 
     def __enter__(self) -> Self:
-        self._backend._wait_for(self._events.__aenter__())
+        self._backend._wait_for(self._hearing.__aenter__())
         return self
 
     def __exit__(
@@ -378,18 +394,18 @@ class BlockingEvents:
 
     def close(self) -> None:
         """Hear no more; who iterates comes to the end, in whatever thread. Harmless twice."""
-        self._backend._wait_for(self._events.aclose())
+        self._backend._wait_for(self._hearing.aclose())
 
-    def next(self, timeout_s: float | None = None) -> dict[str, Any]:
-        """Return the next event.
+    def next(self, timeout_s: float | None = None) -> Item:
+        """Return what comes next.
 
         Raises:
-            TimeoutError: nothing has happened for so long.
+            TimeoutError: nothing has come for so long.
             EOFError: it is closed.
         """
-        return self._backend._wait_for(_within(timeout_s, self._events))
+        return self._backend._wait_for(_within(timeout_s, self._hearing))
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Item]:
         while True:
             try:
                 yield self.next()
@@ -397,12 +413,28 @@ class BlockingEvents:
                 return
 
 
-async def _within(timeout_s: float | None, events: Events) -> dict[str, Any]:
+class BlockingEvents(_Blocking[dict[str, Any]]):
+    """What happens, as it happens: ``for event in backend.events()``; see :class:`~quotepush.backend_events.Events`."""
+
+
+class BlockingDemand(_Blocking[DemandChange]):
+    """What is wanted: ``for wanted, unwanted in backend.demand()``; see :class:`~quotepush.backend_demand.Demand`."""
+
+    def __init__(self, backend: BlockingBackend, demand: Demand) -> None:
+        super().__init__(backend, demand)
+        self._demand = demand
+
+    def codes(self) -> frozenset[str]:
+        """Return the codes that are wanted, as far as is known at the moment."""
+        return self._backend._make(self._demand.codes)
+
+
+async def _within(timeout_s: float | None, hearing: _Hearing[Item]) -> Item:
     async with asyncio.timeout(timeout_s):
         try:
-            return await anext(events)
+            return await hearing.__anext__()
         except StopAsyncIteration:
-            raise EOFError("the events are closed") from None
+            raise EOFError("it is closed") from None
 
 
 def _live(loop: asyncio.AbstractEventLoop) -> None:

@@ -4,7 +4,7 @@
 
     <p>codes                   set      every code with a subscriber anywhere (:mod:`quotepush.cluster.registry`)
     <p>demand                  channel  {"code":…,"demand":true|false,"time":…}
-    <p>demanded:{<p>codes}     hash     each code that was told as wanted, with the time (ms) of its newest first subscriber
+    <p>demanded:{<p>codes}     hash     each code told as wanted, with the time (ms) of its newest first subscriber
 
 Law: whoever hears the channel and reads the set knows what is wanted. Each message is true when it is said: one script
 looks into the set, publishes, and notes what it has told, so messages come in the order of what they say, whichever
