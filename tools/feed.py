@@ -60,6 +60,11 @@ def _speed(ctx: click.Context, param: click.Parameter, value: str) -> float:
 @click.option("--speed", metavar="N|max", default="1", callback=_speed, help="Recording: times faster, or unpaced.")
 @click.option("--now", is_flag=True, help="Recording: replace its times by those of the replay.")
 @click.option("--stdin", is_flag=True, help="Read one JSON object with a code per line from standard input.")
+@click.option("--demand", is_flag=True, help="Publish only ticks of codes that somebody watches, anywhere.")
+@click.option(
+    "--registry", "registry_url", metavar="URL", default=None, show_default=False,
+    help="With --demand: the servers' registry_redis, if that is another Redis.",
+)  # fmt: skip
 @click.option("--duration", "duration_s", metavar="S", type=float, help="Stop after so many seconds.")
 @click.option("--count", metavar="N", type=int, help="Stop after so many ticks.")
 @click.pass_context
@@ -77,6 +82,8 @@ def main(
     speed: float,
     now: bool,
     stdin: bool,
+    demand: bool,
+    registry_url: str | None,
     duration_s: float | None,
     count: int | None,
 ) -> None:
@@ -99,11 +106,15 @@ def main(
             raise click.UsageError(f"--{name} belongs to {belongs_to}")
     if not plain and ctx.get_parameter_source("channel") is ParameterSource.COMMANDLINE:
         raise click.UsageError("--channel belongs to --plain")
+    if registry_url is not None and not demand:
+        raise click.UsageError("--registry belongs to --demand")
     options = FeedOptions(
         redis_url=redis_url,
         source=source,
         prefix=prefix,
         channel=channel if plain else None,
+        is_on_demand=demand,
+        registry_url=registry_url,
         duration_s=duration_s,
         count=count,
     )
@@ -145,8 +156,10 @@ def _status(now: FeedSummary, before: FeedSummary | None) -> str:
     rate = 0.0
     if before is not None and now.elapsed_s > before.elapsed_s:
         rate = (now.sent - before.sent) / (now.elapsed_s - before.elapsed_s)
+    unwanted = f"  {now.withheld:,} unwanted" if now.withheld else ""
     return (
         f"{now.sent:,} ticks  {rate:,.0f}/s  {now.codes:,} codes  {now.bad_lines:,} bad lines  {now.dropped:,} dropped"
+        + unwanted
     )
 
 

@@ -9,17 +9,25 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from quotepush.errors import SettingsError
+import redis.asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from quotepush.backend_demand import Demand
+from quotepush.errors import BackendUnavailable, RedisUnavailable, SettingsError
 from quotepush.feed.listing import MAX_CODES, PINNED
 from quotepush.feed.publish import CODE_PLACE, LoggedPublisher, PlainPublisher, TickPublisher
 from quotepush.feed.replay import CodedTick
+from quotepush.feed.sieve import Sieve
 from quotepush.feed.simulate import Market
-from quotepush.feed.sources import Clock, piped, replayed, simulated
+from quotepush.feed.sources import MAX_BATCH, Clock, piped, replayed, simulated
+from quotepush.publisher import open_client, shown_address
 
 __all__ = ["FeedOptions", "FeedSummary", "JsonLines", "Recording", "Simulation", "Source", "run_feed"]
 
@@ -27,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 _PROGRESS_EVERY_S = 0.25
 _MAX_RATE_PER_S = 1_000_000
+_TIMEOUT_S = 5.0
 _MAX_COUNTED_CODES = 1_000_000  # the set of codes seen stops growing here
 
 
@@ -78,6 +87,10 @@ class FeedOptions:
     channel: str | None = None
     """None: ticks go into the log (`quotepush.publisher`). A channel template: they are published there plainly and
     are nowhere else; without ``{code}`` all of them go to one channel and carry their code."""
+    is_on_demand: bool = False
+    """Publish only ticks of codes that somebody watches; those of others are held back, and come as one when needed."""
+    registry_url: str | None = field(default=None, repr=False)
+    """The servers' ``registry_redis``, which knows what is wanted; None: ``redis_url``."""
     duration_s: float | None = None
     """Stop after so many seconds; None: never."""
     count: int | None = None
@@ -126,6 +139,8 @@ class FeedSummary:
     outages: int
     """How often Redis went away."""
     elapsed_s: float
+    withheld: int = 0
+    """Ticks of codes that nobody wanted."""
 
     @property
     def rate_per_s(self) -> float:
@@ -135,6 +150,7 @@ class FeedSummary:
     def __str__(self) -> str:
         text = f"{self.sent:,} ticks of {self.codes:,} codes in {self.elapsed_s:.1f} s ({self.rate_per_s:,.0f}/s)"
         text += f", {self.bad_lines:,} bad lines, {self.dropped:,} dropped"
+        text += f", {self.withheld:,} unwanted" if self.withheld else ""
         return text + (f", outages of Redis: {self.outages:,}" if self.outages else "")
 
 
@@ -183,6 +199,10 @@ class _Feed:
             self._publisher = LoggedPublisher(options.redis_url, options.prefix, waits=waits, warn=report)
         else:
             self._publisher = PlainPublisher(options.redis_url, options.channel, waits=waits, warn=report)
+        self._following = _Following(options) if options.is_on_demand else None
+        self._sieve = Sieve(self._following.demand.__contains__) if self._following is not None else None
+        self._publishing = asyncio.Lock()
+        self._left = options.count
 
     async def run(self, stop: asyncio.Event, progress: Callable[[FeedSummary], None] | None) -> FeedSummary:
         """Start in steps, wait for the first reason to end, stop in the reverse order."""
@@ -190,10 +210,14 @@ class _Feed:
         try:
             # 1. Redis must be there before anything is read.
             await self._publisher.connect()
+            if self._following is not None:
+                await self._following.begin()
             self._started_at_s = time.monotonic()
             # 2. Ticks flow.
             tasks.append(asyncio.create_task(self._pump(), name="feed pump"))
             tasks.append(asyncio.create_task(stop.wait(), name="feed stop"))
+            if self._following is not None and self._sieve is not None:
+                tasks.append(asyncio.create_task(self._follow(self._following.demand, self._sieve), name="feed demand"))
             if progress is not None:
                 tasks.append(asyncio.create_task(self._show(progress), name="feed progress"))
             # 3. The source ends, somebody stops us, the time is up, or one of the tasks fails.
@@ -205,23 +229,38 @@ class _Feed:
             if tasks:
                 await asyncio.wait(tasks)
             await self._publisher.aclose()
+            if self._following is not None:
+                await self._following.aclose()
         for task in tasks:
             if not task.cancelled():
                 task.result()
         return self._summary()
 
     async def _pump(self) -> None:
-        left = self._options.count
         async with aclosing(self._batches()) as batches:
             async for batch in batches:
-                if left is not None:
-                    batch = batch[:left]
-                    left -= len(batch)
-                if len(self._codes) < _MAX_COUNTED_CODES:
-                    self._codes.update(code for code, _ in batch)
-                await self._publisher.publish(batch)
-                if left == 0:
+                async with self._publishing:
+                    await self._publish(batch if self._sieve is None else self._sieve.sift(batch))
+                if self._left == 0:
                     return
+
+    async def _follow(self, demand: Demand, sieve: Sieve) -> None:
+        """Publish what was held back of a code as soon as somebody wants it."""
+        async for change in demand:
+            async with self._publishing:
+                released = sieve.release(change.wanted)
+                for start in range(0, len(released), MAX_BATCH):
+                    await self._publish(released[start : start + MAX_BATCH])
+
+    async def _publish(self, batch: list[CodedTick]) -> None:
+        if self._left is not None:
+            batch = batch[: self._left]
+            self._left -= len(batch)
+        if not batch:
+            return
+        if len(self._codes) < _MAX_COUNTED_CODES:
+            self._codes.update(code for code, _ in batch)
+        await self._publisher.publish(batch)
 
     def _batches(self) -> AsyncGenerator[list[CodedTick], None]:
         source = self._options.source
@@ -256,4 +295,40 @@ class _Feed:
             dropped=self._publisher.dropped,
             outages=self._publisher.outages,
             elapsed_s=time.monotonic() - self._started_at_s,
+            withheld=0 if self._sieve is None else self._sieve.withheld,
         )
+
+
+class _Following:
+    """The link on which a feed hears what is wanted."""
+
+    def __init__(self, options: FeedOptions) -> None:
+        url = options.registry_url or options.redis_url
+        self._where = shown_address(url)
+        try:
+            self._redis = open_client(
+                aioredis.Redis, url,
+                # Each wait is bounded, and what happens after a lost link decided, by whoever uses it.
+                retry=Retry(NoBackoff(), 0), socket_timeout=None, socket_connect_timeout=_TIMEOUT_S, protocol=2,
+            )  # fmt: skip
+        except SettingsError as e:
+            raise SettingsError([f"--registry: {fault}" for fault in e.faults]) from None
+        self.demand = Demand(self._redis, options.prefix, _TIMEOUT_S)
+
+    async def begin(self) -> None:
+        """Return when it is known what is wanted.
+
+        Raises:
+            RedisUnavailable: Redis does not answer, or refuses us.
+        """
+        try:
+            await self.demand.__aenter__()
+        except BackendUnavailable as e:
+            raise RedisUnavailable("registry_redis", self._where, e.reason) from None
+
+    async def aclose(self) -> None:
+        """Let go of the link."""
+        await self.demand.aclose()
+        with suppress(RedisError, OSError):
+            async with asyncio.timeout(_TIMEOUT_S):
+                await self._redis.aclose()

@@ -8,8 +8,9 @@ from redis.exceptions import RedisError
 
 from tests.support.waiting import wait_until
 
-# What publishers and main keep beside the registry: the log of ticks, rows, the nodes, and what waits for them.
-_OF_TICKS = ("epoch", "seq", "log", "publisher:", "row:", "rows", "nodes", "inbox:", "kept:")
+# What publishers and main keep beside the registry: the log of ticks, rows, the nodes, what waits for them, and what
+# was told of demand.
+_OF_TICKS = ("epoch", "seq", "log", "publisher:", "row:", "rows", "nodes", "inbox:", "kept:", "demanded:")
 _MEMBERS = ":members"
 
 __all__ = ["registry_equals", "registry_faults"]

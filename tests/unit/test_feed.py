@@ -15,6 +15,7 @@ from typing import Any
 
 import orjson
 import pytest
+from redis.asyncio import Redis
 
 from quotepush.errors import RedisUnavailable, SettingsError
 from quotepush.feed import FeedOptions, FeedSummary, JsonLines, Recording, Simulation, run_feed
@@ -192,6 +193,70 @@ async def test_feed_of_lines_reports_bad_ones_and_ends_with_its_input(redis_serv
     assert [report.split(":")[0] for report in reports] == ["line 2 skipped"]
 
 
+async def want(url: str, *codes: str) -> None:
+    """What servers do when somebody subscribes."""
+    async with Redis.from_url(url) as redis:
+        for code in codes:
+            await redis.sadd("qp:codes", code)
+            await redis.publish("qp:demand", orjson.dumps({"code": code, "demand": True, "time": 1}))
+
+
+async def test_on_demand_only_wanted_codes_are_published_and_others_as_soon_as_they_are(
+    redis_server: RedisServer, channel: str | None
+):
+    registry_url = redis_server.url.replace("/0", "/1")
+    await want(registry_url, "600519.SH")
+    read_fd, write_fd = os.pipe()
+    options = FeedOptions(
+        redis_url=redis_server.url, source=JsonLines(fd=read_fd), channel=channel,
+        is_on_demand=True, registry_url=registry_url,
+    )  # fmt: skip
+    shown: list[FeedSummary] = []
+    async with hearing(redis_server) as heard:
+        feed = asyncio.create_task(run_feed(options, report=pytest.fail, progress=shown.append))
+        os.write(write_fd, b'{"code":"A","last":1,"open":2}\n{"code":"sh600519","last":3}\n{"code":"A","last":4}\n')
+        await wait_until(lambda: shown and shown[-1].withheld == 2)
+        assert [tick for _, tick in heard.ticks] == [{"last": 3}]
+        await want(registry_url, "A")
+        await wait_until(lambda: heard.ticks[1:] == [("A", {"last": 4, "open": 2})])
+        os.write(write_fd, b'{"code":"A","last":5}\n{"code":"B","last":6}\n')
+        await wait_until(lambda: heard.ticks[2:] == [("A", {"last": 5})])
+        os.close(write_fd)
+        summary = await feed
+    os.close(read_fd)
+    assert (summary.sent, summary.withheld, summary.codes) == (3, 3, 2)
+    assert "3 unwanted" in str(summary)
+
+
+async def test_a_simulation_on_demand_publishes_what_is_wanted_and_counts_only_that(redis_server: RedisServer):
+    await want(redis_server.url, "AAPL", "600519.SH")
+    async with hearing(redis_server) as heard:
+        source = Simulation(codes=50, rate_per_s=20_000)
+        summary = await run_feed(
+            FeedOptions(redis_url=redis_server.url, source=source, is_on_demand=True, count=100), report=pytest.fail
+        )
+        await wait_until(lambda: len(heard.ticks) == 100)
+    assert {code for code, _ in heard.ticks} == {"AAPL", "600519.SH"}
+    assert summary.sent == 100 and summary.withheld > 100
+
+
+async def test_a_feed_on_demand_does_not_start_without_the_registry(redis_server: RedisServer, tmp_path: Path):
+    options = FeedOptions(redis_url=redis_server.url, is_on_demand=True, registry_url=f"unix://{tmp_path / 'none'}")
+    with pytest.raises(RedisUnavailable, match="registry_redis"):
+        await run_feed(options)
+    with pytest.raises(SettingsError, match="--registry: "):
+        await run_feed(replace(options, registry_url="http://x"))
+
+
+def test_tool_follows_demand(redis_server: RedisServer):
+    asyncio.run(want(redis_server.url, "AAPL"))
+    done = run_tool("--redis", redis_server.url, "--csv", str(RECORDING), "--speed", "max", "--demand")
+    assert (done.returncode, done.stderr) == (0, "")
+    apple = len([code for code, _ in recorded() if code == "AAPL"])
+    assert f"feed: {apple:,} ticks of 1 codes" in done.stdout
+    assert f"{len(recorded()) - apple:,} unwanted" in done.stdout
+
+
 async def test_duration_and_count_end_a_feed(redis_server: RedisServer, channel: str | None):
     source = Simulation(codes=10, rate_per_s=20_000)
     options = FeedOptions(redis_url=redis_server.url, source=source, channel=channel)
@@ -342,6 +407,8 @@ def test_tool_without_redis_says_so_in_one_line_without_the_password(redis_serve
         ("--channel", "{what}", "--plain"),
         ("--channel", "quote.{code}"),
         ("--redis", "nowhere"),
+        ("--demand", "--registry", "nowhere"),
+        ("--registry", "redis://127.0.0.1:6379/0"),
         ("--what",),
     ],
 )
