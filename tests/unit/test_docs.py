@@ -41,8 +41,9 @@ COMING_FROM = ROOT / "docs" / "coming-from.md"
 SCALING = ROOT / "docs" / "scaling.md"
 SETTINGS = ROOT / "docs" / "settings.md"
 CLIENTS = ROOT / "docs" / "clients.md"
+FEEDS = ROOT / "docs" / "feeds.md"
 WRITTEN = [README, PROTOCOL, OPERATIONS]  # by hand and about what the code does; settings.md is generated
-WORDED = [*WRITTEN, CLIENTS, BACKENDS, COMING_FROM, SCALING]  # their examples have tests of their own
+WORDED = [*WRITTEN, CLIENTS, BACKENDS, FEEDS, COMING_FROM, SCALING]  # their examples have tests of their own
 ALL = sorted({README, CHINESE, *(ROOT / "docs").glob("*.md")})
 
 # Words in code spans that belong to other programs.
@@ -518,7 +519,7 @@ def is_here(program: str) -> bool:
     return program in ("python", "quotepush") or shutil.which(program) is not None
 
 
-@pytest.mark.parametrize("path", WRITTEN, ids=name_of)
+@pytest.mark.parametrize("path", [*WRITTEN, FEEDS], ids=name_of)
 async def test_the_commands_work_as_written(
     path: Path, start_server: Callable[..., Any], redis_server: RedisServer, tmp_path: Path
 ) -> None:
