@@ -41,20 +41,21 @@ async def test_a_vendor_is_asked_for_what_is_wanted_and_no_longer(
     example: Block, start_server: Start, redis_server: RedisServer
 ) -> None:
     server = await start_server(workers=1, demand_debounce_s=0.3)
-    async with RecordingClient(server.ws_url, ["AAPL", "600519"]) as client:
-        async with running(sys.executable, "-u", "-c", here(example, redis_server)) as output:
-            await until(output, "subscribe 600519.SH AAPL")
-            await wait_until(lambda: client.last("AAPL") and client.last("600519.SH"))
-            await client.subscribe("MSFT")
-            await until(output, "subscribe MSFT")
-            await wait_until(lambda: client.last("MSFT"))
-            await client.unsubscribe("AAPL")
-            await until(output, "unsubscribe AAPL")
-            async with redis_server.client() as redis:
-                server_seq = await redis.hget("qp:seq", "AAPL")
-                seen = client.received
-                await wait_until(lambda: client.received > seen + 4)
-                assert await redis.hget("qp:seq", "AAPL") == server_seq
+    async with (
+        RecordingClient(server.ws_url, ["AAPL", "600519"]) as client,
+        running(sys.executable, "-u", "-c", here(example, redis_server)) as output,
+        redis_server.client() as redis,
+    ):
+        await until(output, "subscribe 600519.SH AAPL")
+        await wait_until(lambda: client.last("AAPL") and client.last("600519.SH"))
+        await client.subscribe("MSFT")
+        await until(output, "subscribe MSFT")
+        await wait_until(lambda: client.last("MSFT"))
+        await client.unsubscribe("AAPL")
+        await until(output, "unsubscribe AAPL")
+        seq, seen = await redis.hget("qp:seq", "AAPL"), client.received
+        await wait_until(lambda: client.received > seen + 4)
+        assert int(await redis.hget("qp:seq", "AAPL")) <= int(seq) + 1  # one may have been on its way
 
 
 async def test_codes_wait_for_a_place_of_the_vendor(start_server: Start, redis_server: RedisServer) -> None:
