@@ -173,8 +173,9 @@ async def enlist(redis: Redis, keys: RegistryKeys, codes: Sequence[str], *, is_l
         return
     rest = iter(codes)
     while some := list(islice(rest, SLICE_MEMBERS)):
-        # Who has changed it has to be known for each, and a command for each costs main or the worker ten times as
-        # much as a question about all. Whoever unlists one that is listed now looks again whether it has an fd.
+        # Who has changed it has to be known for each, and a command for each costs ten times as much as a question
+        # about all: 10,000 connections with 3,000 codes between them are written as fast as without being told, with
+        # 100,000 codes it takes a third more CPU. Whoever unlists what is listed now looks again whether it has an fd.
         (flags,) = await execute(redis, with_members("SMISMEMBER", keys.codes, some))
         some = [code for code, flag in zip(some, flags, strict=True) if bool(flag) is not is_listed]
         replies = await execute(redis, ((1, (verb, keys.codes, raw(code))) for code in some))

@@ -1,9 +1,10 @@
 """A Redis Cluster: everything of the feed stands behind one hash tag, the registry is spread over the slots."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Set
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
 import quotepush
 from quotepush.errors import RedisUnavailable
@@ -32,6 +33,10 @@ async def redis_server(tmp_path: Path) -> AsyncIterator[RedisServer]:
     server.stop()
 
 
+async def told_as_wanted(redis: Redis, key: str, codes: Set[str]) -> bool:
+    return set(await redis.hkeys(key)) == codes
+
+
 async def test_with_a_hash_tag_in_the_prefix_everything_works(
     start_server: StartServer, redis_server: RedisServer
 ) -> None:
@@ -42,6 +47,7 @@ async def test_with_a_hash_tag_in_the_prefix_everything_works(
             await feed.publish([{"code": "AAPL", "last": 1}, {"code": "MSFT", "last": 2}])
             await wait_until(lambda: (client.last("AAPL"), client.last("MSFT")) == (1, 2))
             await registry_equals(redis, {client.fd: client.codes}, prefix="{qp}:")
+            await wait_until(lambda: told_as_wanted(redis, "{qp}:demanded:{{qp}:codes}", client.codes))
         await server.stop()
         await feed.publish([{"code": "AAPL", "last": 3}])
         await server.start()
@@ -63,3 +69,4 @@ async def test_without_one_publishers_and_operators_are_told(
         await client.subscribe("AAPL")
         await redis.publish("quote.AAPL", '{"last":2}')
         await wait_until(lambda: client.last("AAPL") == 2)
+        await wait_until(lambda: told_as_wanted(redis, "qp:demanded:{qp:codes}", {"AAPL"}))
