@@ -149,8 +149,8 @@ class DemandTeller:
 
     def came(self, codes: Iterable[str]) -> None:
         """These codes have come into the set."""
+        # What waits to be looked at again stays: two workers' words need not come in the order of what they did.
         for code in filter(is_code, codes):
-            self._later.pop(code, None)
             if len(self._first) < _MOST_WAITING:
                 self._first[code] = None
         self._has_news.set()
@@ -159,7 +159,6 @@ class DemandTeller:
         """These codes have left the set."""
         due = asyncio.get_running_loop().time() + self._debounce_s
         for code in filter(is_code, codes):
-            self._first.pop(code, None)
             self._look_again(code, due)
         self._has_news.set()
 
@@ -199,9 +198,7 @@ class DemandTeller:
         try:
             await self._say(codes, is_first=True)
         except _TROUBLE:
-            for code in codes:
-                if code not in self._later:
-                    self._first.setdefault(code)
+            self._first.update(dict.fromkeys(codes))
             raise
 
     async def _tell_change(self, codes: Sequence[str]) -> None:
@@ -213,7 +210,7 @@ class DemandTeller:
         finally:
             due = asyncio.get_running_loop().time() + self._debounce_s
             for code in again:
-                if code not in self._first and code not in self._later:
+                if code not in self._later:
                     self._look_again(code, due)
 
     async def _say(self, codes: Sequence[str], *, is_first: bool) -> list[str]:

@@ -147,6 +147,12 @@ async def a_hearer(server: RedisServer) -> AsyncIterator[Hearer]:
             await asyncio.gather(task, return_exceptions=True)
 
 
+async def somebody_else_watches(redis: Redis, code: str | bytes) -> None:
+    name = code if isinstance(code, bytes) else code.encode()
+    await redis.sadd(b"qp:code:" + name, "other.0.1")
+    await redis.sadd("qp:codes", name)
+
+
 async def end_of_it(redis: Redis, hearer: Hearer) -> None:
     """Wait until the set, what was told and what was heard are the same."""
     states: list[Any] = []
@@ -216,6 +222,20 @@ async def test_the_last_leaves_one_node_while_another_comes_to_the_other(redis_s
         assert (hearer.about("AAPL"), hearer.about("MSFT")) == ([True, False], [True, False])
 
 
+async def test_news_of_two_workers_may_come_in_the_wrong_order(redis_server: RedisServer, redis: Redis) -> None:
+    async with a_hearer(redis_server) as hearer:
+        async with a_node(redis_server, "a", debounce_s=60) as a:
+            await somebody_else_watches(redis, "AAPL")
+            a.teller.came(["AAPL"])
+            a.teller.left(["AAPL"])  # it was before
+            await wait_until(lambda: hearer.heard == [("AAPL", True)])
+        async with a_node(redis_server, "a") as a:
+            await redis.srem("qp:codes", "AAPL")
+            a.teller.left(["AAPL"])
+            a.teller.came(["AAPL"])  # it was before
+            await wait_until(lambda: hearer.heard[1:] == [("AAPL", False)])
+
+
 async def test_a_timer_of_one_node_does_not_cut_the_debounce_of_another_short(
     redis_server: RedisServer, redis: Redis
 ) -> None:
@@ -275,8 +295,7 @@ async def test_only_the_node_whose_name_is_least_compares(redis_server: RedisSer
         a_node(redis_server, "b", compare_s=0.02) as b,
     ):
         for n in range(20):
-            await redis.sadd("qp:codes", f"C{n}")
-            await redis.sadd(f"qp:code:C{n}", "gone.0.1")
+            await somebody_else_watches(redis, f"C{n}")
         await wait_until(lambda: len(hearer.wanted) == 20)
         assert (a.teller.told, b.teller.told) == (20, 0)
 
@@ -284,8 +303,7 @@ async def test_only_the_node_whose_name_is_least_compares(redis_server: RedisSer
 async def test_what_is_no_code_is_not_told(redis_server: RedisServer, redis: Redis) -> None:
     async with a_hearer(redis_server) as hearer, a_node(redis_server, "a", compare_s=0.02) as a:
         for nonsense in (b"\xff\xfe", b'"}', "sh600519", "", "x" * 40):
-            await redis.sadd("qp:codes", nonsense)
-            await redis.sadd(b"qp:code:" + (nonsense if isinstance(nonsense, bytes) else nonsense.encode()), "x.0.1")
+            await somebody_else_watches(redis, nonsense)
         a.watch(1, "AAPL")
         a.watch(2, "MSFT")
         await wait_until(lambda: hearer.wanted == {"AAPL", "MSFT"})
