@@ -92,7 +92,8 @@ async def a_node(
         is_deaf: its teller hears nothing of its mirror, as if each change came at the moment of a crash.
     """
     async with AsyncExitStack() as stack:
-        redis = await stack.enter_async_context(server.client(decode_responses=False))
+        # As main has it: with a socket timeout redis-py can swallow a cancellation in Python 3.11 (bpo-37658).
+        redis = await stack.enter_async_context(server.client(decode_responses=False, socket_timeout=None))
         client = registry_client(server.url)
         stack.push_async_callback(client.aclose)
         teller = DemandTeller(
@@ -338,6 +339,21 @@ async def test_redis_away_for_a_while_is_made_up_for(redis_server: RedisServer) 
             assert set(await redis.hkeys(DEMANDED)) == await redis.smembers("qp:codes") == {"MSFT"}
             a.watch(1)
             await wait_until(lambda: hearer.about("MSFT")[-1:] == [False])
+
+
+async def test_a_redis_that_forbids_it_is_told_once_and_tried_again(
+    redis_server: RedisServer, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with a_hearer(redis_server) as hearer, a_node(redis_server, "a", compare_s=0.02) as a:
+        await redis.execute_command("ACL", "SETUSER", "default", "-eval")
+        a.watch(1, "AAPL")
+        await wait_until(lambda: a.teller.pending and "demand is not told" in caplog.text)
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        assert caplog.text.count("demand is not told") == 1
+        await redis.execute_command("ACL", "SETUSER", "default", "+eval")
+        await wait_until(lambda: hearer.wanted == {"AAPL"})
+        assert await redis.smembers("qp:codes") == {"AAPL"}
 
 
 @pytest.mark.parametrize("seed", range(3))
