@@ -39,10 +39,10 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
+from quotepush.cluster.comparing import CodeComparison
 from quotepush.cluster.nodes import purge
 from quotepush.cluster.sets import (
     BATCH_FDS,
-    SLICE_COMMANDS,
     SLICE_TIMEOUT_S,
     Codes,
     Command,
@@ -65,7 +65,6 @@ log = logging.getLogger(__name__)
 
 BATCH_MEMBERS = 100_000
 CHECKED_PER_ROUND = 500
-CHECKED_MEMBERS = 20_000
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MOST_S = 2.0
 
@@ -90,7 +89,8 @@ class RegistryMirror:
         interval_s: how long changes are gathered before they are written.
         ttl_s: every key expires so long after it was last renewed; each is renewed four times in this time.
         check_interval_s: between two rounds of comparing Redis with memory. A round looks at the totals and at 500 fds
-            and 500 codes in turn, or as many as it takes to have seen all within a quarter of ``ttl_s``.
+            and 500 codes in turn, or as many as it takes to have seen all within a quarter of ``ttl_s``; how much of
+            the sets of codes it reads is bounded by :class:`~quotepush.cluster.comparing.CodeComparison`.
         on_client_id: gets the ``CLIENT ID`` of each new connection before anything is written through it, so that
             somebody else can cut it off (:func:`cut_connection`) before purging a dead worker's life.
             Redis Cluster has a connection and an id per master, so a cluster client is not asked.
@@ -143,6 +143,9 @@ class RegistryMirror:
         self._fds_to_check: list[str] = []
         self._codes_to_check: list[str] = []
         self._codes_cursor = 0
+        self._comparison = CodeComparison(
+            redis, self._keys, written=self._written, audience=self._audience, is_ours=self._is_ours
+        )
 
         if isinstance(redis, Redis):
             redis.connection_pool.connection_kwargs["redis_connect_func"] = self._greet
@@ -260,8 +263,9 @@ class RegistryMirror:
     async def _begin(self) -> None:
         """Connect anew, forget what was known of Redis, and make this life findable."""
         await self._connect()
-        self._written = {}
-        self._audience = {}
+        self._written.clear()
+        self._audience.clear()
+        self._comparison.begin_anew()
         now = time.monotonic()
         for fd in self._open:
             self._dirty.setdefault(fd, now)
@@ -506,7 +510,7 @@ class RegistryMirror:
         return [fd for fd in fds if set(found[fd]) != set(self._written[fd])]
 
     async def _check_codes(self) -> int:
-        """Is each of our next codes listed, and are our fds, no more and no less, in its set?"""
+        """Is each of our next codes listed, and are our fds, no more and no less, in the sets of codes?"""
         codes = [code for code in self._in_turn(self._codes_to_check, self._audience) if code in self._audience]
         if not codes:
             return 0
@@ -514,44 +518,16 @@ class RegistryMirror:
         flags = [flag for reply in listed for flag in reply]
         unlisted = [code for code, flag in zip(codes, flags, strict=True) if not flag]
         await execute(self._redis, (self._renewal(self._keys.code(code)) for code in codes))
-        stale: dict[str, list[str]] = {}
-        short: set[str] = set()
-        random.shuffle(codes)  # where the sets are so large that a round does not reach the end, each has its chance
-        budget = CHECKED_MEMBERS
-        while codes and budget > 0:
-            some, codes = codes[:SLICE_COMMANDS], codes[SLICE_COMMANDS:]
-            # 50: most sets are small, and a page of a large one has about a hundred members.
-            scans = ((50, ("SSCAN", self._keys.code(code), 0, "COUNT", 100)) for code in some)
-            for code, (cursor, first) in zip(some, await execute(self._redis, scans), strict=True):
-                held: set[str] = set()
-                page = [text(fd) for fd in first]
-                while True:
-                    ours = {fd for fd in page if self._is_ours(fd)}
-                    right = {fd for fd in ours if code in self._written.get(fd, ())}
-                    held |= right
-                    gone = [fd for fd in ours - right if fd not in self._dirty]
-                    if gone:
-                        stale.setdefault(code, []).extend(gone)
-                    budget -= len(page)
-                    if not int(cursor):
-                        break
-                    cursor, page = await scan_page(self._redis, self._keys.code(code), int(cursor), 1_000)
-                if len(held) < self._audience.get(code, 0):
-                    short.add(code)
-                await asyncio.sleep(0)
+        found = await self._comparison.compare(len(codes))
+        # One that has changed since it was written is about to be written again.
+        stale = {code: [fd for fd in fds if fd not in self._dirty] for code, fds in found.stale.items()}
+        stale = {code: fds for code, fds in stale.items() if fds}
         if stale:
             await withdraw(self._redis, self._keys, stale, (), ())
         if unlisted:
             await self._enlist(unlisted)
-        lacking: list[str] = []
-        if short:
-            for count, fd in enumerate(list(self._written), 1):
-                if not short.isdisjoint(self._written[fd]):
-                    lacking.append(fd)
-                if count % 1_000 == 0:
-                    await asyncio.sleep(0)
-        await self._forget(lacking)
-        return len(unlisted) + len(stale) + len(short)
+        await self._forget(list(found.lacking))
+        return len(unlisted) + len(stale) + len(found.short)
 
     async def _check_foreign_codes(self) -> None:
         """Unlist a few codes that nobody watches any more: two nodes raced, and one died before it looked again."""

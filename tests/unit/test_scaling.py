@@ -20,6 +20,7 @@ from quotepush.cluster.registry import RegistryMirror, registry_client
 from quotepush.cluster.sessions import SessionMirror
 from tests.support.examples import blocks_of
 from tests.support.redis_server import RedisServer
+from tests.unit.test_comparing import Counting
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))  # the package of the simulation stands beside its program
@@ -88,6 +89,18 @@ def test_a_market_of_many_codes_is_summed_up_as_if_each_stood_alone() -> None:
     market = Market(codes, each, 1.0, 0.0, 1.0)
     assert len(market.codes) < 1_000
     assert market.demand(500) == pytest.approx(sum(1 - (1 - chance) ** 500 for chance in alone), rel=0.005)
+
+
+def test_audiences_are_who_watches_what_somebody_watches() -> None:
+    viewers, among, codes, each = 2_000, 50, 500, 10
+    watched = lot(viewers, codes, each, 1.0)
+    seen = Counter(code for some in watched for code in some)
+    held = {code for some in watched[:among] for code in some}
+    found = list(Market(codes, each, 1.0, 0.0, 1.0).audiences(viewers, among))
+    assert sum(some.codes for some in found) == pytest.approx(len(held), rel=0.08)
+    assert sum(some.codes * some.own for some in found) == pytest.approx(among * each)
+    members = sum(seen[code] for code in held)
+    assert sum(some.codes * some.watchers for some in found) == pytest.approx(members, rel=0.05)
 
 
 @pytest.mark.parametrize(("rate", "max_rate"), [(0.5, 2.0), (2.0, 2.0), (20.0, 2.0), (3.0, 10.0)])
@@ -179,9 +192,10 @@ async def test_registry_takes_the_commands_that_the_simulation_says(redis_server
     assert await commands(redis_server) == pytest.approx(going.commands + 2 * market.demand(come), rel=0.06)
 
 
-async def test_comparing_reads_whole_sets_as_the_simulation_says(redis_server: RedisServer, registry: Redis) -> None:
-    clients, codes, each, watchers = 100, 250, 10, 2_000
-    mirror = RegistryMirror(registry, prefix="qp:", node="n1", life="0.1")
+async def test_comparing_large_sets_takes_what_the_simulation_says(redis_server: RedisServer, registry: Redis) -> None:
+    clients, codes, each, watchers, rounds = 100, 250, 10, 2_000, 6
+    counting = Counting(registry)
+    mirror = RegistryMirror(counting, prefix="qp:", node="n1", life="0.1")  # type: ignore[arg-type]
     await mirror._begin()
     for fd, some in enumerate(lot(clients, codes, each, 0.0), 1):
         mirror.open(f"n1.0.{fd}", [f"C{code}" for code in some])
@@ -189,13 +203,19 @@ async def test_comparing_reads_whole_sets_as_the_simulation_says(redis_server: R
     others = [f"n2.0.{n}" for n in range(watchers)]
     for code in range(codes):
         await registry.sadd(f"qp:code:C{code}", *others)
+    for _ in range(3):  # in the first ones it learns that they are large
+        await mirror._check()
     await commands(redis_server)
-    await mirror._check()
-    sent = int((await registry.info("stats"))["total_net_output_bytes"])
+    counting.members = 0
+    for _ in range(rounds):
+        await mirror._check()
     market, work = Market(codes, each, 0.0, 0.0, 1.0), Workload(codes=codes, each=each, users=0)
     said = compared_in_round(work, market, watchers * codes / each, clients)
-    assert await commands(redis_server) == pytest.approx(said.commands, rel=0.15)
-    assert sent / said.members == pytest.approx(16, abs=3)  # "$9", "n2.0.1234" and two ends of line
+    assert counting.members / rounds == pytest.approx(said.members, rel=0.15)
+    assert await commands(redis_server) / rounds == pytest.approx(said.commands, rel=0.15)
+    # A hundred times as many others, and it takes no more.
+    crowd = compared_in_round(work, market, 100 * watchers * codes / each, clients)
+    assert crowd.members <= said.members * 1.01 and crowd.commands <= said.commands * 1.01
 
 
 async def test_changed_codes_take_the_commands_that_the_simulation_says(
@@ -329,10 +349,12 @@ def test_the_outputs_in_the_document_are_what_is_printed() -> None:
     assert set(asked) >= {f"--scenario {name}" for name in SCENARIOS} | {"--explain check", "--explain costs"}
 
 
-def test_the_price_of_comparing_often_is_what_the_document_says() -> None:
-    often = dataclasses.replace(SCENARIOS["thirty"][1], registry_check_s=5)
-    price, seldom = plan(often, COSTS).registry.cores_of[1], plan(SCENARIOS["thirty"][1], COSTS).registry.cores_of[1]
-    said = f"would take {price:.0f} cores of Redis with 5 s, and takes {seldom:.2f} with 300 s"
+def test_the_price_of_comparing_is_what_the_document_says() -> None:
+    work = SCENARIOS["thirty"][1]
+    price, seldom = (
+        plan(dataclasses.replace(work, registry_check_s=each_s), COSTS).registry.cores_of[1] for each_s in (5, 60)
+    )
+    said = f"take {price:.1f} cores of Redis, and {seldom:.1f} with 60 s"
     assert said in " ".join(SCALING.read_text(encoding="utf-8").split())
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Code", "Market", "chances_of", "limited"]
+__all__ = ["Audience", "Code", "Market", "chances_of", "limited"]
 
 _EXACT = 500
 _GROWTH = 1.02
@@ -26,6 +26,21 @@ class Code:
     count: int
     chance: float
     rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Audience:
+    """Who watches some codes that are much alike.
+
+    Attributes:
+        codes: how many they are.
+        watchers: of each, of all viewers.
+        own: of each, of those among whom at least one watches it.
+    """
+
+    codes: float
+    watchers: float
+    own: float
 
 
 def chances_of(weights: Sequence[tuple[int, float]], draws: float) -> list[float]:
@@ -105,10 +120,13 @@ class Market:
         """How many rows a second a viewer is due, on average."""
         return sum(code.count * code.chance * limited(code.rate, max_rate) for code in self.codes)
 
-    def watchers(self, viewers: float, among: float) -> float:
-        """How many of ``viewers`` watch a code, on average over the codes that one of ``among`` viewers watches."""
-        held = self.demand(among)
-        return sum(c.count * _any_of(c, among) * viewers * c.chance for c in self.codes) / held if held else 0.0
+    def audiences(self, viewers: float, among: float) -> Iterator[Audience]:
+        """Who watches the codes that at least one of ``among`` of the viewers watches."""
+        for code in self.codes:
+            chance = _any_of(code, among)
+            if chance:
+                own = among * code.chance / chance
+                yield Audience(code.count * chance, own + (viewers - among) * code.chance, own)
 
     def most_watched(self, viewers: float) -> float:
         """How many of them watch the first code."""

@@ -23,8 +23,12 @@ __all__ = [
 ]
 
 _SLICE_COMMANDS = 200  # quotepush/cluster/sets.py
+_SLICE_MEMBERS = 2_000
 _CHECKED = 500  # quotepush/cluster/registry.py: CHECKED_PER_ROUND
+_SMALL_SET = 100  # quotepush/cluster/comparing.py, and the next ones
 _CHECKED_MEMBERS = 20_000
+_SWEPT_MEMBERS = 5_000
+_PAGE = 1_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,18 +236,29 @@ def _one_key_cores(work: Workload, costs: Costs, market: Market, come_per_s: flo
 
 def compared_in_round(work: Workload, market: Market, viewers: float, clients: float) -> Commands:
     """One round of one worker that compares a part of the sets with what is true (``RegistryMirror._check``)."""
-    codes = market.demand(clients)
     share = work.registry_check_s * 4 / work.registry_ttl_s
-    fds_in_turn = min(clients, max(_CHECKED, clients * share))
-    codes_in_turn = min(codes, max(_CHECKED, codes * share))
-    size = market.watchers(viewers, clients)
-    # Whole sets are read, two hundred at a time, until more than 20,000 members have been.
-    slices = max(1.0, math.ceil(_CHECKED_MEMBERS / (_SLICE_COMMANDS * size))) if size else 1.0
-    read = min(codes_in_turn, slices * _SLICE_COMMANDS)
-    pages = read * (1 + max(0.0, size - 100) / 1000)  # one of about a hundred, then of a thousand
-    members = fds_in_turn * work.each + read * size + codes_in_turn
-    commands = 8 + 2 * fds_in_turn + codes_in_turn + pages
-    return Commands(commands, members, 6 + commands / _SLICE_COMMANDS + max(0.0, pages - read))
+    fds = min(clients, max(_CHECKED, clients * share))
+    audiences = list(market.audiences(viewers, clients))
+    codes = sum(some.codes for some in audiences)
+    if not codes:
+        return Commands(8, 0, 6)
+    renewed = min(codes, max(_CHECKED, codes * share))
+    small = [some for some in audiences if some.watchers <= _SMALL_SET]
+    large = [some for some in audiences if some.watchers > _SMALL_SET]
+    # Small sets are read; large ones are asked for our own, as long as a round has members left.
+    cost = sum(some.codes * some.watchers for some in small) + sum(some.codes * some.own for some in large)
+    compared = min(1.0, renewed / codes, _CHECKED_MEMBERS / cost)
+    asks = compared * sum(some.codes * math.ceil(some.own / _SLICE_MEMBERS) for some in large)
+    reads = compared * sum(some.codes for some in small)
+    # A part of the large ones is gone through, and then read as if they were small.
+    weight = sum(some.codes * some.watchers for some in large)
+    swept = min(compared, _SWEPT_MEMBERS / weight) if weight else 0.0
+    pages = swept * sum(some.codes * math.ceil(some.watchers / _PAGE) for some in large)
+    again = swept * sum(some.codes for some in large)
+    members = fds * work.each + renewed + compared * cost + swept * weight + again * _SMALL_SET
+    commands = 8 + 2 * fds + renewed + reads + asks + pages + again
+    turns = 6 + (commands - pages) / _SLICE_COMMANDS + compared * cost / _SLICE_MEMBERS + pages
+    return Commands(commands, members, turns)
 
 
 def _compare(work: Workload, market: Market, viewers: float, workers: int) -> Commands:

@@ -63,7 +63,6 @@ SCENARIOS: dict[str, tuple[str, Workload]] = {
         Workload(
             viewers=1_300_000, codes=10_000, ticks_per_s=30_000, batch=100, row_bytes=100, max_rate=2, tls=True,
             connects_per_s=2_000, changes_per_s=5_000, sends_per_s=1_000, spare=1, cores=16,
-            registry_check_s=300,
         ),
     ),
     "thousand": (
@@ -71,7 +70,7 @@ SCENARIOS: dict[str, tuple[str, Workload]] = {
         Workload(
             viewers=48_000_000, codes=50_000, ticks_per_s=50_000, batch=200, row_bytes=100, max_rate=2, tls=True,
             connects_per_s=60_000, changes_per_s=200_000, sends_per_s=10_000, spare=1, cores=16,
-            registry_check_s=300, clusters=40,
+            clusters=40,
         ),
     ),
 }  # fmt: skip
