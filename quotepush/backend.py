@@ -20,10 +20,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-import redis.asyncio
 from msgspec.structs import replace
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from quotepush.backend_demand import Demand, DemandChange
@@ -36,8 +33,9 @@ from quotepush.cluster.pages import Listing, Page
 from quotepush.cluster.routing import Answers, Routing, Sent
 from quotepush.cluster.schedule import Job, Schedule, Times
 from quotepush.errors import BackendUnavailable, CallRefused, NotOnline
-from quotepush.publisher import Publisher, open_client, shown_address
+from quotepush.publisher import Publisher
 from quotepush.quote.code import BadCode, parse_code
+from quotepush.store.clients import Store
 
 __all__ = [
     "Backend", "DemandChange", "Done", "Job", "Listing", "Node", "Page", "SendOptions", "Sent", "Session", "Stats",
@@ -81,7 +79,7 @@ class Backend(Sending):
     task of one loop. Open it after a fork, not before: connections cannot be shared.
 
     Args:
-        url: the registry Redis of the servers: ``redis://``, ``rediss://`` or ``unix://``.
+        url: the registry Redis of the servers, in any form of docs/operations.md ("Which Redis").
         feed_url: the Redis that ticks go to; None: the same.
         prefix: the servers' ``redis_prefix``.
         timeout_s: the longest wait for an answer of Redis, and then for the nodes'. Nodes answer after two seconds
@@ -109,16 +107,15 @@ class Backend(Sending):
     ) -> None:
         self._pid = os.getpid()
         self._timeout_s = timeout_s
-        self._redis = open_client(
-            redis.asyncio.Redis, url,
-            # Each wait is bounded here, and what happens after a lost link is decided here.
-            retry=Retry(NoBackoff(), 0), socket_timeout=None, socket_connect_timeout=timeout_s, protocol=2,
-        )  # fmt: skip
-        self._line = Line(self._redis, shown_address(url), timeout_s)
+        store = Store(url, timeout_s=timeout_s)
+        self._redis = store.client()
+        self._links = store.links()
+        self._line = Line(self._redis, str(store), timeout_s)
         self._census = Census(self._line, prefix)
         self._routing = Routing(
-            self._line, self._redis, prefix,
+            self._line, self._links, prefix,
             timeout_s=timeout_s, inbox_max=inbox_max, kept_max=kept_max, kept_ttl_s=kept_ttl_s,
+            counts_hearers=not store.is_cluster,
         )  # fmt: skip
         self._schedule = Schedule(self._line.ask, prefix)
         self._jobs_max = jobs_max
@@ -382,14 +379,14 @@ class Backend(Sending):
     def events(self) -> Events:
         """Hear who comes and goes; the servers say it where their setting ``events`` is on."""
         self._check_process()
-        events = Events(self._redis, self._events_channel, self._timeout_s)
+        events = Events(self._links, self._events_channel, self._timeout_s)
         self._hearing.add(events)
         return events
 
     def demand(self) -> Demand:
         """Hear which codes have a subscriber anywhere: first all, then what changes."""
         self._check_process()
-        demand = Demand(self._redis, self._prefix, self._timeout_s)
+        demand = Demand(self._redis, self._links, self._prefix, self._timeout_s)
         self._hearing.add(demand)
         return demand
 

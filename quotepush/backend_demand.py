@@ -6,13 +6,13 @@ lacked it for ``GRACE_S``.
 """
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Iterable
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import orjson
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from quotepush.cluster.commands import ClusterKeys
@@ -20,6 +20,7 @@ from quotepush.cluster.demand import is_code
 from quotepush.cluster.hearing import hear
 from quotepush.cluster.sets import RegistryKeys, scan_page
 from quotepush.errors import BackendUnavailable, reason_of
+from quotepush.store.clients import Links
 
 __all__ = ["Demand", "DemandChange", "Wanted"]
 
@@ -118,13 +119,15 @@ class Demand:
     missed follows as a change. ``code in demand`` says whether a code is wanted, as far as is known at the moment.
 
     Args:
-        redis: of the registry, with no retries of its own.
+        redis: a client of the registry.
+        links: of the registry, too.
         prefix: the servers' ``redis_prefix``.
         timeout_s: the longest wait for the link, and for a page of the set.
     """
 
-    def __init__(self, redis: Redis, prefix: str, timeout_s: float) -> None:
+    def __init__(self, redis: Any, links: Links, prefix: str, timeout_s: float) -> None:
         self._redis = redis
+        self._links = links
         self._channel = ClusterKeys(prefix).demand
         self._set = RegistryKeys(prefix, "", "").codes
         self._timeout_s = timeout_s
@@ -219,14 +222,12 @@ class Demand:
             await asyncio.sleep(random.uniform(0.5, 1.0) * backoff_s)
 
     async def _hear(self, is_heard: asyncio.Event) -> None:
-        async with asyncio.timeout(self._timeout_s) as bound:
-            async for said in hear(self._redis, self._channel):
+        async with contextlib.aclosing(hear(self._links, self._channel, timeout_s=self._timeout_s)) as heard:
+            async for said in heard:
                 if said is None:
-                    bound.reschedule(None)  # from here on nothing may be said for as long as it likes
                     is_heard.set()
                 else:
                     self._take(said)
-        raise ConnectionError("the link was lost")
 
     def _take(self, said: bytes) -> None:
         try:

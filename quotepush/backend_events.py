@@ -5,6 +5,7 @@ that is lost is made anew until :meth:`Events.aclose`, and that events may be mi
 """
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import deque
@@ -12,11 +13,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import orjson
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from quotepush.cluster.hearing import hear
 from quotepush.errors import BackendUnavailable, reason_of
+from quotepush.store.clients import Links
 
 __all__ = ["Events"]
 
@@ -33,12 +34,11 @@ class Events:
     happens after its beginning is heard; else whatever happens after the first event was asked for.
 
     Args:
-        redis: with no retries of its own.
         timeout_s: the longest wait for the link.
     """
 
-    def __init__(self, redis: Redis, channel: str, timeout_s: float) -> None:
-        self._redis = redis
+    def __init__(self, links: Links, channel: str, timeout_s: float) -> None:
+        self._links = links
         self._channel = channel
         self._timeout_s = timeout_s
         self._events: deque[dict[str, Any]] = deque()
@@ -102,15 +102,13 @@ class Events:
         attempt = 0
         while True:
             try:
-                async with asyncio.timeout(self._timeout_s) as bound:
-                    async for said in hear(self._redis, self._channel):
+                async with contextlib.aclosing(hear(self._links, self._channel, timeout_s=self._timeout_s)) as heard:
+                    async for said in heard:
                         if said is None:
-                            bound.reschedule(None)  # from here on nothing may be said for as long as it likes
                             attempt = 0
                             await self._tell_link(first)
                         else:
                             await self._tell(said)
-                self._reason = "the link was lost"
             except (RedisError, OSError) as e:
                 self._reason = reason_of(e, self._timeout_s)
             backoff_s = min(_MOST_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** min(attempt, 10))

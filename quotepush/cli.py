@@ -18,6 +18,7 @@ from quotepush import settings as settings_module
 from quotepush.commanding import COMMANDS
 from quotepush.errors import OperatorError, SettingsError
 from quotepush.settings import Settings, flag_type
+from quotepush.store.address import without_password
 
 __all__ = ["main"]
 
@@ -78,7 +79,7 @@ def check(config: str | None, **flags: Any) -> None:
     """Name every fault of a configuration at once; start nothing."""
     settings = settings_module.load(config, flags=flags)
     click.echo(f"the configuration is right: node {settings.node}, {settings.worker_count} workers, ", nl=False)
-    click.echo(f"Redis at {settings_module.without_password(settings.feed_redis)}, ", nl=False)
+    click.echo(f"Redis at {without_password(settings.feed_redis)}, ", nl=False)
     if not settings.has_tokens:
         click.echo("no tokens: everybody may subscribe")
     else:

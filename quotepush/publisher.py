@@ -14,12 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import urlsplit
 
-import redis
-import redis.asyncio
-from redis.asyncio.retry import Retry as AsyncRetry
-from redis.backoff import NoBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -33,13 +28,13 @@ from redis.exceptions import (
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.retry import Retry
 
 from quotepush.batches import SCRIPT, SCRIPT_SHA, Batches
 from quotepush.errors import RedisUnavailable, SettingsError, reason_of
 from quotepush.ingest.keys import FeedKeys
+from quotepush.store.clients import Store, hang_up
 
-__all__ = ["BlockingPublisher", "Publisher", "open_client", "shown_address"]
+__all__ = ["BlockingPublisher", "Publisher"]
 
 _TIMEOUT_S = 5.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.05, 2.0
@@ -77,13 +72,14 @@ class _Publisher(ABC):
             raise SettingsError(["copies: a channel with {code} where the code goes"])
         if log_batches < 1:
             raise SettingsError(["log_batches: at least 1"])
-        self._where = shown_address(url)
+        store = Store(url, timeout_s=_TIMEOUT_S if give_up_s is None else max(0.05, min(_TIMEOUT_S, give_up_s)))
+        self._where = str(store)
         self._give_up_s = give_up_s
         self._timeout_s = _TIMEOUT_S if give_up_s is None else max(0.05, min(_TIMEOUT_S, give_up_s))
         self._on_link = on_link
         self._is_away = False
-        self._batches = Batches(FeedKeys(prefix), log_batches, copies)
-        self._redis = self._client(url)
+        self._batches = Batches(FeedKeys(prefix, store.is_cluster), log_batches, copies)
+        self._redis = self._client(store)
 
     @property
     def epoch(self) -> str:
@@ -91,7 +87,7 @@ class _Publisher(ABC):
         return self._batches.epoch
 
     @abstractmethod
-    def _client(self, url: str) -> Any: ...
+    def _client(self, store: Store) -> Any: ...
 
     def _deadline(self) -> float | None:
         return None if self._give_up_s is None else time.monotonic() + self._give_up_s
@@ -133,7 +129,7 @@ class Publisher(_Publisher):
     Several publishers may publish the same code. Batches of one are taken in the order of the calls.
 
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://``; its password is never shown.
+        url: in any form of docs/operations.md ("Which Redis"); its password is never shown.
         prefix: of every key and channel; the server's ``redis_prefix``.
         log_batches: how many batches the log keeps, about; what is older cannot be caught up.
         copies: also publish each tick on this channel (``quote.{code}``), for other readers; the server knows them
@@ -145,14 +141,9 @@ class Publisher(_Publisher):
         SettingsError: an argument is wrong.
     """
 
-    def _client(self, url: str) -> Any:
+    def _client(self, store: Store) -> Any:
         self._turn = asyncio.Lock()
-        # One attempt per call: what happens between attempts is decided here, not inside the client. One timeout per
-        # attempt, too; redis-py's is one per answer.
-        return open_client(
-            redis.asyncio.Redis, url,
-            retry=AsyncRetry(NoBackoff(), 0), socket_timeout=None, socket_connect_timeout=self._timeout_s,
-        )  # fmt: skip
+        return store.client()
 
     async def __aenter__(self) -> Self:
         return self
@@ -206,7 +197,7 @@ class Publisher(_Publisher):
                     wait_s = self._wait_s(e, attempt, deadline)
                 # What answers "read-only" is no longer what the address stands for: connect anew.
                 with contextlib.suppress(RedisError, OSError):
-                    await self._redis.connection_pool.disconnect()
+                    await hang_up(self._redis)
                 await asyncio.sleep(wait_s)
                 attempt += 1
 
@@ -228,11 +219,8 @@ class BlockingPublisher(_Publisher):
             publisher.publish([{"code": "sh600519", "last": 1688.2}])
     """
 
-    def _client(self, url: str) -> Any:
-        return open_client(
-            redis.Redis, url,
-            retry=Retry(NoBackoff(), 0), socket_timeout=self._timeout_s, socket_connect_timeout=self._timeout_s,
-        )  # fmt: skip
+    def _client(self, store: Store) -> Any:
+        return store.blocking_client(self._timeout_s)
 
     def __enter__(self) -> Self:
         return self
@@ -277,30 +265,3 @@ class BlockingPublisher(_Publisher):
         except NoScriptError:
             answer = self._redis.eval(SCRIPT, *arguments)
         return answer
-
-
-def open_client(kind: Any, url: str, **options: Any) -> Any:
-    """Return a Redis client of a kind (``redis.Redis``, ``redis.asyncio.Redis``); it connects when it is first used.
-
-    Raises:
-        SettingsError: the URL is none, or has options that Redis connections do not have.
-    """
-    try:
-        client = kind.from_url(url, **options)
-        client.connection_pool.make_connection()  # connects nowhere, but looks at the options
-    except ValueError:  # its text can hold the password
-        raise SettingsError(["not a Redis address; write redis://[:password@]host:port/0"]) from None
-    except TypeError:
-        raise SettingsError(["the address has an option that is unknown; leave out what follows its ?"]) from None
-    return client
-
-
-def shown_address(url: str) -> str:
-    """Return where a Redis URL points to, without user, password and options."""
-    try:
-        parts = urlsplit(url)
-        if parts.scheme == "unix":
-            return f"unix:{parts.path}"
-        return f"{parts.hostname or '127.0.0.1'}:{parts.port or 6379}"
-    except ValueError:
-        return "an address that is none"

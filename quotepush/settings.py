@@ -26,14 +26,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from quotepush.entitlement import MOST_RATE, BadClaim, Codes, Entitlement
 from quotepush.errors import SettingsError
+from quotepush.store.address import BadAddress, parse_address, with_password, without_password
 from quotepush.token_keys import BadKey, parse_keys, secret_key
 
-__all__ = ["ENV_PREFIX", "Settings", "default_node", "example_toml", "load", "markdown", "without_password"]
+__all__ = ["ENV_PREFIX", "Settings", "default_node", "example_toml", "load", "markdown"]
 
 ENV_PREFIX = "QUOTEPUSH_"
 _NODE = re.compile(r"[A-Za-z0-9-]{1,32}\Z")
@@ -356,25 +357,10 @@ def default_node() -> str:
     return re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname().split(".")[0]).strip("-")[:32] or "node"
 
 
-def without_password(url: str) -> str:
-    """Return a Redis URL that may be printed: the password is replaced by ``***``, in broken URLs too."""
-    # Up to the last @: in a password that nobody has quoted may stand whatever else divides a URL.
-    url = re.sub(r"//([^:@/?#]*):.*@", r"//\1:***@", url)
-    return re.sub(r"([?&]password=)[^&#]*", r"\1***", url)
-
-
 def _without_secret(name: str, value: Any) -> Any:
     if name in _URLS:
         return without_password(value)
     return "***" if name in _SECRETS and value else value
-
-
-def _with_password(url: str, password: str) -> str:
-    parts = urlsplit(url)
-    if parts.password is not None or not password:
-        return url
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username or ''}:{quote(password, safe='')}@{host}"))
 
 
 def load(
@@ -522,8 +508,8 @@ def _resolve(settings: Settings, env: Mapping[str, str], faults: list[str]) -> S
             password = _read_secret(name, getattr(settings, name), faults)
         if url:
             try:
-                urls[role] = _with_password(url, password)
-            except ValueError:
+                urls[role] = with_password(url, password)
+            except BadAddress:
                 continue  # _faults names the broken URL
         elif password:
             faults.append(f"{role}: a password is set, but no {role}")
@@ -683,16 +669,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def _redis_url_fault(url: str) -> str:
-    shown = without_password(url)
     try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        return f"{shown!r} is not a URL"
-    if parts.scheme not in ("redis", "rediss", "unix"):
-        return f"{shown!r} must begin with redis://, rediss:// or unix://"
-    if parts.scheme != "unix" and not parts.hostname:
-        return f"{shown!r} names no host"
+        parse_address(url)
+    except BadAddress as e:
+        return f"{without_password(url)!r} {e}"
     return ""
 
 

@@ -18,7 +18,7 @@ MODULES = {
 }
 
 # What each wing may import besides itself: only what stands below it. ingest, push and cluster do not know each other.
-GROUND = {"errors", "token_keys", "entitlement", "auth", "settings", "metrics"}
+GROUND = {"errors", "token_keys", "entitlement", "auth", "store", "settings", "metrics"}
 PURE = {"errors", "quote", "wire"}
 CLIENT = {
     "client_errors", "client_events", "client_frame", "client_link", "client_messages", "client_questions",
@@ -31,21 +31,22 @@ FLOORS: dict[str, set[str]] = {
     "quote": {"errors"},
     "entitlement": {"quote"},
     "auth": {"errors", "token_keys", "entitlement"},
-    "settings": {"errors", "token_keys", "entitlement"},
+    "store": {"errors"},
+    "settings": {"errors", "token_keys", "entitlement", "store"},
     "wire": {"errors", "quote"},
-    "ingest": PURE,
+    "ingest": PURE | {"store"},
     "push": PURE | {"entitlement", "auth", "settings"},
-    "cluster": PURE | {"settings"},
+    "cluster": PURE | {"settings", "store"},
     "node": GROUND | PURE | {"ingest", "push", "cluster", "quotepush", "backend", "backend_sending"},
     # Programs of their own beside the server, and the libraries for other programs.
     "batches": {"errors", "quote", "ingest"},
-    "publisher": {"errors", "ingest", "batches"},
-    "backend_events": {"errors", "cluster"},
-    "backend_demand": {"errors", "cluster"},
+    "publisher": {"errors", "store", "ingest", "batches"},
+    "backend_events": {"errors", "store", "cluster"},
+    "backend_demand": {"errors", "store", "cluster"},
     "backend_sending": {"errors", "cluster"},
-    "backend": PURE | {"cluster", "publisher", "backend_demand", "backend_events", "backend_sending"},
+    "backend": PURE | {"store", "cluster", "publisher", "backend_demand", "backend_events", "backend_sending"},
     "backend_blocking": {"errors", "cluster", "backend", "backend_demand", "backend_sending"},
-    "feed": PURE | {"publisher", "backend_demand"},
+    "feed": PURE | {"store", "publisher", "backend_demand"},
     "private_redis": {"errors"},
     "client_errors": PURE,
     "client_events": PURE,

@@ -1,36 +1,63 @@
-"""Hearing one channel of Redis until the link is lost."""
+"""Hearing channels of Redis until the link is lost."""
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
-from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.asyncio.connection import AbstractConnection
+
+from quotepush.store.clients import Links
 
 __all__ = ["hear"]
 
-_GOODBYE_S = 1.0
+_PROBE_S = 1.0  # a link that says nothing for so long is asked for a sign of life
+_LOOK_S = 2.0  # how often it is looked whether the link is still with the right server
 
 
-async def hear(redis: Redis, channel: str) -> AsyncIterator[bytes | None]:
-    """Yield None as soon as the channel is heard, and then each message; whoever iterates bounds the first wait.
+async def hear(links: Links, *channels: str, timeout_s: float = 5.0) -> AsyncGenerator[bytes | None, None]:
+    """Yield None as soon as all channels are heard, and then each message; the caller closes it.
+
+    Args:
+        timeout_s: the longest wait for a connection.
 
     Raises:
-        RedisError, OSError: the link cannot be made, or is lost.
+        RedisError, OSError, TimeoutError: the link cannot be made, or is lost, or leads to what is no longer the right
+            server.
     """
-    pubsub = redis.pubsub()
-    is_heard = False
+    async with asyncio.timeout(timeout_s):
+        connection = await links.connect()
+    looking = asyncio.create_task(_look(links, connection), name="look after a link")
     try:
-        await pubsub.subscribe(channel)
-        async for message in pubsub.listen():
-            if message["type"] == "subscribe":
-                if is_heard:  # redis-py has made the link anew by itself; what was said meanwhile is lost
-                    raise ConnectionError("the link was lost")
-                is_heard = True
+        async with asyncio.timeout(timeout_s):
+            await connection.send_command("SUBSCRIBE", *channels)
+        is_asked = False
+        while True:
+            try:
+                async with asyncio.timeout(_PROBE_S):
+                    said = await connection.read_response(disconnect_on_error=False)
+            except TimeoutError:
+                said = None
+            if looking.done():
+                raise ConnectionError("it led to a server that is no longer the right one")
+            if said is None:
+                if is_asked:
+                    raise TimeoutError("no answer of Redis")
+                async with asyncio.timeout(_PROBE_S):
+                    await connection.send_command("PING")
+                is_asked = True
+                continue
+            is_asked = False
+            if said[0] == b"message":
+                yield said[2]
+            elif said[0] == b"subscribe" and said[2] == len(channels):
                 yield None
-            elif message["type"] == "message":
-                yield message["data"]
     finally:
-        with contextlib.suppress(RedisError, OSError):
-            async with asyncio.timeout(_GOODBYE_S):
-                await pubsub.aclose()  # type: ignore[no-untyped-call]
+        looking.cancel()
+        await connection.disconnect(nowait=True)
+
+
+async def _look(links: Links, connection: AbstractConnection) -> None:
+    """Return when a connection is no longer with the right server."""
+    while True:
+        if not await links.is_current(connection):
+            return
+        await asyncio.sleep(_LOOK_S)

@@ -16,8 +16,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from redis.asyncio import ConnectionPool
-from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import NoPermissionError, RedisError
 
 from quotepush.cluster.commands import (
@@ -31,8 +29,10 @@ from quotepush.cluster.commands import (
     new_id,
     parse_command,
 )
+from quotepush.cluster.hearing import hear
 from quotepush.cluster.kept import keep, take
 from quotepush.cluster.mail import Mail, move_mail, put_back
+from quotepush.store.clients import Links
 
 __all__ = ["Give", "Inbox"]
 
@@ -41,7 +41,6 @@ log = logging.getLogger("quotepush.main")
 # Carries out a command on this node's sessions; the callback gets the reply, once, in bounded time.
 Give = Callable[[Command, bytes, Callable[[Reply], None]], None]
 
-_PROBE_S = 1.0  # a link that says nothing for so long is asked for a sign of life
 _LOOK_S = 2.0  # into the inbox, in case the poke was lost
 _MAX_WAITING = 10_000  # replies
 _AGAIN_S = 1.0
@@ -55,7 +54,7 @@ class Inbox:
 
     Args:
         redis: a client of the registry that answers with bytes.
-        pool: makes the connection on which commands are heard; nothing else uses it.
+        links: make the connection on which commands are heard.
         give: see :data:`Give`.
         concurrency: kept commands in work at a time.
         kept_max: messages that wait for one user.
@@ -75,7 +74,7 @@ class Inbox:
     def __init__(
         self,
         redis: Any,
-        pool: ConnectionPool,
+        links: Links,
         keys: ClusterKeys,
         node: str,
         give: Give,
@@ -88,7 +87,7 @@ class Inbox:
         may_work: Callable[[], bool] = lambda: True,
     ) -> None:
         self._redis = redis
-        self._pool = pool
+        self._links = links
         self._keys = keys
         self._node = node
         self._give = give
@@ -149,32 +148,15 @@ class Inbox:
 
     async def _hear(self) -> None:
         """Hear commands on one connection until it is lost."""
-        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await connection.connect()  # type: ignore[no-untyped-call]
-                await connection.send_command("SUBSCRIBE", self._keys.to_node(self._node), self._keys.to_all)
-            is_asked = False
-            while True:
-                try:
-                    async with asyncio.timeout(_PROBE_S):
-                        said = await connection.read_response(disconnect_on_error=False)
-                except TimeoutError:
-                    if is_asked:
-                        raise TimeoutError("no answer of Redis") from None
-                    async with asyncio.timeout(_PROBE_S):
-                        await connection.send_command("PING")
-                    is_asked = True
+        channels = self._keys.to_node(self._node), self._keys.to_all
+        async with contextlib.aclosing(hear(self._links, *channels, timeout_s=self._timeout_s)) as said:
+            async for text in said:
+                if text is not None:
+                    self._take(text)
                     continue
-                is_asked = False
-                if said[0] == b"message":
-                    self._take(said[2])
-                elif said[0] == b"subscribe" and said[2] == 2:
-                    self.is_up, self.is_forbidden = True, False
-                    self._has_mail.set()  # a poke may have been lost
-                    self._on_up()
-        finally:
-            await connection.disconnect(nowait=True)
+                self.is_up, self.is_forbidden = True, False
+                self._has_mail.set()  # a poke may have been lost
+                self._on_up()
 
     def _take(self, text: bytes) -> None:
         try:

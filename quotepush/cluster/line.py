@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from quotepush.cluster.sets import SLICE_COMMANDS
 from quotepush.errors import BackendUnavailable, reason_of
+from quotepush.store.clients import hang_up
 
 __all__ = ["Line", "Words"]
 
@@ -28,12 +28,12 @@ class Line:
     """Asks Redis.
 
     Args:
-        redis: with no retries and no socket timeout of its own; the caller closes it.
+        redis: a client of a :class:`~quotepush.store.clients.Store`; the caller closes it.
         where: its address, as it may be shown.
         timeout_s: the longest wait of one :meth:`ask` (or of each 200 commands of it), its turn included.
     """
 
-    def __init__(self, redis: Redis, where: str, timeout_s: float) -> None:
+    def __init__(self, redis: Any, where: str, timeout_s: float) -> None:
         self._redis = redis
         self._where = where
         self._timeout_s = timeout_s
@@ -128,7 +128,7 @@ class Line:
         """What answers "read-only" is no longer what the address stands for, and half a reply is none."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                await self._redis.connection_pool.disconnect(inuse_connections=False)
+                await hang_up(self._redis, in_use=False)
         except (RedisError, OSError):
             pass
 

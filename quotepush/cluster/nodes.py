@@ -1,7 +1,7 @@
 """The lives of a node: finding what a dead one left in the registry, and removing exactly that."""
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from redis.asyncio import Redis
 
@@ -15,6 +15,7 @@ from quotepush.cluster.sets import (
     scan_page,
     text,
 )
+from quotepush.store.cluster import ClusterClient
 
 __all__ = ["Told", "cut_connection", "lives_of", "purge", "purge_life", "purge_node"]
 
@@ -82,12 +83,15 @@ def _users_of(found: Mapping[str, Sequence[str]]) -> dict[str, str]:
     return {fd: tag[2:] for fd, tags in found.items() for tag in tags if tag.startswith("u:")}
 
 
-async def cut_connection(redis: Redis, node: str, life: str, client_id: int) -> bool:
+async def cut_connection(redis: Any, node: str, life: str, client_id: int) -> bool:
     """Close the Redis connection of a dead worker's mirror, with every command of it that Redis has not read yet.
 
     True if it was still there. An id alone does not name a connection, as Redis counts from 1 again when it restarts;
     the mirror gave its connection a name. A Redis without ``CLIENT LIST ID`` (before 6.2) raises ``ResponseError``.
+    In a Redis Cluster the worker has a connection to each node: there they are found by this name alone.
     """
+    if isinstance(redis, ClusterClient):
+        return await redis.cut(connection_name(node, life))
     entries = await redis.client_list(client_id=[str(client_id)])
     if not any(entry.get("name") == connection_name(node, life) for entry in entries):
         return False

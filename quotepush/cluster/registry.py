@@ -32,10 +32,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from itertools import islice
 from typing import Any
 
-from redis.asyncio import Redis
 from redis.asyncio.connection import AbstractConnection
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
@@ -58,6 +55,7 @@ from quotepush.cluster.sets import (
     with_members,
     withdraw,
 )
+from quotepush.store.clients import Store, greet_with, hang_up, log_in, reach
 
 __all__ = ["RegistryMirror", "registry_client"]
 
@@ -79,7 +77,8 @@ class RegistryMirror:
     the differences every ``interval_s``. Changes that Redis does not take (it is away, full, read-only, loading) wait
     in memory, one entry per fd, however long it lasts.
 
-    The client must be the mirror's own and hold one connection, as :func:`registry_client` makes it: a lost connection
+    The client must be the mirror's own and hold one connection (to each node of a Redis Cluster), as
+    :func:`registry_client` makes it: a lost connection
     is what tells the mirror that Redis may have come back with other contents. ``SLICE_TIMEOUT_S`` bounds each wait for
     Redis, whatever socket timeouts the client has. The caller closes the client.
 
@@ -93,7 +92,7 @@ class RegistryMirror:
             the sets of codes it reads is bounded by :class:`~quotepush.cluster.comparing.CodeComparison`.
         on_client_id: gets the ``CLIENT ID`` of each new connection before anything is written through it, so that
             somebody else can cut it off (:func:`cut_connection`) before purging a dead worker's life.
-            Redis Cluster has a connection and an id per master, so a cluster client is not asked.
+            With a Redis Cluster it gets the ids of the connections to all of its nodes.
         told: called with each code that nobody in the cluster watched before (True), or watches any more (False).
 
     Attributes:
@@ -102,7 +101,7 @@ class RegistryMirror:
 
     def __init__(
         self,
-        redis: Redis,
+        redis: Any,
         *,
         prefix: str,
         node: str,
@@ -129,7 +128,7 @@ class RegistryMirror:
         self.repairs = 0
         self._healthy = False
         self._away_since: float | None = None
-        self._client_id: int | None = None
+        self._client_ids: dict[tuple[str, int], int] = {}  # by where the server is
         self._may_connect = False
         self._is_doubted = False
 
@@ -147,8 +146,7 @@ class RegistryMirror:
             redis, self._keys, written=self._written, audience=self._audience, is_ours=self._is_ours
         )
 
-        if isinstance(redis, Redis):
-            redis.connection_pool.connection_kwargs["redis_connect_func"] = self._greet
+        greet_with(redis, self._greet)
 
     _make_keys: Callable[[str, str, str], RegistryKeys] = RegistryKeys
 
@@ -275,16 +273,13 @@ class RegistryMirror:
         """Drop the connection if there is one and open another; the only place where that may happen."""
         try:
             async with asyncio.timeout(SLICE_TIMEOUT_S):
-                if isinstance(self._redis, Redis):
-                    await self._redis.connection_pool.disconnect()
-                else:
-                    await self._redis.aclose()  # a cluster client connects again by itself
+                await hang_up(self._redis)
         except REDIS_TROUBLE:
             pass  # it was broken already, which is why we are here
         self._may_connect = True
         try:
             async with asyncio.timeout(SLICE_TIMEOUT_S):
-                await self._redis.ping()
+                await reach(self._redis)
         finally:
             self._may_connect = False
 
@@ -297,18 +292,19 @@ class RegistryMirror:
         if not self._may_connect:
             raise RedisConnectionError("the connection was lost")
         try:
-            await connection.on_connect()
+            await log_in(connection)
+            place = getattr(connection, "host", ""), getattr(connection, "port", 0)
             await self._ask(connection, "CLIENT", "SETNAME", self._connection_name)
-            if self._client_id is not None:
+            if (last := self._client_ids.get(place)) is not None:
                 # After a time-out Redis may not have read all that we sent; it must not come after what we send now.
                 # Ids start again when Redis does, so the name has to be ours too.
-                entry = text(await self._ask(connection, "CLIENT", "LIST", "ID", self._client_id) or "")
+                entry = text(await self._ask(connection, "CLIENT", "LIST", "ID", last) or "")
                 if f" name={self._connection_name} " in entry:
-                    await self._ask(connection, "CLIENT", "KILL", "ID", self._client_id)
+                    await self._ask(connection, "CLIENT", "KILL", "ID", last)
             await connection.send_command("CLIENT", "ID")
-            self._client_id = int(await connection.read_response())
+            self._client_ids[place] = client_id = int(await connection.read_response())
             if self._on_client_id is not None:
-                self._on_client_id(self._client_id)
+                self._on_client_id(client_id)
         except BaseException:
             await connection.disconnect(nowait=True)  # redis-py would use it, greeted or not
             raise
@@ -565,20 +561,13 @@ class RegistryMirror:
         return len(fds)
 
 
-def registry_client(url: str, *, connect_timeout_s: float = 5.0, **options: Any) -> Redis:
-    """A client that is fit for a mirror: one connection, no retries behind its back.
+def registry_client(url: str, *, connect_timeout_s: float = 5.0, **options: Any) -> Any:
+    """A client that is fit for a mirror: one connection, to each node where it is a cluster.
 
-    It has no socket timeout, which redis-py would set up anew for each reply of a pipeline (2 µs of 10): the mirror
-    bounds every wait itself. ``options`` go to :meth:`redis.asyncio.Redis.from_url`. The caller closes it.
+    The mirror bounds every wait itself. ``options`` go to :meth:`quotepush.store.clients.Store.client`. The caller
+    closes it.
     """
-    return Redis.from_url(
-        url,
-        max_connections=1,
-        socket_timeout=None,
-        socket_connect_timeout=connect_timeout_s,
-        retry=Retry(NoBackoff(), 0),
-        **options,
-    )
+    return Store(url, timeout_s=connect_timeout_s).client(max_connections=1, **options)
 
 
 def _brief(error: Exception) -> str:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from msgspec.structs import replace
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from quotepush.cluster.census import Census
@@ -34,6 +33,7 @@ from quotepush.cluster.hearing import hear
 from quotepush.cluster.line import Line, Words
 from quotepush.cluster.sets import text
 from quotepush.errors import BackendUnavailable, CallRefused
+from quotepush.store.clients import Links
 
 __all__ = ["Answers", "Routing", "Sent"]
 
@@ -118,26 +118,29 @@ class Routing:
 
     Args:
         line: for everything but hearing.
-        redis: for hearing; with no retries of its own. The caller closes it.
+        links: for hearing.
         timeout_s: the longest wait for the answers of nodes.
         inbox_max: about how many commands wait for one node at most; the oldest go first.
         kept_max: how many messages wait for one user at most; the oldest go first.
         kept_ttl_s: how long they wait.
+        counts_hearers: what PUBLISH answers is how many have heard it; a Redis Cluster counts those of one node.
     """
 
     def __init__(
         self,
         line: Line,
-        redis: Redis,
+        links: Links,
         prefix: str,
         *,
         timeout_s: float,
         inbox_max: int = 10_000,
         kept_max: int = 100,
         kept_ttl_s: int = 86_400,
+        counts_hearers: bool = True,
     ) -> None:
         self._line = line
-        self._redis = redis
+        self._links = links
+        self._counts_hearers = counts_hearers
         self._keys = ClusterKeys(prefix)
         self._census = Census(line, prefix)
         self._timeout_s = timeout_s
@@ -300,16 +303,20 @@ class Routing:
 
     async def _say(self, name: str, calls: Sequence[_Call], is_kept: bool) -> set[str]:
         """Publish the commands; return the nodes that surely have not heard theirs."""
-        commands: list[Words] = []
+        kept: list[Words] = []
+        said: list[Words] = []
         for channel, command, nodes in calls:
-            said = encode(replace(command, id=name, reply=self._channel))
+            words = encode(replace(command, id=name, reply=self._channel))
             if is_kept:
                 bound = ("MAXLEN", "~", self._inbox_max)
-                commands += [("XADD", self._keys.inbox(node), *bound, "*", "c", said) for node in nodes]
-                said = encode(Command(op="poke"))
-            commands.append(("PUBLISH", channel, said))
-        answers = await self._line.ask(*commands)
-        heard = [count for (verb, *_), count in zip(commands, answers, strict=True) if verb == "PUBLISH"]
+                kept += [("XADD", self._keys.inbox(node), *bound, "*", "c", words) for node in nodes]
+                words = encode(Command(op="poke"))
+            said.append(("PUBLISH", channel, words))
+        # In a Redis Cluster inboxes and channels are with several servers: no poke may come before its mail.
+        await self._line.ask(*kept)
+        heard = await self._line.ask(*said)
+        if not self._counts_hearers:
+            return set()
         return {node for count, (_, _, nodes) in zip(heard, calls, strict=True) for node in nodes if not count}
 
     def _take(self, said: bytes) -> None:
@@ -345,11 +352,12 @@ class Routing:
     async def _hear(self, heard: "asyncio.Future[None]") -> None:
         reason: Exception = ConnectionError("closed")
         try:
-            async for said in hear(self._redis, self._channel):
-                if said is None:
-                    heard.set_result(None)
-                else:
-                    self._take(said)
+            async with contextlib.aclosing(hear(self._links, self._channel)) as said:
+                async for text in said:
+                    if text is None:
+                        heard.set_result(None)
+                    else:
+                        self._take(text)
         except (RedisError, OSError) as e:
             reason = e
         finally:

@@ -11,17 +11,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import orjson
-import redis.asyncio as aioredis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from quotepush.errors import RedisUnavailable, SettingsError, reason_of
 from quotepush.feed.replay import CodedTick
-from quotepush.publisher import Publisher, open_client, shown_address
+from quotepush.publisher import Publisher
 from quotepush.quote.tick import BadTick
+from quotepush.store.address import shown_address
+from quotepush.store.clients import Store
 
 __all__ = ["CODE_PLACE", "LoggedPublisher", "PlainPublisher", "TickPublisher"]
 
@@ -61,7 +60,7 @@ class LoggedPublisher:
     """Publishes through a `Publisher`: numbered, kept, logged, and once.
 
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://``; its password is never shown.
+        url: in any form of docs/operations.md ("Which Redis"); its password is never shown.
         prefix: the server's ``redis_prefix``.
         waits: what happens while Redis is away. True: `publish` waits. False: ticks are dropped and counted; only the
             batch that was under way waits by itself.
@@ -161,7 +160,7 @@ class PlainPublisher:
     """Publishes each tick as one JSON message on the channel of its code.
 
     Args:
-        url: ``redis://``, ``rediss://`` or ``unix://``; its password is never shown.
+        url: in any form of docs/operations.md ("Which Redis"); its password is never shown.
         channel: template with `CODE_PLACE`; without it every tick goes to the one channel and carries its ``code``.
         waits: what happens while Redis is away. True: `publish` waits and sends the batch that was under way again,
             so a tick can arrive twice but none is lost that Redis had not taken. False: ticks are dropped and counted.
@@ -181,15 +180,8 @@ class PlainPublisher:
         self._warn = warn
         self._reconnecting: asyncio.Task[None] | None = None
         try:
-            # One attempt per call: what happens between attempts is decided here, not inside the client.
-            self._redis = open_client(
-                aioredis.Redis,
-                url,
-                retry=Retry(NoBackoff(), 0),
-                # The timeout is one per batch, in `_exchange`: with one per answer a tick cost 17 µs on uvloop, not 11.
-                socket_timeout=None,
-                socket_connect_timeout=_TIMEOUT_S,
-            )
+            # The timeout is one per batch, in `_exchange`: with one per answer a tick cost 17 µs on uvloop, not 11.
+            self._redis = Store(url, timeout_s=_TIMEOUT_S).client()
         except SettingsError as e:
             raise _of_flag(e) from None
 

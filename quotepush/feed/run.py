@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-import redis.asyncio as aioredis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from quotepush.backend_demand import Demand
@@ -27,7 +24,7 @@ from quotepush.feed.replay import CodedTick
 from quotepush.feed.sieve import Sieve
 from quotepush.feed.simulate import Market
 from quotepush.feed.sources import MAX_BATCH, Clock, piped, replayed, simulated
-from quotepush.publisher import open_client, shown_address
+from quotepush.store.clients import Store
 
 __all__ = ["FeedOptions", "FeedSummary", "JsonLines", "Recording", "Simulation", "Source", "run_feed"]
 
@@ -303,17 +300,13 @@ class _Following:
     """The link on which a feed hears what is wanted."""
 
     def __init__(self, options: FeedOptions) -> None:
-        url = options.registry_url or options.redis_url
-        self._where = shown_address(url)
         try:
-            self._redis = open_client(
-                aioredis.Redis, url,
-                # Each wait is bounded, and what happens after a lost link decided, by whoever uses it.
-                retry=Retry(NoBackoff(), 0), socket_timeout=None, socket_connect_timeout=_TIMEOUT_S, protocol=2,
-            )  # fmt: skip
+            store = Store(options.registry_url or options.redis_url, timeout_s=_TIMEOUT_S)
         except SettingsError as e:
             raise SettingsError([f"--registry: {fault}" for fault in e.faults]) from None
-        self.demand = Demand(self._redis, options.prefix, _TIMEOUT_S)
+        self._where = str(store)
+        self._redis = store.client()
+        self.demand = Demand(self._redis, store.links(), options.prefix, _TIMEOUT_S)
 
     async def begin(self) -> None:
         """Return when it is known what is wanted.

@@ -21,12 +21,12 @@ from collections.abc import Callable
 from typing import Any
 
 import hiredis
-from redis.asyncio import ConnectionPool
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError
 
 from quotepush.ingest.probe import LinkProbe
 from quotepush.quote.code import BadCode, parse_code
+from quotepush.store.clients import Links
 
 __all__ = ["ChannelTable", "FeedListener"]
 
@@ -41,6 +41,8 @@ _OWN_ROUTE: tuple[bytes, str | None] = (b"\0", None)
 # a tick cost main 19 µs without this rest and 13 µs with it (docs/performance.md). At a low rate nothing waits.
 _REST_S = 0.001
 _LOOK_S = 0.01
+# A server that is cut off from the others answers each probe and hears no tick any more.
+_LOOK_AROUND_S = 2.0
 
 
 class ChannelTable:
@@ -159,7 +161,7 @@ class FeedListener:
     """Reads ticks for ever.
 
     Args:
-        pool: makes the connection; nothing else uses it.
+        links: make the connection.
         merge: takes code (None: the tick names it), payload and arrival (epoch milliseconds); returns
             what it has made of them when there is news, else None.
         publish: takes the news.
@@ -177,7 +179,7 @@ class FeedListener:
 
     def __init__(
         self,
-        pool: ConnectionPool,
+        links: Links,
         templates: list[str],
         *,
         merge: Callable[[str | None, bytes, int], Any],
@@ -191,7 +193,7 @@ class FeedListener:
         probe_timeout_s: float,
         timeout_s: float,
     ) -> None:
-        self._pool = pool
+        self._links = links
         self._channels = ChannelTable(templates, own_prefix)
         self._log_channel = log_channel
         self._take_batch = take_batch
@@ -236,10 +238,10 @@ class FeedListener:
                 self._on_link(False)
 
     async def _run_link(self) -> None:
-        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        async with asyncio.timeout(self._timeout_s):
+            connection = await self._links.connect()
         try:
             async with asyncio.timeout(self._timeout_s):
-                await connection.connect()  # type: ignore[no-untyped-call]
                 # New ones before the first byte: of the last link half a message may be left.
                 self._replies = hiredis.Reader()
                 self._probe = LinkProbe(self._probe_timeout_s)
@@ -254,6 +256,7 @@ class FeedListener:
             async with asyncio.TaskGroup() as group:
                 group.create_task(link.wait_until_lost())
                 group.create_task(self._keep_probing(connection))
+                group.create_task(self._keep_looking(connection))
         finally:
             await connection.disconnect(nowait=True)
 
@@ -269,6 +272,12 @@ class FeedListener:
                 await asyncio.sleep(_LOOK_S)
             if self._probe.is_dead(loop.time()):
                 raise TimeoutError(f"no answer for {self._probe.waiting_s(loop.time()):.1f} s")
+
+    async def _keep_looking(self, connection: AbstractConnection) -> None:
+        while True:
+            if not await self._links.is_current(connection):
+                raise ConnectionError("it led to a server that is no longer the right one")
+            await asyncio.sleep(_LOOK_AROUND_S)
 
     def _take_chunk(self, chunk: bytes) -> None:  # hot
         self._probe.heard(time.monotonic())

@@ -30,6 +30,7 @@ from quotepush.errors import reason_of
 from quotepush.ingest.keys import FeedKeys
 from quotepush.quote.board import GAP, NEW_EPOCH, Board, Quote
 from quotepush.quote.ring import Ring
+from quotepush.store.clients import hang_up
 
 __all__ = ["LogFollower"]
 
@@ -247,7 +248,9 @@ class LogFollower:
             await self._wake.wait()  # no timeout: the listener wakes us with every new link
             self._wake.clear()
             # What cut the feed's link has most likely cut the connections that wait here, too.
-            await self._redis.connection_pool.disconnect(inuse_connections=False)
+            with contextlib.suppress(RedisError, OSError):
+                async with asyncio.timeout(self._timeout_s):
+                    await hang_up(self._redis, in_use=False)
             if not await self._try_to_catch_up():
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_FORBIDDEN_RETRY_S if self.is_forbidden else _RETRY_S):

@@ -17,6 +17,7 @@ import msgspec
 import orjson
 from redis.exceptions import NoScriptError, RedisError
 
+from quotepush.ingest.keys import FeedKeys
 from quotepush.quote.board import Board, Quote
 
 __all__ = ["RowStore"]
@@ -51,11 +52,11 @@ class RowStore:
     """
 
     def __init__(
-        self, redis: Any, prefix: str, board: Board, *, interval_s: float, max_age_s: int, timeout_s: float
+        self, redis: Any, keys: FeedKeys, board: Board, *, interval_s: float, max_age_s: int, timeout_s: float
     ) -> None:
         self._redis = redis
-        self._row = f"{prefix}row:"
-        self._index = f"{prefix}rows"
+        self._row = keys.row
+        self._index = keys.rows
         self._board = board
         self._interval_s = interval_s
         self._max_age_s = max_age_s

@@ -21,7 +21,6 @@ from typing import Any
 
 import uvloop
 from aiohttp import web
-from redis.asyncio import ConnectionPool, Redis
 from redis.exceptions import RedisError
 from setproctitle import setproctitle
 
@@ -52,7 +51,8 @@ from quotepush.quote.board import Board, TradingDays
 from quotepush.quote.code import BadCode, parse_code
 from quotepush.quote.delay import DelayLine
 from quotepush.quote.ring import Ring
-from quotepush.settings import Settings, without_password
+from quotepush.settings import Settings
+from quotepush.store.clients import Store
 
 __all__ = ["serve"]
 
@@ -143,24 +143,19 @@ class _Main:
         loop.add_signal_handler(signal.SIGHUP, lambda: None)
         max_connections = _raise_file_limit(settings.max_connections)
         sockets = inherited_sockets() or await _open_public(settings)
-        try:
-            feed_pool = _listening_pool(settings, settings.feed_redis, "feed")
-            log_redis = _redis_client(settings, settings.feed_redis, "log")
-            keys = FeedKeys(settings.redis_prefix)
-            registry = _redis_client(settings, settings.registry_url, "main")
-            command_pool = _listening_pool(settings, settings.registry_url, "commands")
-            self._switchboard = Switchboard(
-                settings, registry, command_pool,
-                on_up=self._tell_readiness, on_lost=self._give_up, on_removed=self._doubt_registry,
-            )  # fmt: skip
-            for pool in (feed_pool, log_redis.connection_pool, registry.connection_pool, command_pool):
-                pool.make_connection()  # type: ignore[no-untyped-call]  # connects nowhere, but looks at the options
-        except (TypeError, ValueError) as e:
-            raise SettingsError([f"feed_redis or registry_redis: a wrong option in the URL: {e}"]) from None
+        feed = _store(settings, settings.feed_redis)
+        store = _store(settings, settings.registry_url)
+        log_redis = feed.client("log")
+        registry = store.client("main")
+        keys = FeedKeys(settings.redis_prefix, feed.is_cluster)
+        self._switchboard = Switchboard(
+            settings, registry, store.links("commands"),
+            on_up=self._tell_readiness, on_lost=self._give_up, on_removed=self._doubt_registry,
+        )  # fmt: skip
         keeping_name: asyncio.Task[None] | None = None
         try:
-            await _check_redis(Redis(connection_pool=feed_pool), "feed_redis", settings.feed_redis, settings)
-            await _check_redis(registry, "registry_redis", settings.registry_url, settings)
+            await _check_redis(log_redis, "feed_redis", feed, settings)
+            await _check_redis(registry, "registry_redis", store, settings)
             try:
                 if not await self._joins():
                     return
@@ -168,9 +163,8 @@ class _Main:
                 began_us = await redis_us(registry) - time.monotonic_ns() // 1000
                 removed = await purge_node(registry, settings.redis_prefix, settings.node, told=self._switchboard.told)
             except (RedisError, OSError, TimeoutError) as e:
-                shown = without_password(settings.registry_url)
                 reason = reason_of(e, settings.redis_timeout_s)
-                raise RedisUnavailable("registry_redis", shown, reason) from None
+                raise RedisUnavailable("registry_redis", str(store), reason) from None
             if removed:
                 log.info("registry: %d connections of an earlier life removed", removed)
             self._follower = LogFollower(
@@ -184,7 +178,7 @@ class _Main:
                 timeout_s=settings.redis_timeout_s,
             )
             self._listener = FeedListener(
-                feed_pool,
+                feed.links("feed"),
                 settings.feed_channels,
                 merge=self._board.apply,
                 publish=self._relay.offer,
@@ -200,7 +194,7 @@ class _Main:
             await self._follower.begin()
             self._rows = RowStore(
                 registry,
-                settings.redis_prefix,
+                FeedKeys(settings.redis_prefix, store.is_cluster),
                 self._board,
                 interval_s=settings.rows_interval_s,
                 max_age_s=settings.last_max_age_s,
@@ -249,8 +243,6 @@ class _Main:
                         await self._switchboard.leave()
                 await registry.aclose()
                 await log_redis.aclose()
-                await feed_pool.aclose()
-                await command_pool.aclose()
 
     async def _joins(self) -> bool:
         """Take this node's name, which may take as long as its lease; False: we were stopped before."""
@@ -502,16 +494,8 @@ def _public_url(settings: Settings, listening: socket.socket) -> str:
     return f"{'https' if settings.tls_cert else 'http'}://{_address(listening)}{settings.base_path}/"
 
 
-def _listening_pool(settings: Settings, url: str, role: str) -> ConnectionPool:
-    # RESP 2: in its push messages whoever listens finds lists, whatever redis-py prefers.
-    return ConnectionPool.from_url(
-        url,
-        protocol=2,
-        socket_timeout=None,  # a probe bounds every wait
-        socket_connect_timeout=settings.redis_timeout_s,
-        socket_keepalive=True,
-        client_name=f"quotepush-{settings.node}-{role}",
-    )
+def _store(settings: Settings, url: str) -> Store:
+    return Store(url, timeout_s=settings.redis_timeout_s, name=f"quotepush-{settings.node}")
 
 
 def _backend(settings: Settings) -> Backend:
@@ -522,24 +506,12 @@ def _backend(settings: Settings) -> Backend:
     )  # fmt: skip
 
 
-def _redis_client(settings: Settings, url: str, role: str) -> Redis:
-    return Redis.from_url(
-        url,
-        # redis-py 8 has 5 s by default and would write under wait_for, which can swallow a cancellation in Python 3.11
-        # (bpo-37658); every use has a bound of its own.
-        socket_timeout=None,
-        socket_connect_timeout=settings.redis_timeout_s,
-        client_name=f"quotepush-{settings.node}-{role}",
-    )
-
-
-async def _check_redis(redis: Redis, role: str, url: str, settings: Settings) -> None:
-    shown = without_password(url)
+async def _check_redis(redis: Any, role: str, store: Store, settings: Settings) -> None:
     try:
         async with asyncio.timeout(settings.redis_timeout_s):
             await redis.ping()
     except (RedisError, OSError, TimeoutError) as e:
-        raise RedisUnavailable(role, shown, reason_of(e, settings.redis_timeout_s)) from None
+        raise RedisUnavailable(role, str(store), reason_of(e, settings.redis_timeout_s)) from None
 
 
 def _raise_file_limit(wanted: int) -> int:

@@ -5,17 +5,15 @@ for it.
 """
 
 import asyncio
-
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from typing import Any
 
 from quotepush.cluster.commands import BadCommand, parse_command
 from quotepush.cluster.line import Line
 from quotepush.cluster.routing import Routing
 from quotepush.errors import BackendUnavailable, CallRefused
 from quotepush.node.bus import BusEnd, ClientSend, Sent
-from quotepush.settings import Settings, without_password
+from quotepush.settings import Settings
+from quotepush.store.clients import Store
 
 __all__ = ["Posts"]
 
@@ -32,7 +30,7 @@ class Posts:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._redis: Redis | None = None
+        self._redis: Any = None
         self._line: Line | None = None
         self._routing: Routing | None = None
         self._under_way: set[asyncio.Task[None]] = set()
@@ -96,18 +94,12 @@ class Posts:
         """Return this node's own way to all nodes; it is made when somebody asks for it."""
         if self._routing is None:
             s = self._settings
-            self._redis = Redis.from_url(
-                s.registry_url,
-                protocol=2,
-                # Each wait is bounded by whoever asks.
-                retry=Retry(NoBackoff(), 0),
-                socket_timeout=None,
-                socket_connect_timeout=s.redis_timeout_s,
-                client_name=f"quotepush-{s.node}-posts",
-            )
-            self._line = Line(self._redis, without_password(s.registry_url), s.redis_timeout_s)
+            store = Store(s.registry_url, timeout_s=s.redis_timeout_s, name=f"quotepush-{s.node}")
+            self._redis = store.client("posts")
+            self._line = Line(self._redis, str(store), s.redis_timeout_s)
             self._routing = Routing(
-                self._line, self._redis, s.redis_prefix,
+                self._line, store.links("posts"), s.redis_prefix,
+                counts_hearers=not store.is_cluster,
                 timeout_s=min(3.0, s.redis_timeout_s), inbox_max=s.inbox_max, kept_max=s.kept_max,
                 kept_ttl_s=s.kept_ttl_s,
             )  # fmt: skip

@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from redis.asyncio import ConnectionPool
-
 from quotepush import __version__
 from quotepush.cluster.announcer import Announcer
 from quotepush.cluster.cleaner import Cleaner
@@ -31,7 +29,9 @@ from quotepush.node import bus
 from quotepush.node.errands import Errands
 from quotepush.node.posts import Posts
 from quotepush.node.whereabouts import birth_of, here, is_running
-from quotepush.settings import Settings, without_password
+from quotepush.settings import Settings
+from quotepush.store.address import shown_address
+from quotepush.store.clients import Links
 
 __all__ = ["Switchboard"]
 
@@ -41,7 +41,7 @@ class Switchboard:
 
     Args:
         redis: a client of the registry.
-        pool: makes the connection on which commands are heard.
+        links: make the connection on which commands are heard.
         on_up: called when they are.
         on_lost: called when another main has this node's name.
         on_removed: called when what the registry says about this node's connections may have been removed.
@@ -54,7 +54,7 @@ class Switchboard:
         self,
         settings: Settings,
         redis: Any,
-        pool: ConnectionPool,
+        links: Links,
         *,
         on_up: Callable[[], None],
         on_lost: Callable[[NodeTaken], None],
@@ -65,7 +65,7 @@ class Switchboard:
         timeout_s = settings.redis_timeout_s
         self._errands = Errands(settings.node, lambda: self._ends)
         self._inbox = Inbox(
-            redis, pool, keys, settings.node, self._errands.give,
+            redis, links, keys, settings.node, self._errands.give,
             concurrency=settings.inbox_concurrency, kept_max=settings.kept_max, kept_ttl_s=settings.kept_ttl_s,
             timeout_s=timeout_s, on_up=on_up, may_work=lambda: self.is_held,
         )  # fmt: skip
@@ -87,7 +87,7 @@ class Switchboard:
         )  # fmt: skip
         self._crowds = Crowds(redis, keys, timeout_s=timeout_s)
         self._posts = Posts(settings)
-        self._line = Line(redis, without_password(settings.registry_url), timeout_s)
+        self._line = Line(redis, shown_address(settings.registry_url), timeout_s)
         self._firing = Firing(Schedule(self._line.ask, settings.redis_prefix), self._send, is_open=self._may_fire)
         self._is_leaving = False
 

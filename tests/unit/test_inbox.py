@@ -7,12 +7,14 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio import Redis
 
+from quotepush.cluster import hearing
 from quotepush.cluster import inbox as inbox_module
 from quotepush.cluster.commands import ClusterKeys, Command, Kept, Reply, To, decode_kept, encode
 from quotepush.cluster.inbox import Inbox
 from quotepush.cluster.kept import keep, take
+from quotepush.store.clients import Store
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
 
@@ -23,7 +25,7 @@ FD = "n1.0.1"
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inbox_module, "_LOOK_S", 0.05)
-    monkeypatch.setattr(inbox_module, "_PROBE_S", 0.2)
+    monkeypatch.setattr(hearing, "_PROBE_S", 0.2)
 
 
 @pytest.fixture
@@ -64,9 +66,8 @@ async def working(server: RedisServer, node: Node | None = None, **options: Any)
     node = node or Node()
     # Without a timeout of its own, as main's: under one redis-py can swallow a cancellation (bpo-37658).
     client = server.client(decode_responses=False, socket_timeout=None)
-    pool = ConnectionPool.from_url(server.url, protocol=2, socket_timeout=None)
     settings: dict[str, Any] = {"concurrency": 10, "kept_max": 5, "kept_ttl_s": 60, "timeout_s": 1.0, **options}
-    node.inbox = Inbox(client, pool, KEYS, "n1", node.give, **settings)
+    node.inbox = Inbox(client, Store(server.url).links(), KEYS, "n1", node.give, **settings)
     task = asyncio.create_task(node.inbox.run())
     try:
         await wait_until(lambda: node.inbox.is_up)
@@ -76,7 +77,6 @@ async def working(server: RedisServer, node: Node | None = None, **options: Any)
         task.cancel()
         await asyncio.wait([task])
         await client.aclose()
-        await pool.aclose()
 
 
 def send(*users: str, data: Any = None, **options: Any) -> Command:
@@ -151,11 +151,9 @@ async def test_a_user_of_redis_who_may_not_hear_commands_is_told_apart(redis_ser
     await redis.execute_command("ACL", "SETUSER", "deaf", "on", ">secret", "~*", "+@all", "resetchannels")
     node = Node()
     up: list[bool] = []
-    pool = ConnectionPool.from_url(
-        redis_server.url, protocol=2, username="deaf", password="secret", socket_timeout=None
-    )
+    links = Store(redis_server.url.replace("//", "//deaf:secret@")).links()
     node.inbox = Inbox(
-        redis, pool, KEYS, "n1", node.give, concurrency=1, kept_max=1, kept_ttl_s=1, timeout_s=1.0,
+        redis, links, KEYS, "n1", node.give, concurrency=1, kept_max=1, kept_ttl_s=1, timeout_s=1.0,
         on_up=lambda: up.append(True),
     )  # fmt: skip
     task = asyncio.create_task(node.inbox.run())
@@ -163,7 +161,6 @@ async def test_a_user_of_redis_who_may_not_hear_commands_is_told_apart(redis_ser
     assert up == [True] and not node.inbox.is_up
     task.cancel()
     await asyncio.wait([task])
-    await pool.aclose()
 
 
 # kept commands

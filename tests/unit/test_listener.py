@@ -10,10 +10,11 @@ from typing import Any
 import hiredis
 import pytest
 import uvloop
-from redis.asyncio import Connection, ConnectionPool
+from redis.asyncio import Connection
 
 from quotepush.ingest import listener
 from quotepush.ingest.listener import ChannelTable, FeedListener
+from quotepush.store.clients import Store
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
 
@@ -130,7 +131,7 @@ class Heard:
         self.batches: list[int] = []
         self.links: list[bool] = []
         self.listener = FeedListener(
-            ConnectionPool.from_url(url, protocol=2, socket_timeout=None, socket_connect_timeout=2, client_name="feed"),
+            Store(url, timeout_s=2, name="feed").links(),
             list(templates) or ["quote.{code}"],
             merge=self.merge,
             publish=self.published.append,
@@ -312,7 +313,7 @@ async def test_a_link_that_is_lost_while_it_is_asked_for_a_sign_of_life_is_made_
             await super().send_command(*command, **options)
 
     heard = Heard(redis_server.url)
-    heard.listener._pool.connection_class = JustLost
+    heard.listener._links._pool.connection_class = JustLost
     task = asyncio.create_task(heard.listener.run())
     try:
         await heard.up(2)

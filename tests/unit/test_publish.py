@@ -157,7 +157,6 @@ async def test_what_redis_refuses_for_good_ends_a_publisher_that_drops_too(redis
         await publisher.publish([("A", {"last": 1})])
         await client.config_set("requirepass", "hunter2")
         await client.client_kill_filter(_type="normal", skipme=True)
-        await publisher.publish([("A", {"last": 2})])  # it is found out that the link is gone
 
         async def is_refused() -> bool:
             try:

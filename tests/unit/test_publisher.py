@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 
 from quotepush import BlockingPublisher, Publisher
 from quotepush.errors import RedisUnavailable, SettingsError
-from quotepush.publisher import shown_address
+from quotepush.store.address import shown_address
 from tests.support.door import door_to
 from tests.support.redis_server import RedisServer
 from tests.support.store import heard, hearing, logged, prices, row, running
@@ -408,7 +408,7 @@ async def test_error_is_waited_out_or_raised(error: str, is_passing: bool) -> No
         writer.close()
 
     listening = await asyncio.start_server(answer, "127.0.0.1", 0)
-    url = f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}/0?protocol=2"
+    url = f"redis://127.0.0.1:{listening.sockets[0].getsockname()[1]}/0"
     async with listening, Publisher(url, on_link=links.append) as publisher:
         publishing = asyncio.create_task(publisher.publish([{"code": "A", "last": 1}]))
         await wait_until(lambda: links or publishing.done())

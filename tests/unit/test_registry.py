@@ -464,7 +464,8 @@ async def test_what_the_last_connection_still_had_under_way_is_stopped(redis_ser
         await last.client_setname(f"quotepush:n1:{LIFE}")
         for old_id, is_left in zip(ids, (False, True), strict=True):
             now = it.client_ids[-1]
-            it.mirror._client_id = old_id
+            (place,) = it.mirror._client_ids
+            it.mirror._client_ids[place] = old_id
             await redis.client_kill_filter(_id=str(now))
             await wait_until(lambda now=now: it.client_ids[-1] != now, what="a new connection")
             assert bool(await redis.client_list(client_id=[str(old_id)])) is is_left
@@ -658,12 +659,21 @@ class Tripwire:
         self, redis: Redis, commands: int, meddle: Callable[[tuple[Any, ...]], Awaitable[None]] | None = None
     ) -> None:
         self._redis = redis
+        self.connection_pool = Tripwire.Pool()
         self._left = commands
         self._meddle = meddle
         self.tripped = False
 
     def pipeline(self, transaction: bool) -> "Tripwire.Pipeline":
         return Tripwire.Pipeline(self)
+
+    class Pool:
+        """Stands between the mirror and the true one, whose connections are not the mirror's to look at."""
+
+        def __init__(self) -> None:
+            self.connection_kwargs: dict[str, Any] = {}
+
+        async def disconnect(self, inuse_connections: bool) -> None: ...
 
     class Pipeline:
         def __init__(self, wire: "Tripwire") -> None:

@@ -8,6 +8,7 @@ from quotepush.cluster.commands import Command, To, decode_kept
 from quotepush.cluster.line import Line
 from quotepush.cluster.routing import Routing
 from quotepush.errors import BackendUnavailable
+from quotepush.store.clients import Store
 from tests.support.door import door_to
 from tests.support.redis_server import RedisServer
 from tests.support.stand_in_node import stand_in
@@ -22,9 +23,9 @@ async def test_a_link_of_answers_that_only_looks_alive_is_made_anew(redis_server
     command = Command(op="send", to=To(users=["ann"]), data=1)
     async with stand_in(redis_server) as node, door_to(redis_server) as door:
         await node.connect(1, user="ann")
-        async with client(redis_server.url) as direct, client(door.url) as through:
+        async with client(redis_server.url) as direct:
             line = Line(direct, "here", 5)
-            routing = Routing(line, through, "qp:", timeout_s=0.3)
+            routing = Routing(line, Store(door.url).links(), "qp:", timeout_s=0.3)
             assert (await routing.send(command)).delivered == 1
             door.stall()
             assert (await routing.send(command)).missing == ("n1",)
@@ -54,7 +55,7 @@ async def test_no_more_of_a_group_is_read_than_it_takes(redis_server: RedisServe
         client(redis_server.url) as redis,
     ):
         line = Line(redis, "here", 5)
-        routing = Routing(line, redis, "qp:", timeout_s=5)
+        routing = Routing(line, Store(redis_server.url).links(), "qp:", timeout_s=5)
         await n2.renew(age_ms=60_000)
         await redis.sadd("qp:group:g", *(n2.fd(n) for n in range(5_000)))
         await redis.sadd("qp:group:g", n1.fd(1))
@@ -76,7 +77,7 @@ async def test_what_is_kept_waits_in_the_inbox_of_a_node_or_in_the_list_of_a_use
         await node.connect(1, user="ann")
         await redis.sadd("qp:user:old", "gone.0.1")
         line = Line(redis, "here", 5)
-        routing = Routing(line, redis, "qp:", timeout_s=0.3, kept_max=2, kept_ttl_s=60)
+        routing = Routing(line, Store(redis_server.url).links(), "qp:", timeout_s=0.3, kept_max=2, kept_ttl_s=60)
         for n in range(3):
             sent = await routing.send(Command(op="send", to=To(users=["ann", "old", "eve"]), data=n), kept=True)
         assert sent.kept == 3, "nobody answers from an inbox here"

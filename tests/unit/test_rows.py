@@ -7,6 +7,7 @@ import orjson
 import pytest
 import redis.asyncio as aioredis
 
+from quotepush.ingest.keys import FeedKeys
 from quotepush.ingest.rows import RowStore
 from quotepush.quote.board import Board, TradingDays
 from tests.support.redis_server import RedisServer
@@ -19,7 +20,7 @@ def make_board(epoch: str = "life") -> Board:
 
 
 def keep(client: aioredis.Redis, board: Board, max_age_s: int = 10**9) -> RowStore:
-    return RowStore(client, "qp:", board, interval_s=1, max_age_s=max_age_s, timeout_s=5)
+    return RowStore(client, FeedKeys(), board, interval_s=1, max_age_s=max_age_s, timeout_s=5)
 
 
 @pytest.fixture

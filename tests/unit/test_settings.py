@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from quotepush import settings as settings_module
 from quotepush.entitlement import UNLIMITED, Codes, Entitlement
 from quotepush.errors import SettingsError
-from quotepush.settings import Settings, default_node, example_toml, load, markdown, without_password
+from quotepush.settings import Settings, default_node, example_toml, load, markdown
+from quotepush.store.address import without_password
 from tests.support.tokens import KeyPair
 
 SECRET = "s3cret-w0rds"

@@ -1,0 +1,163 @@
+"""A Redis Cluster: commands to the node that holds their key, whoever that is now.
+
+Laws:
+
+1. A pipeline that has lost a node raises, as on one server, and the next one looks for the nodes anew.
+2. A command without a key (``TIME``, ``PING``) is answered by the master of the first slot, so that all who ask mean
+   the same clock.
+3. The nodes of the address stay known for ever, whichever others were found through them.
+
+No command of ours names keys of several slots, nor do commands whose order matters go to several in one pipeline.
+"""
+
+from typing import Any
+
+from redis.asyncio.cluster import ClusterNode, ClusterPipeline, RedisCluster
+from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ClusterDownError, NoPermissionError, RedisClusterException, ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from quotepush.store.address import Address, Place
+
+__all__ = ["ClusterClient", "is_well", "nodes_through"]
+
+_LOST = (RedisConnectionError, RedisTimeoutError, ClusterDownError)
+
+
+class _NoParser:
+    """Where the keys of a command are we know without asking each node for the list of all its commands."""
+
+    async def initialize(self, node: Any) -> None:
+        pass
+
+
+class ClusterClient(RedisCluster):
+    """A client of a cluster: all that we use of redis-py's ``Redis``, with the same answers and exceptions.
+
+    Args:
+        max_connections: to each node.
+        options: of each connection.
+    """
+
+    def __init__(self, address: Address, *, max_connections: int = 100, **options: Any) -> None:
+        super().__init__(
+            startup_nodes=[ClusterNode(host, port) for host, port in address.places],
+            retry=Retry(NoBackoff(), 0), max_connections=max_connections, ssl=address.tls is not None, protocol=2,
+        )  # fmt: skip
+        self.commands_parser = _NoParser()  # type: ignore[assignment]
+        self._address = address
+        self._options = {**address.credentials, **(address.tls or {}), **options}
+        self.set_options(self._options)
+
+    def set_options(self, options: "dict[str, Any]") -> None:
+        """Let every connection that is made from now on have these options, too."""
+        manager = self.nodes_manager
+        self.connection_kwargs.update(options)  # the manager's own, for nodes that it finds
+        for node in [*manager.startup_nodes.values(), *manager.nodes_cache.values()]:
+            node.connection_kwargs.update(options)
+
+    async def initialize(self, *arguments: Any, **options: Any) -> "ClusterClient":
+        try:
+            await super().initialize(*arguments, **options)
+        except RedisClusterException as e:
+            raise RedisConnectionError(str(e).rstrip(".")) from None
+        return self
+
+    async def execute_command(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return await super().execute_command(*arguments, **options)
+        except RedisClusterException as e:  # a slot that nobody has; redis-py does not call it a RedisError
+            await self.hang_up()
+            raise RedisConnectionError(str(e).rstrip(".")) from None
+
+    def pipeline(self, transaction: Any = None, shard_hint: Any = None) -> "ClusterPipeline":
+        return _Pipeline(self)  # type: ignore[abstract]  # so says redis-py of its own class, too
+
+    def get_default_node(self) -> Any:
+        owners = self.nodes_manager.slots_cache.get(0)
+        return owners[0] if owners else super().get_default_node()
+
+    async def hang_up(self) -> None:
+        """Let go of all connections; the next command looks for the nodes anew."""
+        await self.aclose()
+        # Not only those that were found: they may all have moved.
+        known = self.nodes_manager.startup_nodes
+        for host, port in self._address.places:
+            node = ClusterNode(host, port, **self.connection_kwargs)
+            known.setdefault(node.name, node)
+
+    async def cut(self, name: str) -> bool:
+        """Close the connections of this name to each master; say whether there was one."""
+        found = False
+        await self.initialize()
+        for node in self.get_primaries():
+            for entry in await self.client_list(target_nodes=node):
+                if entry["name"] == name:
+                    found = True
+                    await self.client_kill_filter(_id=entry["id"], target_nodes=node)
+        return found
+
+    async def greet_all(self) -> None:
+        """Connect to each master, once, with whatever its connections do when they are made."""
+        await self.initialize()
+        await self.execute_command("PING", target_nodes=RedisCluster.PRIMARIES)
+
+    async def _determine_slot(self, command: str, *arguments: Any) -> int:
+        # All that we send names its key first, and a channel is as good as a key: messages of one keep their order.
+        if command.upper() in ("EVAL", "EVALSHA"):
+            return await super()._determine_slot(command, *arguments)
+        return self.keyslot(arguments[0])
+
+
+class _Pipeline(ClusterPipeline):
+    """redis-py's, with ``publish``, and with lost connections told as such."""
+
+    def publish(self, channel: Any, message: Any, **options: Any) -> Any:
+        return self.execute_command("PUBLISH", channel, message)
+
+    async def execute(self, raise_on_error: bool = True, allow_redirections: bool = True) -> list[Any]:
+        client = self.cluster_client
+        assert isinstance(client, ClusterClient)
+        try:
+            replies = await super().execute(raise_on_error, allow_redirections)
+        except RedisClusterException as e:
+            await client.hang_up()
+            raise RedisConnectionError(str(e).rstrip(".")) from None
+        except _LOST:
+            await client.hang_up()
+            raise
+        for reply in replies:
+            if isinstance(reply, _LOST):
+                await client.hang_up()
+                raise reply
+        return replies
+
+
+async def is_well(connection: AbstractConnection) -> bool:
+    """Say whether the node of a connection is in touch with its cluster; one that may not say is believed."""
+    await connection.send_command("CLUSTER", "INFO")
+    try:
+        said = await connection.read_response()
+    except NoPermissionError:
+        return True
+    except ResponseError as e:
+        raise RedisConnectionError(f"this is no Redis Cluster: {e}") from None
+    return b"cluster_state:ok" in said
+
+
+async def nodes_through(connection: AbstractConnection) -> set[Place]:
+    """Return the nodes that the node of a connection knows to hold slots; none if it may not say."""
+    await connection.send_command("CLUSTER", "SLOTS")
+    try:
+        ranges = await connection.read_response()
+    except NoPermissionError:
+        return set()
+    return {
+        (host.decode() if isinstance(host, bytes) else host, int(port))
+        for _, _, *nodes in ranges
+        for host, port, *_ in nodes
+        if host
+    }
