@@ -23,13 +23,23 @@ class RedisServer:
         directory: for its log and, with ``aof``, what it keeps.
         aof: keep everything over a kill and a restart; without it a restarted server is empty.
         options: more command line options, e.g. ``"--cluster-enabled", "yes"``.
+        config: what stands first on the command line: a configuration file, and with it ``"--sentinel"``.
         program: path of the server to run; empty: ``redis-server`` or ``valkey-server`` from PATH.
     """
 
-    def __init__(self, directory: Path, *, aof: bool = False, options: tuple[str, ...] = (), program: str = "") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        aof: bool = False,
+        options: tuple[str, ...] = (),
+        config: tuple[str, ...] = (),
+        program: str = "",
+    ) -> None:
         self.directory = directory
         self.aof = aof
         self.options = options
+        self.config = config
         self.program = program
         self.port = own_port()
         self._process: subprocess.Popen[bytes] | None = None
@@ -53,8 +63,9 @@ class RedisServer:
         program = self.program or shutil.which("redis-server") or shutil.which("valkey-server")
         assert program is not None, "redis-server is not on PATH"
         self.directory.mkdir(parents=True, exist_ok=True)
-        arguments = ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory), "--save", ""]
-        arguments += ["--appendonly", "yes" if self.aof else "no", "--appendfsync", "always"]
+        arguments = [*self.config, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.directory)]
+        if "--sentinel" not in self.config:  # which knows nothing of these
+            arguments += ["--save", "", "--appendonly", "yes" if self.aof else "no", "--appendfsync", "always"]
         arguments += ["--logfile", str(self.directory / "redis.log"), *self.options]
         self._process = subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + timeout_s
