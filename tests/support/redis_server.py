@@ -53,6 +53,10 @@ class RedisServer:
         assert self._process is not None
         return self._process.pid
 
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None
+
     def client(self, **options: Any) -> Redis:
         """A new asyncio client that answers with ``str``; the caller closes it."""
         return Redis.from_url(self.url, **{"decode_responses": True, **options})

@@ -1,0 +1,161 @@
+"""A server with two workers on each kind of Redis: ticks, messages and the registry, whatever happens to a Redis."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.exceptions import RedisError
+
+from quotepush import Backend
+from quotepush.errors import BackendUnavailable
+from quotepush.store.clients import Store, hang_up
+from tests.support.numbered_feed import NumberedFeed
+from tests.support.redis_cluster import running_cluster
+from tests.support.redis_sentinel import running_sentinels
+from tests.support.registry_truth import registry_equals
+from tests.support.server import QuotepushServer
+from tests.support.waiting import wait_until
+from tests.support.ws_client import RecordingClient, connected_clients
+
+PLAIN, LOGGED = "PLAIN.US", "LOGGED.US"
+
+Start = Callable[..., Awaitable[QuotepushServer]]
+
+
+@pytest.fixture
+async def start(tmp_path: Path) -> AsyncIterator[Start]:
+    servers: list[QuotepushServer] = []
+
+    async def started(url: str, **settings: Any) -> QuotepushServer:
+        server = QuotepushServer(tmp_path / f"server-{len(servers)}", url, **settings)
+        servers.append(server)
+        await server.start()
+        return server
+
+    yield started
+    for server in servers:
+        try:
+            await server.stop()
+        finally:
+            server.kill_everything()
+
+
+class Stage:
+    """Six clients of a server, of whom two are ann and three in a group; a feed that publishes in both ways."""
+
+    def __init__(self, clients: Sequence[RecordingClient], feed: NumberedFeed, plain: Any, backend: Backend) -> None:
+        self.clients = clients
+        self.feed = feed
+        self.plain = plain
+        self.backend = backend
+        self._said = 0
+
+    async def is_right(self) -> None:
+        """See that every kind of tick and of message comes to whom it is for."""
+        self._said += 1
+        said = self._said
+
+        async def is_heard() -> bool:
+            try:
+                async with asyncio.timeout(2):
+                    await self.plain.publish(f"quote.{PLAIN}", b'{"last":%d}' % said)
+            except (RedisError, OSError):
+                await hang_up(self.plain)
+            await asyncio.sleep(0.05)
+            return all(client.last(PLAIN) == said for client in self.clients)
+
+        await wait_until(is_heard, 30, "a plain tick")
+        newest = self.feed.newest[LOGGED]
+        await wait_until(lambda: self.feed.newest[LOGGED] > newest, 30, "the log takes batches")
+        newest = self.feed.newest[LOGGED]
+
+        def has_come() -> bool:
+            return all(client.rows[LOGGED]["seq"] >= newest for client in self.clients)
+
+        await wait_until(has_come, 30, "a tick of the log")
+        await wait_until(lambda: self._reach(2, lambda: self.backend.send_to_user("ann", said)), 30, "sends to a user")
+        await wait_until(lambda: self._reach(3, lambda: self.backend.send_to_group("g", said)), 30, "sends to a group")
+        await wait_until(lambda: self._reach(6, lambda: self.backend.send_to_all(said)), 30, "sends to all")
+
+    async def _reach(self, count: int, send: Callable[[], Awaitable[Any]]) -> bool:
+        try:
+            sent = await send()
+        except BackendUnavailable:
+            return False
+        return bool(sent.delivered == count and not sent.missing)
+
+    @property
+    def connections(self) -> dict[str, set[str]]:
+        return {client.fd: client.codes for client in self.clients}
+
+    @property
+    def members(self) -> dict[str, set[str]]:
+        ann, ann2, third, *_ = self.clients
+        return {ann.fd: {"u:ann", "g:g"}, ann2.fd: {"u:ann", "g:g"}, third.fd: {"g:g"}}
+
+
+@asynccontextmanager
+async def staged(server: QuotepushServer, url: str, feed_url: str = "", **options: Any) -> AsyncIterator[Stage]:
+    plain = Store(feed_url or url).client()
+    async with (
+        NumberedFeed(feed_url or url, LOGGED) as feed,
+        Backend(url, feed_url=feed_url or None, **options) as backend,
+        connected_clients(server.ws_url, 6, lambda n: [PLAIN, LOGGED]) as clients,
+    ):
+        feed.start()
+        for client in clients[:2]:
+            await backend.bind_user(client.fd, "ann")
+        for client in clients[:3]:
+            await backend.join_group(client.fd, "g")
+        try:
+            yield Stage(clients, feed, plain, backend)
+            await feed.stop()
+            await wait_until(
+                lambda: all(c.rows[LOGGED]["seq"] == feed.newest[LOGGED] for c in clients), 30, "the last tick"
+            )
+            assert all(c.lives == 1 for c in clients), "nobody was disconnected"
+        finally:
+            await plain.aclose()
+
+
+async def registry_is(store: Store, stage: Stage) -> None:
+    client = store.client(decode_responses=True)
+    try:
+        await registry_equals(client, stage.connections, stage.members, timeout_s=30)
+    finally:
+        await client.aclose()
+
+
+async def test_sentinel(start: Start, tmp_path: Path) -> None:
+    with running_sentinels(tmp_path / "group") as group:
+        server = await start(group.url)
+        async with staged(server, group.url) as stage:
+            await stage.is_right()
+            await asyncio.to_thread(group.fail_over)
+            await stage.is_right()
+            master = group.master
+            master.kill()
+            await asyncio.to_thread(group.wait_until_replaced, master)
+            await stage.is_right()
+            await registry_is(Store(group.url), stage)
+            assert (await server.admin("/readyz"))[0] == 200
+
+
+async def test_a_cluster_of_three(start: Start, tmp_path: Path) -> None:
+    with running_cluster(tmp_path / "cluster", replicas=1) as cluster:
+        server = await start(cluster.url)
+        async with staged(server, cluster.url) as stage:
+            await stage.is_right()
+            await registry_is(Store(cluster.url), stage)
+            for key in ("{qp:}log", "qp:nodes"):
+                master = cluster.master_of(key)
+                master.kill()
+                await asyncio.to_thread(cluster.wait_until_replaced, master, key)
+                await stage.is_right()
+                master.start()
+                await asyncio.to_thread(cluster.wait_until, cluster.is_well, "it is a replica")
+            await registry_is(Store(cluster.url), stage)
+            assert (await server.admin("/readyz"))[0] == 200
