@@ -32,7 +32,10 @@ LOGIN = {"username": "me", "password": "p@ss/w:rd"}
         ("rediss://h", Address("server", (("h", 6379),), tls={})),
         ("unix:///run/r.sock?db=2", Address("server", path="/run/r.sock", db=2)),
         ("unix://:a@/run/r.sock", Address("server", path="/run/r.sock", credentials={"password": "a"})),
-        ("redis+sentinel://a,b:7,[::1]/quotes", Address("sentinel", (("a", 26379), ("b", 7), ("::1", 26379)), service="quotes")),
+        (
+            "redis+sentinel://a,b:7,[::1]/quotes",
+            Address("sentinel", (("a", 26379), ("b", 7), ("::1", 26379)), service="quotes"),
+        ),
         (
             "redis+sentinel://me:p%40ss%2Fw%3Ard@a/quotes/4?sentinel_username=s&sentinel_password=t&role=replica",
             Address(
