@@ -153,8 +153,12 @@ class Settings:
     log_level: str = _setting("info", "debug, info, warning or error; debug adds a line per opened session.")
 
     # Redis.
-    feed_redis: str = _setting("redis://127.0.0.1:6379/0", "URL of the Redis that ticks come from.")
-    registry_redis: str = _setting("", "URL of the Redis that holds the registry; empty: feed_redis.")
+    feed_redis: str = _setting(
+        "redis://127.0.0.1:6379/0",
+        "Address of the Redis that ticks come from: redis://, rediss://, unix://, redis+sentinel:// or "
+        "redis+cluster://; operations.md shows the forms.",
+    )
+    registry_redis: str = _setting("", "Address of the Redis that holds the registry; empty: feed_redis.")
     feed_redis_password_file: str = _setting("", "File with the password for feed_redis.")
     registry_redis_password_file: str = _setting("", "File with the password for registry_redis.")
     redis_prefix: str = _setting("qp:", "What every key and channel of the server's own begins with.")

@@ -109,6 +109,7 @@ TESTED_ELSEWHERE = {
     "quotepush.backend_sending": "tests/unit/test_backend.py",
     "quotepush.commanding_jobs": "tests/unit/test_commanding.py",
     "quotepush.reaching": "tests/unit/test_commanding.py",
+    "quotepush.store.clients": "tests/unit/test_sentinel.py",
     "quotepush.feed": "tests/unit/test_feed.py",
     "quotepush.feed.run": "tests/unit/test_feed.py",
     "quotepush.ingest.keys": "tests/unit/test_batches.py",

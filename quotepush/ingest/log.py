@@ -7,6 +7,7 @@ Laws:
 2. What the log does not have any more is announced: the rows concerned are read anew and marked as behind a gap.
 3. A log that begins another life (its epoch has changed) or has gone back is read from its begin; a log
    that has gone back, be it to an earlier epoch, gets a new epoch by compare-and-set, so that no number is used twice.
+   A replica is waited for instead: it may only be behind, and is not ours to write to.
 4. What is read from the log has arrived when Redis got it, told by our own clock: a late catch-up makes nothing fresh.
 5. A batch, tick or row that is none harms nothing else: it is counted as refused, and what it hides is a gap.
 
@@ -24,7 +25,7 @@ from typing import Any
 
 import msgspec
 import orjson
-from redis.exceptions import DataError, NoPermissionError, RedisError, ResponseError
+from redis.exceptions import DataError, NoPermissionError, ReadOnlyError, RedisError, ResponseError
 
 from quotepush.errors import reason_of
 from quotepush.ingest.keys import FeedKeys
@@ -69,6 +70,10 @@ class _Batch(msgspec.Struct, gc=False):
 
 
 _decode_batch = msgspec.json.Decoder(_Batch).decode
+
+
+class _Behind(Exception):
+    """This replica does not have yet what we have seen."""
 
 
 class LogFollower:
@@ -125,6 +130,7 @@ class LogFollower:
         self._losses = 0  # how often that came to pass
         self._has_begun = False  # the rows that were there before us are on the board
         self._is_failing = False
+        self._is_waiting = False
         self.is_forbidden = False
         self._skew_ms = 0  # what our clock is ahead of the one of Redis
 
@@ -260,13 +266,19 @@ class LogFollower:
     async def _try_to_catch_up(self) -> bool:
         try:
             await self._catch_up()
+        except _Behind:
+            if not self._is_waiting:
+                log.warning("this replica is behind what its log has shown before; waiting for it")
+            self._is_waiting = True
+            self._is_failing = self.is_forbidden = False
+            return False
         except (RedisError, OSError, TimeoutError) as e:
             if not self._is_failing:
                 log.warning("the publishers' log cannot be read (%s); trying again", reason_of(e, self._timeout_s))
             self._is_failing = True
             self.is_forbidden = isinstance(e, NoPermissionError) or any(words in str(e) for words in _FORBIDDEN)
             return False
-        self._is_failing = self.is_forbidden = False
+        self._is_failing = self.is_forbidden = self._is_waiting = False
         return True
 
     async def _catch_up(self) -> None:
@@ -293,10 +305,15 @@ class LogFollower:
 
     async def _current_epoch(self) -> str:
         asked_ms = _now_ms()
-        epoch, (seconds, microseconds) = await self._redis.eval(
-            _NEW_LIFE, 2, self._keys.epoch, self._keys.seq, self.epoch, str(self.n), secrets.token_hex(8),
-            " ".join(self._left),
-        )  # fmt: skip
+        try:
+            epoch, (seconds, microseconds) = await self._redis.eval(
+                _NEW_LIFE, 2, self._keys.epoch, self._keys.seq, self.epoch, str(self.n), secrets.token_hex(8),
+                " ".join(self._left),
+            )  # fmt: skip
+        except ResponseError as e:
+            if isinstance(e, ReadOnlyError) or "-READONLY" in str(e):  # Redis 6.2 names it in the middle
+                raise _Behind from None
+            raise
         # Redis looked at its clock at some time between the question and now.
         self._skew_ms = (asked_ms + _now_ms()) // 2 - (int(seconds) * 1000 + int(microseconds) // 1000)
         return _text(epoch or b"")

@@ -178,7 +178,7 @@ class _Main:
                 timeout_s=settings.redis_timeout_s,
             )
             self._listener = FeedListener(
-                feed.links("feed"),
+                feed.links("feed", may_be_replica=True),
                 settings.feed_channels,
                 merge=self._board.apply,
                 publish=self._relay.offer,

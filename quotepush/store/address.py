@@ -216,6 +216,8 @@ def _tls(options: dict[str, str]) -> dict[str, Any]:
         found["ssl_check_hostname"] = flag
     if found.get("ssl_cert_reqs", "required") not in ("required", "optional", "none"):
         raise BadAddress("has an ssl_cert_reqs that is neither required, optional nor none")
+    if "ssl_keyfile" in found and "ssl_certfile" not in found:
+        raise BadAddress("has an ssl_keyfile without its ssl_certfile")
     for name in _FILES:
         if name in found and not os.access(found[name], os.R_OK):
             raise BadAddress(f"has an {name} that cannot be read: {found[name]}")

@@ -94,14 +94,21 @@ class Store:
             pool = ConnectionPool(**self._where, **options)
         return redis.asyncio.Redis.from_pool(pool)
 
-    def links(self, role: str = "") -> "Links":
-        """Return what makes connections to hear channels on."""
+    def links(self, role: str = "", *, may_be_replica: bool = False) -> "Links":
+        """Return what makes connections to hear channels on.
+
+        Args:
+            may_be_replica: where the address says ``role=replica``, hear one.
+        """
         options = {**self._options(role), "socket_keepalive": True}
         if self.is_cluster:
             return _ClusterLinks(self.address, options, self._timeout_s)
         if self.address.kind == "sentinel":
             return _SentinelLinks(
-                Finder(self.address, self._timeout_s), self._found_class, options, self.address.from_replica
+                Finder(self.address, self._timeout_s),
+                self._found_class,
+                options,
+                may_be_replica and self.address.from_replica,
             )
         if self.address.path:
             del options["socket_keepalive"]

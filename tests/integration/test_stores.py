@@ -1,22 +1,29 @@
 """A server with two workers on each kind of Redis: ticks, messages and the registry, whatever happens to a Redis."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from redis.exceptions import RedisError
 
+import quotepush
 from quotepush import Backend
-from quotepush.errors import BackendUnavailable
+from quotepush.errors import BackendUnavailable, RedisUnavailable
 from quotepush.store.clients import Store, hang_up
 from tests.support.numbered_feed import NumberedFeed
 from tests.support.redis_cluster import running_cluster
 from tests.support.redis_sentinel import running_sentinels
+from tests.support.redis_server import RedisServer
+from tests.support.redis_tls import Certificates
 from tests.support.registry_truth import registry_equals
 from tests.support.server import QuotepushServer
+from tests.support.store import running
 from tests.support.waiting import wait_until
 from tests.support.ws_client import RecordingClient, connected_clients
 
@@ -98,11 +105,13 @@ class Stage:
 
 
 @asynccontextmanager
-async def staged(server: QuotepushServer, url: str, feed_url: str = "", **options: Any) -> AsyncIterator[Stage]:
-    plain = Store(feed_url or url).client()
+async def staged(
+    server: QuotepushServer, url: str, *, publisher_url: str = "", plain_url: str = ""
+) -> AsyncIterator[Stage]:
+    plain = Store(plain_url or publisher_url or url).client()
     async with (
-        NumberedFeed(feed_url or url, LOGGED) as feed,
-        Backend(url, feed_url=feed_url or None, **options) as backend,
+        NumberedFeed(publisher_url or url, LOGGED) as feed,
+        Backend(url) as backend,
         connected_clients(server.ws_url, 6, lambda n: [PLAIN, LOGGED]) as clients,
     ):
         feed.start()
@@ -159,3 +168,111 @@ async def test_a_cluster_of_three(start: Start, tmp_path: Path) -> None:
                 await asyncio.to_thread(cluster.wait_until, cluster.is_well, "it is a replica")
             await registry_is(Store(cluster.url), stage)
             assert (await server.admin("/readyz"))[0] == 200
+
+
+def documented_rights() -> list[list[str]]:
+    """The lines ``ACL SETUSER`` of docs/operations.md."""
+    text = (Path(__file__).parents[2] / "docs" / "operations.md").read_text()
+    return [line.split() for line in text.splitlines() if line.startswith("ACL SETUSER ")]
+
+
+async def test_ticks_from_a_replica_and_the_registry_elsewhere(start: Start, tmp_path: Path) -> None:
+    with running(RedisServer(tmp_path / "master")) as master, running(RedisServer(tmp_path / "registry")) as registry:
+        of_master = ("--replicaof", "127.0.0.1", str(master.port), "--repl-diskless-sync-delay", "0")
+        with running(RedisServer(tmp_path / "replica", options=of_master)) as replica:
+            server = await start(replica.url, registry_redis=registry.url)
+            async with staged(server, registry.url, publisher_url=master.url) as stage:
+                await stage.is_right()
+                replica.restart()
+                await stage.is_right()
+                registry.restart()
+                await stage.is_right()
+                await registry_is(Store(registry.url), stage)
+                assert (await server.admin("/readyz"))[1]["log"] == "in step"
+                async with master.client() as direct:
+                    names = [entry["name"] for entry in await direct.client_list()]
+                assert not any(name.startswith("quotepush") for name in names), "it leaves the master alone"
+
+
+async def test_a_replica_of_sentinel_for_ticks(start: Start, tmp_path: Path) -> None:
+    with running_sentinels(tmp_path / "group", replicas=2) as group:
+        server = await start(f"{group.url}?role=replica")
+
+        async def hearers() -> list[int]:
+            found = []
+            for one in group.servers:
+                if one.is_running:
+                    async with one.client() as direct:
+                        if await direct.pubsub_numpat():
+                            found.append(one.port)
+            return found
+
+        async with staged(server, group.url) as stage:
+            await stage.is_right()
+            (port,) = await hearers()
+            assert port != group.master.port
+            next(one for one in group.servers if one.port == port).kill()
+            await stage.is_right()
+            await asyncio.to_thread(group.fail_over)
+            await stage.is_right()
+
+            async def hears_a_replica() -> bool:
+                found = await hearers()
+                return len(found) == 1 and found != [group.master.port]
+
+            await wait_until(hears_a_replica, 30)
+            await stage.is_right()
+            await registry_is(Store(group.url), stage)
+
+
+async def test_tls_and_users_with_the_least_rights(start: Start, tmp_path: Path) -> None:
+    certificates = Certificates(tmp_path / "certificates")
+    port, options = certificates.server_options()
+    odd = "p@ss/w:rd#?%"
+    with running(RedisServer(tmp_path / "redis", options=options)) as store:
+        async with store.client() as direct:
+            for rights in documented_rights():
+                await direct.execute_command(*(word.replace(">secret", f">{odd}") for word in rights))
+
+        def address(user: str, password: str = quote(odd, safe="")) -> str:
+            return f"rediss://{user}:{password}@127.0.0.1:{port}/0?{certificates.client_options}"
+
+        password = tmp_path / "password"
+        password.write_text(odd + "\n")
+        server = await start(
+            address("feed"),
+            registry_redis=address("registry").replace(f":{quote(odd, safe='')}@", "@"),
+            registry_redis_password_file=str(password),
+            events=True,
+        )
+        assert odd not in server.log() and quote(odd, safe="") not in server.log()
+        async with staged(
+            server, address("backend"), publisher_url=address("publisher"), plain_url=address("vendor")
+        ) as stage:
+            await stage.is_right()
+            sent = await stage.backend.send_to_users(["ann", "eve"], "kept", delivery="kept")
+            assert (sent.delivered, sent.kept) == (2, 1)
+            assert await stage.backend.conn_count() == 6
+            await registry_is(Store(store.url), stage)
+        async with store.client() as direct:
+            os.kill(server.worker_pids()[0], signal.SIGKILL)
+
+            async def is_replaced() -> bool:
+                lives = await direct.smembers("qp:node:test")
+                return (await server.admin("/readyz"))[0] == 200 and len(lives) == 2
+
+            await wait_until(is_replaced, 20, "the dead worker's life is cleared")
+            assert await server.stop() == 0
+            assert await direct.smembers("qp:node:test") == set()
+            refused = {(entry["username"], entry["object"]) for entry in await direct.acl_log(100)}
+            assert {(user, word) for user, word in refused if word != "client|setinfo"} == set()
+
+        for wrong, reason in (
+            (address("feed", "wrong-one"), "invalid username-password pair"),
+            (f"rediss://feed:wrong-one@127.0.0.1:{port}", "certificate verify failed"),
+            (f"rediss://127.0.0.1:{port}?ssl_ca_certs={certificates.ca}", "certificate required|[Cc]losed|reset"),
+        ):
+            async with quotepush.Publisher(wrong) as publisher:
+                with pytest.raises(RedisUnavailable, match=reason) as error:
+                    await publisher.connect()
+                assert "wrong-one" not in str(error.value) and odd not in str(error.value)

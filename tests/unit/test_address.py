@@ -60,8 +60,10 @@ def test_files_of_tls_are_looked_at(tmp_path: Path) -> None:
     ca = tmp_path / "ca.pem"
     ca.write_text("")
     assert parse_address(f"rediss://h?ssl_ca_certs={ca}").tls == {"ssl_ca_certs": str(ca)}
-    with pytest.raises(BadAddress, match=r"ssl_keyfile that cannot be read: .*/missing"):
-        parse_address(f"rediss://h?ssl_keyfile={tmp_path}/missing")
+    with pytest.raises(BadAddress, match=r"ssl_certfile that cannot be read: .*/missing"):
+        parse_address(f"rediss://h?ssl_certfile={tmp_path}/missing")
+    with pytest.raises(BadAddress, match="ssl_keyfile without its ssl_certfile"):
+        parse_address(f"rediss://h?ssl_keyfile={ca}")
 
 
 @pytest.mark.parametrize(

@@ -498,6 +498,32 @@ async def test_a_store_that_has_gone_back_gets_a_new_epoch_whoever_sees_it_first
     assert follower.row("A") == {"last": 6}
 
 
+async def test_a_replica_that_is_behind_is_waited_for(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    await bench.said(("A", 1))
+    behind = await bench.keep()
+    await bench.said(("A", 2))
+    follower = await bench.follower()
+    ahead = await bench.keep()
+    follower.take_news()
+    await bench.go_back(behind)
+    await bench.redis.execute_command("REPLICAOF", "127.0.0.1", "1")  # nobody is there: it stays as it is
+    follower.log.lose_step()
+    await wait_until(lambda: follower.log._is_waiting)
+    assert follower.log.state == "behind"
+    for _ in range(3):
+        follower.log.lose_step()
+        await asyncio.sleep(0.02)
+    assert len(warnings_in(caplog)) == 1
+
+    await bench.redis.execute_command("REPLICAOF", "NO", "ONE")
+    await bench.go_back(ahead)
+    await bench.redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+    await bench.catch_up(follower)
+    assert follower.places() == {"A": (bench.publisher.epoch, 2)}
+    assert follower.take_news() == []
+    await bench.redis.execute_command("REPLICAOF", "NO", "ONE")
+
+
 @pytest.mark.parametrize("first", ["follower", "publisher"])
 async def test_a_store_that_goes_back_twice_never_returns_to_an_epoch(bench: Bench, first: str) -> None:
     await bench.said(("A", 1), ("B", 1))

@@ -154,7 +154,7 @@ async def test_the_newest_word_of_the_sentinels_counts() -> None:
 
 
 async def test_the_role_replica_hears_a_replica_and_the_master_while_there_is_none(group: SentinelGroup) -> None:
-    links = Store(f"{group.url}?role=replica").links()
+    links = Store(f"{group.url}?role=replica").links(may_be_replica=True)
     (replica,) = (server for server in group.servers if server is not group.master)
     connection: Any = await links.connect()
     assert connection.port == replica.port
