@@ -73,6 +73,9 @@ class ClusterClient(RedisCluster):
             await self.hang_up()
             raise RedisConnectionError(str(e).rstrip(".")) from None
 
+    def publish(self, channel: Any, message: Any, **options: Any) -> Any:
+        return self.execute_command("PUBLISH", channel, message)  # redis-py has it from 8.0 on
+
     def pipeline(self, transaction: Any = None, shard_hint: Any = None) -> "ClusterPipeline":
         return _Pipeline(self)  # type: ignore[abstract]  # so says redis-py of its own class, too
 
@@ -115,12 +118,15 @@ class ClusterClient(RedisCluster):
 class _Pipeline(ClusterPipeline):
     """redis-py's, with ``publish``, and with lost connections told as such."""
 
+    def __init__(self, owner: ClusterClient) -> None:
+        super().__init__(owner)
+        self._owner = owner
+
     def publish(self, channel: Any, message: Any, **options: Any) -> Any:
         return self.execute_command("PUBLISH", channel, message)
 
     async def execute(self, raise_on_error: bool = True, allow_redirections: bool = True) -> list[Any]:
-        client = self.cluster_client
-        assert isinstance(client, ClusterClient)
+        client = self._owner
         try:
             replies = await super().execute(raise_on_error, allow_redirections)
         except RedisClusterException as e:
