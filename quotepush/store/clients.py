@@ -167,15 +167,17 @@ async def hang_up(client: Any, *, in_use: bool = True) -> None:
     """Let go of a client's connections: what answers "read-only" is no longer what the address stands for.
 
     Args:
-        in_use: also of those on which somebody waits; with a cluster always so.
+        in_use: also of those on which somebody waits.
 
     Raises:
         RedisError, OSError: they were broken already.
     """
-    if isinstance(client, ClusterClient):
+    if not isinstance(client, ClusterClient):
+        await client.connection_pool.disconnect(inuse_connections=in_use)
+    elif in_use:
         await client.hang_up()
     else:
-        await client.connection_pool.disconnect(inuse_connections=in_use)
+        client.doubt()
 
 
 async def reach(client: Any) -> None:

@@ -2,21 +2,25 @@
 
 Laws:
 
-1. A pipeline that has lost a node raises, as on one server, and the next one looks for the nodes anew.
-2. A command without a key (``TIME``, ``PING``) is answered by the master of the first slot, so that all who ask mean
+1. A command or pipeline that has lost a node raises, as on one server, and so does one that was given up; the next
+   one looks for the nodes anew.
+2. No node that is silent, or has lost its cluster, is asked where the others are.
+3. A command without a key (``TIME``, ``PING``) is answered by the master of the first slot, so that all who ask mean
    the same clock.
-3. The nodes of the address stay known for ever, whichever others were found through them.
+4. The nodes of the address stay known for ever, whichever others were found through them.
 
 No command of ours names keys of several slots, nor do commands whose order matters go to several in one pipeline.
 """
 
+import asyncio
+import logging
 from typing import Any
 
 from redis.asyncio.cluster import ClusterNode, ClusterPipeline, RedisCluster
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ClusterDownError, NoPermissionError, RedisClusterException, ResponseError
+from redis.exceptions import ClusterDownError, NoPermissionError, RedisClusterException, RedisError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
@@ -24,6 +28,9 @@ from quotepush.store.address import Address, Place
 
 __all__ = ["ClusterClient", "is_well", "nodes_through"]
 
+log = logging.getLogger("quotepush.redis")
+
+_MOST_WAIT_S = 1.0  # for a node that is to say where the others are
 _LOST = (RedisConnectionError, RedisTimeoutError, ClusterDownError)
 
 
@@ -59,19 +66,17 @@ class ClusterClient(RedisCluster):
         for node in [*manager.startup_nodes.values(), *manager.nodes_cache.values()]:
             node.connection_kwargs.update(options)
 
-    async def initialize(self, *arguments: Any, **options: Any) -> "ClusterClient":
-        try:
-            await super().initialize(*arguments, **options)
-        except RedisClusterException as e:
-            raise RedisConnectionError(str(e).rstrip(".")) from None
-        return self
+    # ------------------------------------------------------------------ commands
 
     async def execute_command(self, *arguments: Any, **options: Any) -> Any:
         try:
             return await super().execute_command(*arguments, **options)
         except RedisClusterException as e:  # a slot that nobody has; redis-py does not call it a RedisError
-            await self.hang_up()
+            self.doubt()
             raise RedisConnectionError(str(e).rstrip(".")) from None
+        except (*_LOST, asyncio.CancelledError):
+            self.doubt()
+            raise
 
     def publish(self, channel: Any, message: Any, **options: Any) -> Any:
         return self.execute_command("PUBLISH", channel, message)  # redis-py has it from 8.0 on
@@ -83,14 +88,47 @@ class ClusterClient(RedisCluster):
         owners = self.nodes_manager.slots_cache.get(0)
         return owners[0] if owners else super().get_default_node()
 
-    async def hang_up(self) -> None:
-        """Let go of all connections; the next command looks for the nodes anew."""
-        await self.aclose()
-        # Not only those that were found: they may all have moved.
+    async def _determine_slot(self, command: str, *arguments: Any) -> int:
+        # All that we send names its key first, and a channel is as good as a key: messages of one keep their order.
+        if command.upper() in ("EVAL", "EVALSHA"):
+            return await super()._determine_slot(command, *arguments)
+        return self.keyslot(arguments[0])
+
+    # ------------------------------------------------------------------ nodes
+
+    async def initialize(self, *arguments: Any, **options: Any) -> "ClusterClient":
+        if self._initialize:
+            await self._leave_out_silent_nodes()
+        try:
+            await super().initialize(*arguments, **options)
+        except RedisClusterException as e:
+            raise RedisConnectionError(str(e).rstrip(".")) from None
+        return self
+
+    def doubt(self) -> None:
+        """Have the next command look for the nodes anew; what is under way goes on."""
+        self._initialize = True
+        # Not only among those that were found: they may all have moved.
         known = self.nodes_manager.startup_nodes
         for host, port in self._address.places:
             node = ClusterNode(host, port, **self.connection_kwargs)
             known.setdefault(node.name, node)
+
+    async def aclose(self) -> None:
+        """Let go of all connections; the next command makes them anew."""
+        self._initialize = True
+        await self.nodes_manager.aclose()
+        await self.nodes_manager.aclose("startup_nodes")
+
+    async def hang_up(self) -> None:
+        """Let go of all connections; the next command looks for the nodes anew."""
+        await self.aclose()
+        self.doubt()
+
+    async def greet_all(self) -> None:
+        """Connect to each master, once, with whatever its connections do when they are made."""
+        await self.initialize()
+        await self.execute_command("PING", target_nodes=RedisCluster.PRIMARIES)
 
     async def cut(self, name: str) -> bool:
         """Close the connections of this name to each master; say whether there was one."""
@@ -103,16 +141,29 @@ class ClusterClient(RedisCluster):
                     await self.client_kill_filter(_id=entry["id"], target_nodes=node)
         return found
 
-    async def greet_all(self) -> None:
-        """Connect to each master, once, with whatever its connections do when they are made."""
-        await self.initialize()
-        await self.execute_command("PING", target_nodes=RedisCluster.PRIMARIES)
+    async def _leave_out_silent_nodes(self) -> None:
+        """redis-py asks one node after another where the others are, waits for each, and believes the first."""
+        nodes = self.nodes_manager.startup_nodes
+        names = list(nodes)
+        answers = await asyncio.gather(*(self._is_well((nodes[name].host, int(nodes[name].port))) for name in names))
+        if not any(answers):
+            return
+        for name, is_well_now in zip(names, answers, strict=True):
+            if not is_well_now and name in nodes:
+                log.debug("%s is not asked where the nodes of the Redis Cluster are", name)
+                await nodes.pop(name).disconnect()
 
-    async def _determine_slot(self, command: str, *arguments: Any) -> int:
-        # All that we send names its key first, and a channel is as good as a key: messages of one keep their order.
-        if command.upper() in ("EVAL", "EVALSHA"):
-            return await super()._determine_slot(command, *arguments)
-        return self.keyslot(arguments[0])
+    async def _is_well(self, place: Place) -> bool:
+        kind = Connection if self._address.tls is None else SSLConnection
+        asking: Any = kind(host=place[0], port=place[1], **self._options)
+        try:
+            async with asyncio.timeout(_MOST_WAIT_S):
+                await asking.connect()
+                return await is_well(asking)
+        except (RedisError, OSError):
+            return False
+        finally:
+            await asking.disconnect(nowait=True)
 
 
 class _Pipeline(ClusterPipeline):
@@ -126,18 +177,17 @@ class _Pipeline(ClusterPipeline):
         return self.execute_command("PUBLISH", channel, message)
 
     async def execute(self, raise_on_error: bool = True, allow_redirections: bool = True) -> list[Any]:
-        client = self._owner
         try:
             replies = await super().execute(raise_on_error, allow_redirections)
         except RedisClusterException as e:
-            await client.hang_up()
+            self._owner.doubt()
             raise RedisConnectionError(str(e).rstrip(".")) from None
-        except _LOST:
-            await client.hang_up()
+        except (*_LOST, asyncio.CancelledError):
+            self._owner.doubt()
             raise
         for reply in replies:
             if isinstance(reply, _LOST):
-                await client.hang_up()
+                self._owner.doubt()
                 raise reply
         return replies
 

@@ -141,6 +141,31 @@ async def test_a_replica_takes_the_place_of_its_master(with_replicas: RedisClust
     await client.aclose()
 
 
+async def test_a_node_that_hangs_holds_nobody_up_longer_than_it_takes_to_replace_it(
+    with_replicas: RedisCluster,
+) -> None:
+    cluster = with_replicas
+    client = Store(cluster.url).client()
+    await set_all(client, "1")
+    silent = cluster.servers[0]
+    silent.pause()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await set_all(client, "2")
+    await asyncio.to_thread(cluster.wait_until_replaced, silent, "")
+    async with asyncio.timeout(5):
+        await set_all(client, "2")  # and not again to where it went before
+    anew = Store(cluster.url).client()
+    async with asyncio.timeout(5):
+        assert await get_all(anew) == [b"2"] * 50, "although the first node of the address hangs"
+        said = hear(Store(cluster.url).links(), "a")
+        assert await anext(said) is None
+    silent.resume()
+    await said.aclose()
+    await anew.aclose()
+    await client.aclose()
+
+
 async def test_nobody_there_is_an_error_like_any_other(tmp_path: Path) -> None:
     client = Store("redis+cluster://127.0.0.1:1,127.0.0.1:2").client()
     for ask in (client.ping, lambda: set_all(client, "1"), Store("redis+cluster://127.0.0.1:1").links().connect):
