@@ -196,7 +196,7 @@ async def is_well(connection: AbstractConnection) -> bool:
     """Say whether the node of a connection is in touch with its cluster; one that may not say is believed."""
     await connection.send_command("CLUSTER", "INFO")
     try:
-        said = await connection.read_response()
+        said = await connection.read_response(disable_decoding=True)
     except NoPermissionError:
         return True
     except ResponseError as e:
@@ -208,11 +208,11 @@ async def nodes_through(connection: AbstractConnection) -> set[Place]:
     """Return the nodes that the node of a connection knows to hold slots; none if it may not say."""
     await connection.send_command("CLUSTER", "SLOTS")
     try:
-        ranges = await connection.read_response()
+        ranges = await connection.read_response(disable_decoding=True)
     except NoPermissionError:
         return set()
     return {
-        (host.decode() if isinstance(host, bytes) else host, int(port))
+        (host.decode(), int(port))
         for _, _, *nodes in ranges
         for host, port, *_ in nodes
         if host
