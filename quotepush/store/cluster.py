@@ -211,9 +211,4 @@ async def nodes_through(connection: AbstractConnection) -> set[Place]:
         ranges = await connection.read_response(disable_decoding=True)
     except NoPermissionError:
         return set()
-    return {
-        (host.decode(), int(port))
-        for _, _, *nodes in ranges
-        for host, port, *_ in nodes
-        if host
-    }
+    return {(host.decode(), int(port)) for _, _, *nodes in ranges for host, port, *_ in nodes if host}

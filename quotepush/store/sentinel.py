@@ -4,7 +4,8 @@ Laws:
 
 1. Each connection asks the sentinels anew, by whichever way redis-py makes it, and is with a server that says itself
    that it is what was looked for.
-2. No sentinel is trusted for being the first: all are asked at once, and of their answers the newest one counts.
+2. No sentinel is trusted for being the first: all are asked at once, and what more than half of them say counts, or
+   else the newest of their answers.
 3. An answer "read-only" of a master ends the connection: it is none any more.
 
 Of redis-py's own Sentinel support nothing is used: it asks one after another, where one that hangs holds all up, it
@@ -12,6 +13,7 @@ takes the first answer, and a command on a lost connection goes to the old addre
 """
 
 import asyncio
+import random
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -39,7 +41,7 @@ __all__ = [
 ]
 
 _MOST_WAIT_S = 1.0  # for the answers of all sentinels together
-_LOOK_S = 2.0  # how often a pool in use asks whether the master is still the same
+_LOOK_S = 10.0  # how often a pool in use asks whether the master is still the same
 _DOWN = ("s_down", "o_down", "disconnected")
 
 
@@ -96,8 +98,24 @@ class Finder:
         return self._master_of(seen)
 
     async def _ask_all(self, *, with_replicas: bool) -> "list[_Seen | Exception]":
-        asked = [self._ask(place, with_replicas) for place in self._address.places]
-        return list(await asyncio.gather(*asked))
+        """Return what they say, as soon as more than half of them say the same of the master."""
+        asked = {asyncio.create_task(self._ask(place, with_replicas)) for place in self._address.places}
+        answered: set[asyncio.Task[_Seen | Exception]] = set()
+        waiting = asked
+        try:
+            while waiting:
+                # Each of them is bounded.
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                answered |= done
+                views = [(s.epoch, s.master) for s in (task.result() for task in answered) if isinstance(s, _Seen)]
+                if any(views.count(view) > len(asked) / 2 for view in views if view[1] is not None):
+                    break
+        finally:
+            for task in waiting:
+                task.cancel()
+            if waiting:
+                await asyncio.wait(waiting)
+        return [task.result() for task in answered]
 
     async def _ask(self, place: Place, with_replicas: bool) -> "_Seen | Exception":
         # One connection for one question: a sentinel that has come back, or moved, is a new one each time.
@@ -224,7 +242,7 @@ class WatchfulPool(ConnectionPool):
     def __init__(self, *, finder: Finder, **options: Any) -> None:
         super().__init__(**options)
         self._finder = finder
-        self._looked_s = time.monotonic()
+        self._looked_s = time.monotonic() - random.uniform(0, _LOOK_S / 2)  # not all processes at once
         self._looking: asyncio.Task[None] | None = None
 
     async def get_connection(self, *arguments: Any, **options: Any) -> Any:

@@ -22,20 +22,14 @@ KEYS = [f"key:{n}" for n in range(50)]
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[RedisCluster]:
-    with running_cluster(tmp_path / "cluster") as found:
-        yield found
-
-
-@pytest.fixture
 def with_replicas(tmp_path: Path) -> Iterator[RedisCluster]:
     with running_cluster(tmp_path / "cluster", replicas=1) as found:
         yield found
 
 
 @pytest.fixture
-async def client(cluster: RedisCluster) -> AsyncIterator[Any]:
-    made = Store(cluster.url).client()
+async def client(redis_cluster: RedisCluster) -> AsyncIterator[Any]:
+    made = Store(redis_cluster.url).client()
     yield made
     await made.aclose()
 
@@ -56,7 +50,7 @@ async def get_all(client: Any) -> list[bytes]:
     return replies
 
 
-async def test_a_pipeline_goes_to_all_nodes_and_comes_back_in_order(cluster: RedisCluster, client: Any) -> None:
+async def test_a_pipeline_goes_to_all_nodes_and_comes_back_in_order(redis_cluster: RedisCluster, client: Any) -> None:
     pipeline = client.pipeline(transaction=False)
     for n, key in enumerate(KEYS):
         pipeline.set(key, n)
@@ -67,13 +61,13 @@ async def test_a_pipeline_goes_to_all_nodes_and_comes_back_in_order(cluster: Red
     *replies, now, heard, heard2 = await pipeline.execute()
     assert replies == [reply for n in range(50) for reply in (True, n + 1)]
     assert (heard, heard2) == (0, 0) and now[0] > 1_700_000_000
-    assert [cluster.ask(server, "DBSIZE") > 5 for server in cluster.servers] == [True] * 3
+    assert [redis_cluster.ask(server, "DBSIZE") > 5 for server in redis_cluster.servers] == [True] * 3
     assert await client.eval("return redis.call('GET', KEYS[1])", 1, KEYS[7]) == b"8"
     assert await client.time() >= now
     assert await client.ping()
 
 
-async def test_what_one_command_is_refused_spoils_no_other(cluster: RedisCluster, client: Any) -> None:
+async def test_what_one_command_is_refused_spoils_no_other(redis_cluster: RedisCluster, client: Any) -> None:
     pipeline = client.pipeline(transaction=False)
     for key in KEYS:
         pipeline.execute_command("SADD", key, 1)
@@ -83,19 +77,19 @@ async def test_what_one_command_is_refused_spoils_no_other(cluster: RedisCluster
     assert all(isinstance(reply, ResponseError) for reply in replies[1::2])
 
 
-async def test_keys_that_move_are_followed(cluster: RedisCluster, client: Any) -> None:
+async def test_keys_that_move_are_followed(redis_cluster: RedisCluster, client: Any) -> None:
     await set_all(client, "1")
     for key in KEYS[:5]:
-        source = cluster.master_of(key)
-        cluster.move(key, next(server for server in cluster.servers if server is not source))
+        source = redis_cluster.master_of(key)
+        redis_cluster.move(key, next(server for server in redis_cluster.servers if server is not source))
     assert await get_all(client) == [b"1"] * 50
     await set_all(client, "2")
     assert await client.get(KEYS[0]) == b"2"
 
 
-async def test_a_node_that_is_gone_is_an_error_until_it_is_back(cluster: RedisCluster, client: Any) -> None:
+async def test_a_node_that_is_gone_is_an_error_until_it_is_back(redis_cluster: RedisCluster, client: Any) -> None:
     await set_all(client, "1")
-    first, *others = cluster.servers  # the first has the first slot, and is the first one of the address
+    first, *others = redis_cluster.servers  # the first has the first slot, and is the first one of the address
     first.kill()
     with pytest.raises(RedisConnectionError):
         await set_all(client, "2")
@@ -185,10 +179,10 @@ async def test_a_server_that_is_no_cluster_is_told(redis_server: Any) -> None:
 
 
 async def test_a_channel_is_heard_from_any_node_as_long_as_it_has_its_cluster(
-    cluster: RedisCluster, client: Any, monkeypatch: pytest.MonkeyPatch
+    redis_cluster: RedisCluster, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hearing, "_LOOK_S", 0.05)
-    links = Store(cluster.url).links()
+    links = Store(redis_cluster.url).links()
     said = hear(links, "a", "b")
     assert await anext(said) is None
     for n, channel in enumerate("abab"):
@@ -199,9 +193,9 @@ async def test_a_channel_is_heard_from_any_node_as_long_as_it_has_its_cluster(
     assert [n for n in found if n in (b"1", b"3")] == [b"1", b"3"]
 
     connection: Any = await links.connect()
-    here = next(server for server in cluster.servers if server.port == connection.port)
+    here = next(server for server in redis_cluster.servers if server.port == connection.port)
     assert await links.is_current(connection)
-    for server in cluster.servers:
+    for server in redis_cluster.servers:
         if server is not here:
             server.pause()  # a node without the others hears nothing, and knows it
 
@@ -213,7 +207,7 @@ async def test_a_channel_is_heard_from_any_node_as_long_as_it_has_its_cluster(
     with pytest.raises(OSError):
         async with asyncio.timeout(10):
             await anext(said)
-    for server in cluster.servers:
+    for server in redis_cluster.servers:
         server.resume()
 
     async def is_heard_again() -> bool:
@@ -236,39 +230,41 @@ async def sets_in(cluster: RedisCluster) -> dict[str, set[str]]:
     return found
 
 
-async def test_a_mirror_notices_a_node_that_came_back_empty(cluster: RedisCluster) -> None:
-    client = registry_client(cluster.url)
+async def test_a_mirror_notices_a_node_that_came_back_empty(redis_cluster: RedisCluster) -> None:
+    client = registry_client(redis_cluster.url)
     mirror = RegistryMirror(client, prefix="qp:", node="n1", life="0.5", interval_s=0.01, check_interval_s=0.1)
     codes = [f"C{n}" for n in range(20)]
     mirror.open("n1.0.5", codes)
     running = asyncio.create_task(mirror.run())
     await wait_until(lambda: mirror.healthy and not mirror.pending)
-    whole = await sets_in(cluster)
+    whole = await sets_in(redis_cluster)
     assert whole["qp:fd:n1.0.5"] == whole["qp:codes"] == set(codes)
-    for server in cluster.servers:
+    for server in redis_cluster.servers:
         server.restart()
-        cluster.wait_until(cluster.is_well, "it is back")
+        redis_cluster.wait_until(redis_cluster.is_well, "it is back")
 
         async def is_whole() -> bool:
-            return await sets_in(cluster) == whole
+            return await sets_in(redis_cluster) == whole
 
         await wait_until(is_whole, 15)
     assert mirror.repairs == 0, "it did not have to be found"
-    cluster.move("qp:codes", next(s for s in cluster.servers if s is not cluster.master_of("qp:codes")))
+    redis_cluster.move(
+        "qp:codes", next(s for s in redis_cluster.servers if s is not redis_cluster.master_of("qp:codes"))
+    )
     mirror.open("n1.0.6", ["MSFT"])
     await wait_until(lambda: mirror.healthy and not mirror.pending)
-    assert "MSFT" in (await sets_in(cluster))["qp:codes"]
+    assert "MSFT" in (await sets_in(redis_cluster))["qp:codes"]
     running.cancel()
     await asyncio.wait([running])
     assert await mirror.finish()
-    assert await sets_in(cluster) == {}
+    assert await sets_in(redis_cluster) == {}
     await client.aclose()
 
 
 async def test_the_connections_of_a_dead_worker_are_cut_and_its_life_is_purged(
-    cluster: RedisCluster, client: Any
+    redis_cluster: RedisCluster, client: Any
 ) -> None:
-    dead = registry_client(cluster.url)
+    dead = registry_client(redis_cluster.url)
     mirror = RegistryMirror(dead, prefix="qp:", node="n1", life="0.5", interval_s=0.01)
     mirror.open("n1.0.5", [f"C{n}" for n in range(20)])
     running = asyncio.create_task(mirror.run())
@@ -276,22 +272,22 @@ async def test_the_connections_of_a_dead_worker_are_cut_and_its_life_is_purged(
     running.cancel()
     await asyncio.wait([running])
     assert await cut_connection(client, "n1", "0.5", 1)
-    for server in cluster.servers:
-        assert "name=quotepush:n1:0.5" not in cluster.ask(server, "CLIENT", "LIST")
+    for server in redis_cluster.servers:
+        assert "name=quotepush:n1:0.5" not in redis_cluster.ask(server, "CLIENT", "LIST")
     assert not await cut_connection(client, "n1", "0.5", 1)
     assert await purge_life(client, "qp:", "n1", "0.5") == 1
-    assert await sets_in(cluster) == {}
+    assert await sets_in(redis_cluster) == {}
     await dead.aclose()
 
 
-async def test_both_publishers_log_in_one_slot(cluster: RedisCluster) -> None:
-    async with Publisher(cluster.url, copies="quote.{code}") as publisher:
+async def test_both_publishers_log_in_one_slot(redis_cluster: RedisCluster) -> None:
+    async with Publisher(redis_cluster.url, copies="quote.{code}") as publisher:
         assert await publisher.publish([{"code": code, "last": 1} for code in ("AAPL", "MSFT", "AAPL")]) == [1, 1, 2]
-        holder = cluster.master_of("{qp:}log")
-        assert cluster.ask(holder, "XLEN", "{qp:}log") == 1
+        holder = redis_cluster.master_of("{qp:}log")
+        assert redis_cluster.ask(holder, "XLEN", "{qp:}log") == 1
 
         def publish_blocking() -> list[int]:
-            with BlockingPublisher(cluster.url) as blocking:
+            with BlockingPublisher(redis_cluster.url) as blocking:
                 return blocking.publish([{"code": "MSFT", "last": 2}])
 
         assert await asyncio.to_thread(publish_blocking) == [2]
