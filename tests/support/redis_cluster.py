@@ -10,6 +10,7 @@ import redis as blocking_redis
 from redis.crc import key_slot
 
 from tests.support.redis_server import RedisServer
+from tests.support.redis_tls import Certificates
 
 __all__ = ["RedisCluster", "running_cluster"]
 
@@ -22,16 +23,23 @@ class RedisCluster:
     Args:
         directory: for what they keep and log.
         replicas: of each master.
-        options: of each server, e.g. for TLS.
+        certificates: with them clients may speak TLS, and nodes do so with each other.
     """
 
-    def __init__(self, directory: Path, *, masters: int = 3, replicas: int = 0, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, directory: Path, *, masters: int = 3, replicas: int = 0, certificates: Certificates | None = None
+    ) -> None:
         always = (
             "--cluster-enabled", "yes", "--cluster-node-timeout", "500", "--cluster-replica-validity-factor", "0",
-            "--repl-diskless-sync-delay", "0", "--repl-diskless-load", "swapdb", *options,
+            "--repl-diskless-sync-delay", "0", "--repl-diskless-load", "swapdb",
         )  # fmt: skip
         self._of_masters = masters
-        self.servers = [RedisServer(directory / f"redis-{n}", options=always) for n in range(masters * (1 + replicas))]
+        self.servers: list[RedisServer] = []
+        self._tls_ports: list[int] = []
+        for n in range(masters * (1 + replicas)):
+            port, of_tls = (0, ()) if certificates is None else certificates.server_options("--tls-cluster")
+            self.servers.append(RedisServer(directory / f"redis-{n}", options=(*always, *of_tls)))
+            self._tls_ports.append(port)
 
     @property
     def url(self) -> str:
@@ -41,6 +49,11 @@ class RedisCluster:
     @property
     def places(self) -> str:
         return ",".join(f"127.0.0.1:{server.port}" for server in self.servers[:2])
+
+    @property
+    def tls_places(self) -> str:
+        """The same for TLS."""
+        return ",".join(f"127.0.0.1:{port}" for port in self._tls_ports[:2])
 
     def start(self) -> None:
         """Start all of them and make them a cluster; return when each says that it is well."""
@@ -53,7 +66,7 @@ class RedisCluster:
             # Else nodes that have just met argue first about who is the older one.
             self.ask(server, "CLUSTER", "SET-CONFIG-EPOCH", n + 1)
         for server in self.servers[1:]:
-            self.ask(server, "CLUSTER", "MEET", "127.0.0.1", self.servers[0].port)
+            self.ask(server, "CLUSTER", "MEET", "127.0.0.1", self._tls_ports[0] or self.servers[0].port)
         self.wait_until(
             lambda: all(self._knows(server) == len(self.servers) for server in self.servers), "all have met"
         )

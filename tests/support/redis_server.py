@@ -128,5 +128,7 @@ class RedisServer:
         with blocking_redis.Redis(port=self.port, socket_timeout=1, socket_connect_timeout=1) as client:
             try:
                 return bool(client.ping())
+            except blocking_redis.AuthenticationError:
+                return True
             except blocking_redis.RedisError:
                 return False

@@ -44,12 +44,17 @@ class Certificates:
         """Where one of them is."""
         return self._directory / name
 
-    def server_options(self) -> tuple[int, tuple[str, ...]]:
-        """A port for TLS, and what a Redis needs to speak it there; clients must show a certificate."""
+    def server_options(self, *among_themselves: str) -> tuple[int, tuple[str, ...]]:
+        """A port for TLS, and what a Redis needs to speak it there; clients must show a certificate.
+
+        Args:
+            among_themselves: ``--tls-replication`` or ``--tls-cluster``: servers speak TLS with each other, too.
+        """
         port = own_port()
         return port, (
             "--tls-port", str(port), "--tls-cert-file", str(self.file("server.pem")),
             "--tls-key-file", str(self.file("server.key")), "--tls-ca-cert-file", str(self.ca),
+            *(word for option in among_themselves for word in (option, "yes")),
         )  # fmt: skip
 
     @property

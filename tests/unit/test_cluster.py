@@ -16,6 +16,7 @@ from quotepush.cluster.registry import RegistryMirror, registry_client
 from quotepush.publisher import BlockingPublisher, Publisher
 from quotepush.store.clients import Store, hang_up
 from tests.support.redis_cluster import RedisCluster, running_cluster
+from tests.support.redis_tls import Certificates
 from tests.support.waiting import wait_until
 
 KEYS = [f"key:{n}" for n in range(50)]
@@ -293,3 +294,23 @@ async def test_both_publishers_log_in_one_slot(redis_cluster: RedisCluster) -> N
         assert await asyncio.to_thread(publish_blocking) == [2]
         holder.restart()
         assert await publisher.publish([{"code": "AAPL", "last": 3}]) == [1], "it came back empty"
+
+
+async def test_a_cluster_speaks_tls_with_everybody(tmp_path: Path) -> None:
+    certificates = Certificates(tmp_path / "certificates")
+    with running_cluster(tmp_path / "cluster", certificates=certificates) as cluster:
+        url = f"rediss+cluster://{cluster.tls_places}?{certificates.client_options}"
+        client = Store(url).client()
+        await set_all(client, "1")
+        assert await get_all(client) == [b"1"] * 50
+        said = hear(Store(url).links(), "a")
+        assert await anext(said) is None
+        await client.publish("a", "x")
+        assert await anext(said) == b"x"
+        await said.aclose()
+        await client.aclose()
+        await asyncio.to_thread(Store(url).blocking_client(5).ping)
+        without = Store(f"rediss+cluster://{cluster.tls_places}").client()
+        with pytest.raises(RedisConnectionError, match="certificate verify failed"):
+            await without.ping()
+        await without.aclose()

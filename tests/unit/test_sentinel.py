@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,8 @@ from quotepush.store import sentinel
 from quotepush.store.address import parse_address
 from quotepush.store.clients import Store, hang_up
 from quotepush.store.sentinel import Finder
-from tests.support.redis_sentinel import SentinelGroup
+from tests.support.redis_sentinel import SentinelGroup, running_sentinels
+from tests.support.redis_tls import Certificates
 from tests.support.waiting import wait_until
 
 
@@ -216,3 +218,36 @@ async def test_a_publisher_without_a_loop_follows_the_master(redis_sentinel: Sen
             assert await direct.wait(1, 5_000) == 1, "the replica has it"
         old.kill()
         assert await asyncio.to_thread(publish, publisher) == [2]
+
+
+async def test_tls_and_the_passwords_of_servers_and_of_sentinels(tmp_path: Path) -> None:
+    certificates = Certificates(tmp_path / "certificates")
+    with running_sentinels(tmp_path / "group", certificates=certificates) as group:
+        group.set_passwords("of-servers", "of-sentinels")
+        options = f"?sentinel_password=of-sentinels&{certificates.client_options}"
+        url = group.url.replace("redis+", "rediss+").replace("//", "//:of-servers@") + options
+        client = Store(url).client()
+        await client.set("a", "1")
+        await asyncio.to_thread(group.fail_over)
+        await written(client, "b")
+        await client.aclose()
+        said = hear(Store(f"{url}&role=replica").links(may_be_replica=True), "news")
+        assert await anext(said) is None
+        await said.aclose()
+
+        def publish() -> list[int]:
+            with BlockingPublisher(url, give_up_s=5) as publisher:
+                return publisher.publish([{"code": "AAPL", "last": 1}])
+
+        assert await asyncio.to_thread(publish) == [1]
+        for wrong, reason in (
+            (url.replace("of-sentinels", "wrong"), "no sentinel can say where quotes is: invalid"),
+            (url.replace("sentinel_password=of-sentinels&", ""), "no sentinel can say where quotes is: Auth"),
+            (url.replace("of-servers", "wrong"), "invalid username-password pair"),
+            (url.replace("/quotes", "/other"), "no sentinel can say where other is: No such master"),
+            (url.replace("ssl_ca_certs", "ssl_ciphers=ALL&ssl_ca_path"), "certificate verify failed"),
+        ):
+            refused = Store(wrong).client()
+            with pytest.raises(redis.RedisError, match=reason):
+                await refused.ping()
+            await refused.aclose()
