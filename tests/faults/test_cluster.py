@@ -45,18 +45,6 @@ async def nodes(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[Seve
         yield found
 
 
-async def crowd(nodes: SeveralNodes, of_each: int = 6) -> dict[str, list[RecordingClient]]:
-    """Clients on every node: users who are on one node, one user on all, groups, codes."""
-    found: dict[str, list[RecordingClient]] = {}
-    for name in nodes.nodes:
-        found[name] = [
-            await nodes.connect(name, f"u-{name}-{n % 3}", [f"g{n % 2}", "all"], [f"C{n}", "AAPL"])
-            for n in range(of_each)
-        ]
-        found[name].append(await nodes.connect(name, "everywhere", codes=["AAPL"]))
-    return found
-
-
 @asynccontextmanager
 async def events_of(redis: Redis) -> AsyncIterator[list[dict[str, Any]]]:
     """What is told on the channel of events."""
@@ -77,19 +65,6 @@ async def events_of(redis: Redis) -> AsyncIterator[list[dict[str, Any]]]:
             await asyncio.wait([task])
 
 
-async def sends_are_right(nodes: SeveralNodes, backend: Backend, number: int) -> None:
-    """Sends reach exactly whom they should, once."""
-    live = nodes.live
-    everywhere = [client for client in live if "u:everywhere" in nodes.members_of(client)]
-    before = {client.fd: heard_by(client) for client in live}
-    assert (await backend.send_to_user("everywhere", ["user", number])).delivered == len(everywhere)
-    assert (await backend.send_to_all(["all", number])).delivered == len(live)
-    for client in live:
-        await client.ping()
-        to_user = [["user", number]] if client in everywhere else []
-        assert heard_by(client)[len(before[client.fd]) :] == [*to_user, ["all", number]]
-
-
 def feed_of(client: RecordingClient) -> str:
     """What its newest heartbeat says of the feed."""
     return str((client.heartbeat or {}).get("feed"))
@@ -102,13 +77,13 @@ async def is_cleared(redis: Redis, node: str) -> bool:
 async def test_a_dead_nodes_state_is_cleared_once_and_its_return_is_like_a_new_one(
     redis_server: RedisServer, nodes: SeveralNodes, redis: Redis
 ) -> None:
-    clients = await crowd(nodes)
+    clients = await nodes.crowd()
     await nodes.registry_is_right(redis)
     async with Backend(redis_server.url, timeout_s=5) as backend, events_of(redis) as events:
         await nodes.nodes["n3"].kill()
         await wait_until(lambda: is_cleared(redis, "n3"), 30)
         await nodes.registry_is_right(redis)
-        await sends_are_right(nodes, backend, 1)
+        await nodes.sends_are_right(backend, 1)
         dead = {client.fd for client in clients["n3"]}
         await wait_until(lambda: sum(event["event"] == "close" for event in events) >= len(dead))
         gone = {f"u-n3-{n}" for n in range(3)}
@@ -122,7 +97,7 @@ async def test_a_dead_nodes_state_is_cleared_once_and_its_return_is_like_a_new_o
         for n in range(3):
             await nodes.connect("n3", f"u-n3-{n}", codes=["AAPL"])
         await nodes.registry_is_right(redis)
-        await sends_are_right(nodes, backend, 2)
+        await nodes.sends_are_right(backend, 2)
     assert await nodes.nodes["n1"].metric("nodes_cleared") + await nodes.nodes["n2"].metric("nodes_cleared") == 1
 
 
@@ -130,7 +105,7 @@ async def test_a_dead_nodes_state_is_cleared_once_and_its_return_is_like_a_new_o
 async def test_a_node_that_sleeps_for_longer_than_its_lease_is_back_with_all_its_connections(
     redis_server: RedisServer, nodes: SeveralNodes, redis: Redis, only_main: bool
 ) -> None:
-    clients = await crowd(nodes)
+    clients = await nodes.crowd()
     await nodes.registry_is_right(redis)
     async with Backend(redis_server.url, timeout_s=1) as backend:
         nodes.pause("n3", only_main=only_main)
@@ -150,14 +125,14 @@ async def test_a_node_that_sleeps_for_longer_than_its_lease_is_back_with_all_its
             await client.ping()
             assert heard_by(client) == []  # it was his, and he has it
         assert heard_by(moved) == ["while it slept"]
-        await sends_are_right(nodes, backend, 1)
+        await nodes.sends_are_right(backend, 1)
 
 
 async def test_a_node_that_sleeps_and_wakes_around_its_lease_again_and_again(
     redis_server: RedisServer, nodes: SeveralNodes, redis: Redis
 ) -> None:
     """So that it comes back before, while and after others clear up after it."""
-    await crowd(nodes)
+    await nodes.crowd()
     await nodes.registry_is_right(redis)
     async with Backend(redis_server.url, timeout_s=1) as backend:
         for sleep_s in (1.9, 2.2, 2.5, 2.8, 3.1):
@@ -165,13 +140,13 @@ async def test_a_node_that_sleeps_and_wakes_around_its_lease_again_and_again(
             await asyncio.sleep(sleep_s)  # the very length is what is tried
             nodes.resume("n3")
         await nodes.registry_is_right(redis, 30)
-        await sends_are_right(nodes, backend, 1)
+        await nodes.sends_are_right(backend, 1)
 
 
 async def test_whoever_has_lost_its_name_while_it_slept_ends_and_touches_nothing_of_the_new_one(
     redis_server: RedisServer, nodes: SeveralNodes, redis: Redis
 ) -> None:
-    clients = await crowd(nodes, 3)
+    clients = await nodes.crowd(3)
     await nodes.registry_is_right(redis)
     sleeper = nodes.nodes["n3"]
     nodes.pause("n3", only_main=True)
@@ -190,13 +165,13 @@ async def test_whoever_has_lost_its_name_while_it_slept_ends_and_touches_nothing
     await nodes.registry_is_right(redis, 40)
     assert all(not client.has_ended for client in fresh)
     async with Backend(redis_server.url, timeout_s=5) as backend:
-        await sends_are_right(nodes, backend, 1)
+        await nodes.sends_are_right(backend, 1)
 
 
 async def test_a_redis_that_was_emptied_is_filled_again(
     redis_server: RedisServer, nodes: SeveralNodes, redis: Redis
 ) -> None:
-    await crowd(nodes)
+    await nodes.crowd()
     await nodes.registry_is_right(redis)
     async with Backend(redis_server.url, timeout_s=5) as backend:
         await redis.flushall()
@@ -206,7 +181,7 @@ async def test_a_redis_that_was_emptied_is_filled_again(
             return len(await records(redis, ClusterKeys("qp:"))) == 3
 
         await wait_until(are_all_there, 15)
-        await sends_are_right(nodes, backend, 1)
+        await nodes.sends_are_right(backend, 1)
     assert [await server.metric("nodes_cleared") for server in nodes.nodes.values()] == [0, 0, 0]
 
 
@@ -219,7 +194,7 @@ async def test_feed_and_registry_are_lost_each_on_its_own(redis_server: RedisSer
             registry.client() as redis,
             Backend(registry.url, feed_url=redis_server.url, timeout_s=2) as backend,
         ):
-            clients = [client for some in (await crowd(nodes, 4)).values() for client in some]
+            clients = [client for some in (await nodes.crowd(4)).values() for client in some]
             await nodes.registry_is_right(redis)
             async with steady_feed(redis_server.url, ["AAPL"], 100):
                 registry.kill()
@@ -235,7 +210,7 @@ async def test_feed_and_registry_are_lost_each_on_its_own(redis_server: RedisSer
                 await nodes.registry_is_right(redis, 30)
                 redis_server.kill()
                 await wait_until(lambda: all(feed_of(client) == "down" for client in clients), 20)
-                await sends_are_right(nodes, backend, 1)
+                await nodes.sends_are_right(backend, 1)
                 await late.close()
                 await nodes.registry_is_right(redis)
                 redis_server.start()
@@ -253,7 +228,7 @@ async def test_a_clock_that_jumps_kills_nobody_and_loses_nothing(
     clock = JumpingClock(tmp_path / "clock")
     async with several_nodes(tmp_path, redis_server.url, ["n1", "n2"], **QUICK) as nodes:
         await nodes.start("n3", environment=clock.environment)
-        clients = await crowd(nodes, 3)
+        clients = await nodes.crowd(3)
         await nodes.registry_is_right(redis)
         async with Backend(redis_server.url, timeout_s=5) as backend:
             assert (await backend.send_to_user("away", "kept", delivery="kept")).kept == 1
@@ -261,7 +236,7 @@ async def test_a_clock_that_jumps_kills_nobody_and_loses_nothing(
                 clock.jump_to(offset_s)
                 assert await nodes.nodes["n3"].metric("lease_held") == 1
                 assert "n3" in await records(redis, ClusterKeys("qp:"))
-                await sends_are_right(nodes, backend, number)
+                await nodes.sends_are_right(backend, number)
                 # A worker that begins now has fds of its own all the same.
                 known = {client.fd for client in nodes.clients}
                 assert (await nodes.connect("n3", f"after-{number}")).fd not in known

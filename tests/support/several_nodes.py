@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
+from quotepush.backend import Backend
 from tests.support.registry_truth import registry_equals
 from tests.support.server import QuotepushServer
 from tests.support.tokens import KEY, token
@@ -72,6 +73,34 @@ class SeveralNodes:
         connections = {client.fd: client.codes for client in self.live}
         members = {fd: tags for fd, tags in self._members.items() if fd in connections}
         await registry_equals(redis, connections, members, nodes=list(self.nodes), timeout_s=timeout_s)
+
+    async def crowd(self, of_each: int = 6) -> dict[str, list[RecordingClient]]:
+        """Connect to every node: users who are on one node, one who is on all, groups, codes."""
+        found: dict[str, list[RecordingClient]] = {}
+        for name in self.nodes:
+            found[name] = [
+                await self.connect(name, f"u-{name}-{n % 3}", [f"g{n % 2}", "all"], [f"C{n}", "AAPL"])
+                for n in range(of_each)
+            ]
+            found[name].append(await self.connect(name, "everywhere", codes=["AAPL"]))
+        return found
+
+    async def sends_are_right(self, backend: Backend, number: int) -> None:
+        """See that what is sent to a user, a group and all reaches exactly whom it should, once."""
+        live = self.live
+        before = {client.fd: len(heard_by(client)) for client in live}
+        of_tag = {tag: [c for c in live if tag in self.members_of(c)] for tag in ("u:everywhere", "g:g1")}
+        sent = await backend.send_to_user("everywhere", ["user", number])
+        assert (sent.delivered, sent.missing) == (len(of_tag["u:everywhere"]), ())
+        sent = await backend.send_to_group("g1", ["group", number])
+        assert (sent.delivered, sent.missing) == (len(of_tag["g:g1"]), ())
+        sent = await backend.send_to_all(["all", number])
+        assert (sent.delivered, sent.missing) == (len(live), ())
+        for client in live:
+            await client.ping()
+            expected = [["user", number]] if client in of_tag["u:everywhere"] else []
+            expected += [["group", number]] if client in of_tag["g:g1"] else []
+            assert heard_by(client)[before[client.fd] :] == [*expected, ["all", number]]
 
     def pause(self, node: str, *, only_main: bool = False) -> None:
         """SIGSTOP to a node."""
