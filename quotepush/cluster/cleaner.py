@@ -114,17 +114,23 @@ class Cleaner:
             claim = _Claim(self._redis, self._keys, node, self._owner, self._timeout_s)
             if not await claim.make(text, record):
                 return
-        removed = 0
-        async with asyncio.TaskGroup() as group:
-            keeping = group.create_task(claim.keep())
-            work = group.create_task(self._remove(node, lives))
+        # No TaskGroup: trouble with Redis in one of the two must come out as what it is.
+        keeping = asyncio.create_task(claim.keep())
+        work = asyncio.create_task(self._remove(node, lives))
+        try:
             await asyncio.wait([keeping, work], return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                work.cancel()  # somebody else has it now, or the node is back
-                log.warning("nodes: clearing up after %s was broken off: it is back, or another node does it", node)
-                return
+            is_done = work.done()
+        finally:
             keeping.cancel()
-            removed = work.result()
+            work.cancel()
+            await asyncio.wait([keeping, work])
+        trouble = None if keeping.cancelled() else keeping.exception()
+        if not is_done:  # somebody else has it now, or the node is back
+            if trouble is not None:
+                raise trouble
+            log.warning("nodes: clearing up after %s was broken off: it is back, or another node does it", node)
+            return
+        removed = work.result()
         if await claim.end():
             self.cleared += 1
             self.removed += removed

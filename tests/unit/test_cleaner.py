@@ -9,6 +9,7 @@ import orjson
 import pytest
 from redis.asyncio import Redis
 
+from quotepush.cluster import cleaner as cleaner_module
 from quotepush.cluster.cleaner import Cleaner
 from quotepush.cluster.commands import ClusterKeys, Command, NodeRecord, To, decode_kept, decode_node, encode
 from quotepush.cluster.presence import Presence, read_records, redis_us
@@ -268,3 +269,24 @@ async def test_a_redis_that_is_away_is_told_once_and_looked_at_again(
     task.cancel()
     await asyncio.wait([task])
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+
+async def test_a_redis_that_goes_while_it_clears_up_ends_nothing_and_it_is_done_later(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await dead_node(redis)
+    survivor = Survivor(redis)
+    await survivor.cleaner.look()
+    survivor.now_s += LEASE_S
+    with monkeypatch.context() as patch:
+
+        async def fail(*_: Any, **__: Any) -> int:
+            raise ConnectionError("Redis is gone")
+
+        patch.setattr(cleaner_module, "purge_life", fail)
+        with pytest.raises(ConnectionError):
+            await survivor.cleaner.look()
+    record = await record_of(redis)
+    await redis.hset(KEYS.nodes, "gone", encode(msgspec.structs.replace(record, until=1)))
+    await survivor.look_for_long()
+    assert await left_of(redis) == []
