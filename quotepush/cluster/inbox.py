@@ -250,8 +250,7 @@ class Inbox:
         if missed:
             self.kept += len(missed)
             try:
-                async with asyncio.timeout(self._timeout_s):
-                    nodes = await put_back(self._redis, self._keys, command, missed, self._kept_max)
+                nodes = await put_back(self._redis, self._keys, command, missed, self._kept_max, self._timeout_s)
                 if self._node in nodes:  # should nobody hear what is said on our channel just now
                     self.users_came(missed)
             except _TROUBLE as e:
