@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from quotepush.cluster.commands import (
     BadCommand,
@@ -46,6 +46,7 @@ _MAX_WAITING = 10_000  # replies
 _AGAIN_S = 1.0
 _FORBIDDEN_AGAIN_S = 30.0
 _PER_SLICE = 100
+_MAX_UNPLACED = 1_000
 _TROUBLE = (RedisError, OSError, TimeoutError)
 
 
@@ -102,6 +103,8 @@ class Inbox:
         self._has_mail = asyncio.Event()
         self._mail = Mail(redis, keys, node, ttl_s=kept_ttl_s, timeout_s=timeout_s)
         self._after = b"-"  # where the inbox has been read to
+        # Entries, and those of their users for whom Redis would not let them wait.
+        self._unplaced: dict[bytes, tuple[Command, list[str]]] = {}
         # Users for whom messages may wait, and the commands that say so, as far as somebody waits for their outcome.
         self._came: dict[str, list[Command]] = {}
         self._has_come = asyncio.Event()
@@ -227,12 +230,17 @@ class Inbox:
     async def _carry_out_mail(self) -> None:
         await self._mail.remove([])
         # Whoever is taken for dead leaves its mail alone: another node has put it elsewhere, or is about to.
-        while self._may_work() and (page := await self._mail.page(self._after, self._concurrency)):
+        if self._may_work():
+            await self._place_again()
+        while self._may_work() and len(self._unplaced) < _MAX_UNPLACED:
+            page = await self._mail.page(self._after, self._concurrency)
+            if not page:
+                return
             self._after = b"(" + page[-1][0]
             async with asyncio.TaskGroup() as group:
                 for entry, text in page:
                     group.create_task(self._carry_out(entry, text))
-            await self._mail.remove([entry for entry, _ in page])
+            await self._mail.remove([entry for entry, _ in page if entry not in self._unplaced])
 
     async def _carry_out(self, entry: bytes, text: bytes) -> None:
         try:
@@ -249,12 +257,30 @@ class Inbox:
         missed = [user for user in users or () if user not in reply.users]
         if missed:
             self.kept += len(missed)
+            self._unplaced[entry] = command, missed
             try:
-                nodes = await put_back(self._redis, self._keys, command, missed, self._kept_max, self._timeout_s)
-                if self._node in nodes:  # should nobody hear what is said on our channel just now
-                    self.users_came(missed)
+                await self._place(entry)
             except _TROUBLE as e:
-                log.warning("inbox: a message for %d users is lost: %s", len(missed), str(e) or type(e).__name__)
+                why = str(e) or type(e).__name__
+                log.warning("inbox: a message cannot wait for %d users yet: %s; trying again", len(missed), why)
+
+    async def _place(self, entry: bytes) -> None:
+        """Let a message wait for those of its users who were not here."""
+        command, users = self._unplaced[entry]
+        nodes = await put_back(self._redis, self._keys, command, users, self._kept_max, self._timeout_s)
+        del self._unplaced[entry]
+        if self._node in nodes:  # should nobody hear what is said on our channel just now
+            self.users_came(users)
+
+    async def _place_again(self) -> None:
+        for entry, (command, _) in list(self._unplaced.items()):
+            if await self._mail.is_wanted(entry, command):
+                with contextlib.suppress(ResponseError):  # which may be about this one only
+                    await self._place(entry)
+            else:
+                del self._unplaced[entry]
+            if entry not in self._unplaced:
+                await self._mail.remove([entry])
 
     async def _given(self, command: Command) -> Reply:
         answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()

@@ -67,6 +67,16 @@ class Mail:
             return None
         return msgspec.structs.replace(command, keep=True, id=command.id or entry.decode(), sent=sent, until=until)
 
+    async def is_wanted(self, entry: bytes, command: Command) -> bool:
+        """Say whether an entry is still there, and not too old.
+
+        Raises:
+            RedisError, OSError, TimeoutError: Redis does not answer.
+        """
+        async with asyncio.timeout(self._timeout_s):
+            is_there = bool(await self._redis.xrange(self._key, min=entry, max=entry))
+            return is_there and command.until > await redis_us(self._redis) // 1000
+
     async def remove(self, entries: Sequence[bytes]) -> None:
         """Remove these, and those that Redis would not remove before.
 

@@ -210,6 +210,58 @@ async def test_a_message_that_nobody_took_waits_for_its_user(redis_server: Redis
         assert not await redis.exists(KEYS.kept("b"))
 
 
+async def test_what_cannot_be_put_anywhere_stays_in_the_inbox_until_it_can(
+    redis_server: RedisServer, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with working(redis_server) as node:
+        node.delay_s = 0.1
+        node.here = {"a"}
+        await post(redis, send("a", "b", data=1))
+        await wait_until(lambda: node.given)
+        await redis.config_set("min-replicas-to-write", 1)  # Redis takes nothing
+        await wait_until(lambda: "NOREPLICAS" in caplog.text)
+        await redis.config_set("min-replicas-to-write", 0)
+        await wait_until(lambda: is_empty(redis))
+        assert await waiting(redis, "b") == [1]
+        assert node.told == [1], "nobody here is given it again"
+
+
+async def test_a_message_for_whom_redis_has_no_place_holds_no_other_up(
+    redis_server: RedisServer, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    await redis.set(KEYS.kept("b"), "no list")
+    async with working(redis_server) as node:
+        node.here = {"a"}
+        await post(redis, send("b", data=1))
+        await post(redis, send("c", data=2))
+        await post(redis, send("a", data=3))
+        await wait_until(lambda: node.told == [1, 2, 3])
+        await wait_until(lambda: redis.exists(KEYS.kept("c")))
+        await wait_until(lambda: holds(redis, 1))
+        await redis.delete(KEYS.kept("b"))
+        await wait_until(lambda: is_empty(redis))
+        assert (await waiting(redis, "b"), await waiting(redis, "c")) == ([1], [2])
+    assert len([record for record in caplog.records if "WRONGTYPE" in record.message]) == 1
+
+
+async def test_what_has_left_the_inbox_meanwhile_is_not_put_away_again(redis_server: RedisServer, redis: Redis) -> None:
+    """Another node may have moved it, while it took this one for dead."""
+    await redis.set(KEYS.kept("b"), "no list")
+    async with working(redis_server) as node:
+        await post(redis, send("b", data=1))
+        await post(redis, send("c", data=2))
+        await wait_until(lambda: redis.exists(KEYS.kept("c")))
+        await wait_until(lambda: holds(redis, 1))
+        await redis.delete(KEYS.inbox("n1"))
+        await redis.delete(KEYS.kept("b"))
+        await wait_until(lambda: not node.inbox._unplaced)
+        assert not await redis.exists(KEYS.kept("b"))
+
+
+async def holds(redis: Redis, count: int) -> bool:
+    return bool(await redis.xlen(KEYS.inbox("n1")) == count)
+
+
 async def test_a_user_who_came_meanwhile_is_looked_for(redis_server: RedisServer, redis: Redis) -> None:
     async with working(redis_server) as node, redis.pubsub() as elsewhere:
         await elsewhere.subscribe(KEYS.to_node("n2"))
