@@ -137,13 +137,21 @@ class Presence:
         """
         is_told = False
         first: NodeRecord | None = None
+        seen, since_s = b"", 0.0
         while True:
             async with asyncio.timeout(self._timeout_s):
                 now_ms, before = await self._look()
                 found = decode_node(before)
+                if before != seen:
+                    seen, since_s = before, self._clock_s()
                 waits = found is not None and (
                     # Whoever clears up after the dead is left to it, so that each event is told once.
-                    found.until > now_ms if found.cleaner else found.is_alive(now_ms) and not self._is_dead(found)
+                    found.is_claimed(now_ms)
+                    if found.cleaner
+                    # Had the clock of Redis gone back, its lease would hold for as long as that was.
+                    else found.is_alive(now_ms)
+                    and self._clock_s() - since_s < found.lease / 1000
+                    and not self._is_dead(found)
                 )
                 if not waits and await self._write(before, now_ms):
                     return
@@ -190,7 +198,7 @@ class Presence:
             self._held_until_s = float("-inf")
             self._on_lost(NodeTaken(self._node, _holder(found)))
             return False
-        if found is not None and found.cleaner and found.until > now_ms:
+        if found is not None and found.is_claimed(now_ms):
             return False  # as soon as that is done
         if not await self._write(before, now_ms):
             return False

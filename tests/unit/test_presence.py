@@ -178,7 +178,7 @@ async def test_one_that_is_being_cleared_up_after_waits_until_that_is_done_and_w
     record = decode_node(before)
     assert record is not None
     fields = {f: getattr(record, f) for f in record.__struct_fields__}
-    claimed = encode(NodeRecord(**{**fields, "cleaner": "z", "until": now_ms + 60_000}))
+    claimed = encode(NodeRecord(**{**fields, "cleaner": "z", "until": now_ms + 9_000}))
     assert await change_record(redis, KEYS, "n1", before, claimed)
     assert not await node.presence.renew()
     assert (await records(redis, KEYS), node.removed) == ({}, 0)
@@ -226,3 +226,28 @@ async def test_a_redis_that_came_back_has_the_record_again(
     task.cancel()
     await asyncio.wait([task])
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]  # away; its record was lost
+
+
+async def test_a_clock_of_redis_that_has_gone_back_lets_nobody_wait_for_longer_than_a_lease(redis: Redis) -> None:
+    first, second = Node(redis, "a", lease_ms=10_000), Node(redis, "b", lease_ms=10_000)
+    await first.presence.take()
+    await age(redis, -600_000)
+    taking = asyncio.create_task(second.presence.take())
+    await asyncio.wait([taking], timeout=0.4)
+    assert not taking.done()
+    second.now_s += 10
+    await wait_until(taking.done)
+    assert decode_node(await text_of(redis)).owner == "b"  # type: ignore[union-attr]
+
+
+async def test_a_claim_from_before_the_clock_of_redis_went_back_keeps_nobody_out(redis: Redis) -> None:
+    node, other = Node(redis, "a"), Node(redis, "b")
+    await node.presence.take()
+    record = decode_node(await text_of(redis))
+    assert record is not None
+    claimed = encode(msgspec.structs.replace(record, cleaner="z", until=record.renewed + 600_000))
+    await redis.hset(KEYS.nodes, "n1", claimed)
+    assert await node.presence.renew()
+    await redis.hset(KEYS.nodes, "n1", claimed)
+    async with asyncio.timeout(5):
+        await other.presence.take()
