@@ -83,7 +83,7 @@ class Switchboard:
         self._cleaner = Cleaner(
             redis, keys, settings.node, self._presence.owner,
             look_s=settings.lease_s / 4, kept_max=settings.kept_max, kept_ttl_s=settings.kept_ttl_s,
-            timeout_s=timeout_s, told=self.told, may_work=lambda: self.is_held,
+            ttl_s=settings.registry_ttl_s, timeout_s=timeout_s, told=self.told, may_work=lambda: self.is_held,
         )  # fmt: skip
         self._crowds = Crowds(redis, keys, timeout_s=timeout_s)
         self._posts = Posts(settings)
