@@ -116,6 +116,7 @@ class Presence:
         self._text = b""  # what we wrote last
         self._held_until_s = float("-inf")
         self._is_well = True
+        self._was_away = False
         self.is_lost = False
 
     @property
@@ -139,6 +140,7 @@ class Presence:
         first: NodeRecord | None = None
         seen, since_s = b"", 0.0
         while True:
+            asked_s = self._clock_s()
             async with asyncio.timeout(self._timeout_s):
                 now_ms, before = await self._look()
                 found = decode_node(before)
@@ -153,7 +155,7 @@ class Presence:
                     and self._clock_s() - since_s < found.lease / 1000
                     and not self._is_dead(found)
                 )
-                if not waits and await self._write(before, now_ms):
+                if not waits and await self._write(before, now_ms, asked_s):
                     return
             if waits:
                 assert found is not None
@@ -190,6 +192,7 @@ class Presence:
             return False
 
     async def _renew(self) -> bool:
+        asked_s = self._clock_s()
         now_ms, before = await self._look()
         found = decode_node(before)
         # Whoever took the name later has it. An earlier life can be back in a Redis that has lost what came after it.
@@ -200,9 +203,12 @@ class Presence:
             return False
         if found is not None and found.is_claimed(now_ms):
             return False  # as soon as that is done
-        if not await self._write(before, now_ms):
+        # Remembered, as Redis may do what is asked now, and we not hear of it.
+        self._was_away |= found is None or found.owner != self.owner or bool(found.cleaner) or found.is_cleaned
+        if not await self._write(before, now_ms, asked_s):
             return False
-        if found is None or found.owner != self.owner or found.cleaner or found.is_cleaned:
+        if self._was_away:
+            self._was_away = False
             log.warning("nodes: this node was taken for dead, or Redis has lost its record; it is back")
             self._on_removed()
         return True
@@ -221,8 +227,7 @@ class Presence:
         now_ms = await redis_us(self._redis) // 1000
         return now_ms, _bytes(await self._redis.hget(self._keys.nodes, self._node) or b"")
 
-    async def _write(self, before: bytes, now_ms: int) -> bool:
-        asked_s = self._clock_s()
+    async def _write(self, before: bytes, now_ms: int, asked_s: float) -> bool:
         record = replace(self._record, renewed=now_ms, started=self._record.started or now_ms)
         text = encode(record)
         if before != text and not await change_record(self._redis, self._keys, self._node, before, text):

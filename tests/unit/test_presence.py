@@ -1,7 +1,8 @@
 """Each node holds its name by a lease, and knows when it does not."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import msgspec
 import pytest
@@ -251,3 +252,53 @@ async def test_a_claim_from_before_the_clock_of_redis_went_back_keeps_nobody_out
     await redis.hset(KEYS.nodes, "n1", claimed)
     async with asyncio.timeout(5):
         await other.presence.take()
+
+
+class SlowRedis:
+    """A client that answers late: ``late`` is called when it reads a record, or with what changes one."""
+
+    def __init__(self, redis: Redis, late: Callable[[str], None]) -> None:
+        self._redis = redis
+        self._late = late
+
+    async def hget(self, *words: str) -> Any:
+        found = await self._redis.hget(*words)
+        self._late("hget")
+        return found
+
+    async def eval(self, *words: Any) -> Any:
+        changed = await self._redis.eval(*words)
+        self._late("eval")
+        return changed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._redis, name)
+
+
+async def test_the_lease_begins_when_the_time_was_asked_for_however_late_the_answers_come(redis: Redis) -> None:
+    def late(what: str) -> None:
+        node.now_s += 4
+
+    node = Node(SlowRedis(redis, late), "a", lease_ms=10_000)  # type: ignore[arg-type]
+    await node.presence.take()
+    assert node.presence.is_held
+    node.now_s += 1.5
+    assert not node.presence.is_held
+
+
+async def test_whoever_is_back_and_hears_no_answer_writes_all_again_nevertheless(redis: Redis) -> None:
+    def late(what: str) -> None:
+        if what in refused:
+            raise ConnectionError("the answer was lost")
+
+    refused: list[str] = []
+    node = Node(SlowRedis(redis, late), "a")  # type: ignore[arg-type]
+    await node.presence.take()
+    await redis.flushall()
+    refused.append("eval")
+    assert not await node.presence.renew()
+    assert set(await records(redis, KEYS)) == {"n1"}, "it was done"
+    refused.clear()
+    assert await node.presence.renew()
+    assert await node.presence.renew()
+    assert node.removed == 1
