@@ -113,7 +113,6 @@ class Presence:
         self._on_lost = on_lost
         self._on_removed = on_removed
         self._clock_s = clock_s
-        self._text = b""  # what we wrote last
         self._held_until_s = float("-inf")
         self._is_well = True
         self._was_away = False
@@ -220,7 +219,10 @@ class Presence:
             RedisError, OSError: it stays, and is too old soon.
         """
         self._held_until_s = float("-inf")
-        await change_record(self._redis, self._keys, self._node, self._text, b"")
+        _, text = await self._look()  # we may not have heard of our last renewal
+        found = decode_node(text)
+        if found is not None and found.owner == self.owner and not found.cleaner:
+            await change_record(self._redis, self._keys, self._node, text, b"")
 
     async def _look(self) -> tuple[int, bytes]:
         """The time, and our record as it is."""
@@ -232,7 +234,7 @@ class Presence:
         text = encode(record)
         if before != text and not await change_record(self._redis, self._keys, self._node, before, text):
             return False
-        self._record, self._text = record, text
+        self._record = record
         self._held_until_s = asked_s + record.lease / 1000 * _MARGIN
         await self._redis.expire(self._keys.nodes, self._ttl_s)
         return True

@@ -302,3 +302,24 @@ async def test_whoever_is_back_and_hears_no_answer_writes_all_again_nevertheless
     assert await node.presence.renew()
     assert await node.presence.renew()
     assert node.removed == 1
+
+
+async def test_whoever_did_not_hear_that_it_has_renewed_leaves_nevertheless(redis: Redis) -> None:
+    def late(what: str) -> None:
+        if what in refused:
+            raise ConnectionError("the answer was lost")
+
+    refused: list[str] = []
+    node = Node(SlowRedis(redis, late), "a")  # type: ignore[arg-type]
+    await node.presence.take()
+    before = await text_of(redis)
+    refused.append("eval")
+
+    async def is_renewed() -> bool:  # once a millisecond has passed
+        assert not await node.presence.renew() or before == await text_of(redis)
+        return before != await text_of(redis)
+
+    await wait_until(is_renewed)
+    refused.clear()
+    await node.presence.leave()
+    assert await redis.hgetall(KEYS.nodes) == {}
