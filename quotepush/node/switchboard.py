@@ -166,8 +166,10 @@ class Switchboard:
             RedisError, OSError, TimeoutError: Redis does not answer.
         """
         await self._line.aclose()
-        await self._announcer.flush()
-        await self._presence.leave()
+        try:
+            await self._announcer.flush()
+        finally:
+            await self._presence.leave()
 
     # Workers
 
