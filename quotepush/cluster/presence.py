@@ -216,13 +216,14 @@ class Presence:
         """Remove the record; one attempt.
 
         Raises:
-            RedisError, OSError: it stays, and is too old soon.
+            RedisError, OSError, TimeoutError: it stays, and is too old soon.
         """
         self._held_until_s = float("-inf")
-        _, text = await self._look()  # we may not have heard of our last renewal
-        found = decode_node(text)
-        if found is not None and found.owner == self.owner and not found.cleaner:
-            await change_record(self._redis, self._keys, self._node, text, b"")
+        async with asyncio.timeout(self._timeout_s):
+            _, text = await self._look()  # we may not have heard of our last renewal
+            found = decode_node(text)
+            if found is not None and found.owner == self.owner and not found.cleaner:
+                await change_record(self._redis, self._keys, self._node, text, b"")
 
     async def _look(self) -> tuple[int, bytes]:
         """The time, and our record as it is."""
