@@ -129,6 +129,17 @@ class Inbox:
             self._came.setdefault(user, [])
         self._has_come.set()
 
+    async def move(self) -> None:
+        """Let what is in the inbox wait for its users; not while :meth:`run` reads it.
+
+        Raises:
+            RedisError, OSError, TimeoutError: some of it stays.
+        """
+        await move_mail(
+            self._redis, self._keys, self._node,
+            kept_max=self._kept_max, kept_ttl_s=self._kept_ttl_s, timeout_s=self._timeout_s,
+        )  # fmt: skip
+
     # ------------------------------------------------------------------ heard at once
 
     async def _listen(self) -> None:
@@ -212,10 +223,7 @@ class Inbox:
             self._has_mail.clear()
             try:
                 if not is_begun:
-                    await move_mail(
-                        self._redis, self._keys, self._node,
-                        kept_max=self._kept_max, kept_ttl_s=self._kept_ttl_s, timeout_s=self._timeout_s,
-                    )  # fmt: skip
+                    await self.move()
                     is_begun = True
                 await self._carry_out_mail()
                 is_well = True

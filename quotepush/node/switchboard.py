@@ -169,7 +169,9 @@ class Switchboard:
         try:
             await self._announcer.flush()
         finally:
-            await self._presence.leave()
+            if not self.is_lost:
+                await self._inbox.move()  # where there is no record nobody looks into the inbox
+                await self._presence.leave()
 
     # Workers
 

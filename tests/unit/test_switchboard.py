@@ -7,6 +7,7 @@ from typing import Any
 from redis.asyncio import ConnectionPool, Redis
 from redis.exceptions import RedisError
 
+from quotepush.cluster.commands import ClusterKeys, Command, To, encode
 from quotepush.node import bus
 from quotepush.node.switchboard import Switchboard
 from quotepush.settings import Settings
@@ -45,3 +46,15 @@ async def test_leaving_ends_where_redis_does_not_answer(redis_server: RedisServe
                     await switchboard.leave()
         finally:
             redis_server.resume()
+
+
+async def test_what_came_into_the_inbox_while_the_node_stopped_waits_for_its_users(redis_server: RedisServer) -> None:
+    keys = ClusterKeys("qp:")
+    async with redis_server.client(decode_responses=False) as redis:
+        switchboard = switchboard_of(redis)
+        await switchboard.join()
+        await redis.xadd(keys.inbox("n1"), {"c": encode(Command(op="send", id="m", to=To(users=["ann"]), data=1))})
+        await switchboard.leave()
+        assert await redis.llen(keys.kept("ann")) == 1
+        assert not await redis.xlen(keys.inbox("n1"))
+        assert await redis.hgetall(keys.nodes) == {}
