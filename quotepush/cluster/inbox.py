@@ -30,7 +30,7 @@ from quotepush.cluster.commands import (
     parse_command,
 )
 from quotepush.cluster.hearing import hear
-from quotepush.cluster.kept import keep, take
+from quotepush.cluster.kept import give_back, keep, take
 from quotepush.cluster.mail import Mail, move_mail, put_back
 from quotepush.store.clients import Links
 
@@ -108,6 +108,7 @@ class Inbox:
         # Users for whom messages may wait, and the commands that say so, as far as somebody waits for their outcome.
         self._came: dict[str, list[Command]] = {}
         self._has_come = asyncio.Event()
+        self._doubted: dict[str, list[bytes]] = {}  # messages that may have been taken, which nobody told us
         self.heard = 0
         self.refused = 0
         self.kept = 0
@@ -303,6 +304,18 @@ class Inbox:
     # ------------------------------------------------------------------ messages that wait
 
     async def _collect(self) -> None:
+        try:
+            await self._collect_for_ever()
+        finally:
+            if self._doubted:  # we are being stopped in the middle of it
+                try:
+                    async with asyncio.timeout(self._timeout_s):
+                        await give_back(self._redis, self._keys, self._doubted, self._kept_max)
+                except _TROUBLE as e:
+                    why = str(e) or type(e).__name__
+                    log.warning("kept: messages for %d users may be lost: %s", len(self._doubted), why)
+
+    async def _collect_for_ever(self) -> None:
         while True:
             await self._has_come.wait()
             self._has_come.clear()
@@ -313,7 +326,8 @@ class Inbox:
                 users = list(self._came)[:_PER_SLICE]
                 try:
                     async with asyncio.timeout(self._timeout_s):
-                        taken = dict(await take(self._redis, self._keys, users, self._kept_max))
+                        await give_back(self._redis, self._keys, self._doubted, self._kept_max)
+                        taken = dict(await take(self._redis, self._keys, users, self._kept_max, self._doubted))
                 except _TROUBLE:
                     await asyncio.sleep(_AGAIN_S)  # what waits does so in Redis, and they wait here
                     continue

@@ -351,6 +351,50 @@ async def test_what_was_taken_goes_back_when_the_node_stops(redis_server: RedisS
     assert await waiting(redis, "a") == [1, 2]
 
 
+class CutOff:
+    """A client whose Redis stops just when messages are to be taken, and does it when it goes on."""
+
+    def __init__(self, redis: Any, server: RedisServer) -> None:
+        self._redis = redis
+        self._server = server
+        self.is_cut = False
+
+    def pipeline(self, **options: Any) -> Any:
+        pipeline = self._redis.pipeline(**options)
+        execute = pipeline.execute
+
+        async def pause_first(**options: Any) -> Any:
+            if not self.is_cut and any(command[0][0] == "LPOP" for command in pipeline.command_stack):
+                self.is_cut = True
+                self._server.pause()
+            return await execute(**options)
+
+        pipeline.execute = pause_first
+        return pipeline
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._redis, name)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+async def test_what_was_taken_unheard_is_not_lost(redis_server: RedisServer, redis: Redis, is_stopped: bool) -> None:
+    await keep(redis, KEYS, "a", [kept(1), kept(2)], 5)
+    async with working(redis_server, timeout_s=0.3) as node:
+        node.here = {"a"}
+        client = CutOff(node.inbox._redis, redis_server)
+        node.inbox._redis = client
+        node.inbox.users_came(["a"])
+        await wait_until(lambda: client.is_cut)
+        if is_stopped:
+            asyncio.get_running_loop().call_later(0.1, redis_server.resume)
+        else:
+            await asyncio.sleep(0.5)  # for longer than it waits
+            redis_server.resume()
+            await wait_until(lambda: node.inbox.collected == 2, 15)
+    told_and_waiting = (node.told, await waiting(redis, "a"))
+    assert told_and_waiting == (([], [1, 2]) if is_stopped else ([1, 2], []))
+
+
 async def test_taking_leaves_out_what_is_too_old_and_what_is_no_message(redis: Redis) -> None:
     await keep(redis, KEYS, "a", [kept(1, until_s=-1), kept(2)], 5)
     await redis.rpush(KEYS.kept("a"), "?")
