@@ -11,12 +11,13 @@ from quotepush.cluster.commands import ClusterKeys, Command, To, encode
 from quotepush.node import bus
 from quotepush.node.switchboard import Switchboard
 from quotepush.settings import Settings
+from quotepush.store.clients import Links
 from tests.support.redis_server import RedisServer
 
 
 def switchboard_of(redis: Redis, **settings: Any) -> Switchboard:
     return Switchboard(
-        Settings(node="n1", events=True, **settings), redis, ConnectionPool(),
+        Settings(node="n1", events=True, **settings), redis, Links(ConnectionPool()),
         on_up=lambda: None, on_lost=lambda fault: None, on_removed=lambda: None,
     )  # fmt: skip
 
