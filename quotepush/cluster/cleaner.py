@@ -14,7 +14,7 @@ from typing import Any
 from msgspec.structs import replace
 from redis.exceptions import RedisError
 
-from quotepush.cluster.commands import ClusterKeys, NodeRecord, decode_node, encode
+from quotepush.cluster.commands import CLAIM_MS, ClusterKeys, NodeRecord, decode_node, encode
 from quotepush.cluster.mail import move_mail
 from quotepush.cluster.nodes import Told, lives_of, purge_life
 from quotepush.cluster.presence import change_record, read_records, redis_us
@@ -23,7 +23,6 @@ __all__ = ["Cleaner"]
 
 log = logging.getLogger("quotepush.main")
 
-_CLAIM_MS = 10_000
 _CLAIM_AGAIN_S = 3.0
 
 
@@ -32,6 +31,7 @@ class Cleaner:
 
     Args:
         owner: of this node's own record; nobody clears up who has lost his name.
+        ttl_s: no set of the registry outlives the node that renews it for longer.
         told: hears what is found.
         may_work: whether this node surely is alive itself.
 
@@ -50,6 +50,7 @@ class Cleaner:
         look_s: float,
         kept_max: int,
         kept_ttl_s: int,
+        ttl_s: int,
         timeout_s: float,
         told: Told | None = None,
         may_work: Callable[[], bool] = lambda: True,
@@ -62,6 +63,7 @@ class Cleaner:
         self._look_s = look_s
         self._kept_max = kept_max
         self._kept_ttl_s = kept_ttl_s
+        self._ttl_s = ttl_s
         self._timeout_s = timeout_s
         self._told = told
         self._may_work = may_work
@@ -101,30 +103,41 @@ class Cleaner:
             self._seen[node] = (text, since)
         for node, (text, since) in list(self._seen.items()):
             record = decode_node(text)
-            if node == self._node or record is None or record.is_alive(now_ms) or record.until > now_ms:
+            if node == self._node or record is None or record.is_claimed(now_ms):
+                continue
+            if record.is_alive(now_ms) and record.renewed <= now_ms:  # else the clock of Redis has gone back
                 continue
             if now_s - since >= record.lease / 1000:
-                await self._clear_up_after(node, text, record)
+                await self._clear_up_after(node, text, record, now_ms)
 
-    async def _clear_up_after(self, node: str, text: bytes, record: NodeRecord) -> None:
+    async def _clear_up_after(self, node: str, text: bytes, record: NodeRecord, now_ms: int) -> None:
         async with asyncio.timeout(self._timeout_s):
             lives = await lives_of(self._redis, self._keys.prefix, node)
             if record.is_cleaned and not lives:
-                return  # its record stays for a while: a part of it may live on, and write
+                # A part of it may live on and write, so its record stays for as long as that would.
+                if now_ms - record.renewed >= 1000 * self._ttl_s:
+                    await change_record(self._redis, self._keys, node, text, b"")
+                return
             claim = _Claim(self._redis, self._keys, node, self._owner, self._timeout_s)
             if not await claim.make(text, record):
                 return
-        removed = 0
-        async with asyncio.TaskGroup() as group:
-            keeping = group.create_task(claim.keep())
-            work = group.create_task(self._remove(node, lives))
+        # No TaskGroup: trouble with Redis in one of the two must come out as what it is.
+        keeping = asyncio.create_task(claim.keep())
+        work = asyncio.create_task(self._remove(node, lives))
+        try:
             await asyncio.wait([keeping, work], return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                work.cancel()  # somebody else has it now, or the node is back
-                log.warning("nodes: clearing up after %s was broken off: it is back, or another node does it", node)
-                return
+            is_done = work.done()
+        finally:
             keeping.cancel()
-            removed = work.result()
+            work.cancel()
+            await asyncio.wait([keeping, work])
+        trouble = None if keeping.cancelled() else keeping.exception()
+        if not is_done:  # somebody else has it now, or the node is back
+            if trouble is not None:
+                raise trouble
+            log.warning("nodes: clearing up after %s was broken off: it is back, or another node does it", node)
+            return
+        removed = work.result()
         if await claim.end():
             self.cleared += 1
             self.removed += removed
@@ -154,7 +167,7 @@ class _Claim:
     async def make(self, text: bytes, record: NodeRecord) -> bool:
         """Claim it; False: the record is not what it was."""
         self._text, self._record = text, record
-        until = await redis_us(self._redis) // 1000 + _CLAIM_MS
+        until = await redis_us(self._redis) // 1000 + CLAIM_MS
         return await self._change(replace(record, cleaner=self._owner, until=until, is_cleaned=False))
 
     async def keep(self) -> None:

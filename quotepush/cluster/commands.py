@@ -18,11 +18,14 @@ import msgspec
 import orjson
 
 __all__ = [
-    "MAX_COMMAND_BYTES", "OPS", "BadCommand", "ClusterKeys", "Command", "Kept", "NodeRecord",
+    "CLAIM_MS", "MAX_COMMAND_BYTES", "OPS", "BadCommand", "ClusterKeys", "Command", "Kept", "NodeRecord",
     "Reply", "Sender", "To", "decode_kept", "decode_node", "decode_reply", "encode", "is_fd", "is_job", "is_name",
     "new_id",
     "node_of", "parse_command", "payload_of", "worker_of",
 ]  # fmt: skip
+
+# A claim on what a dead node has left holds for so long, unless it is made again.
+CLAIM_MS = 10_000
 
 # A larger command is refused unread.
 MAX_COMMAND_BYTES = 1 << 20
@@ -186,6 +189,10 @@ class NodeRecord(msgspec.Struct, frozen=True):
     def is_alive(self, now_ms: int) -> bool:
         """Whether its lease holds, by the clock of Redis."""
         return now_ms - self.renewed < self.lease and not self.cleaner and not self.is_cleaned
+
+    def is_claimed(self, now_ms: int) -> bool:
+        """Whether another node clears up after it. One that holds for longer than any is of a clock that went back."""
+        return bool(self.cleaner) and 0 < self.until - now_ms <= CLAIM_MS
 
 
 class ClusterKeys:

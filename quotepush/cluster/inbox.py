@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from redis.exceptions import NoPermissionError, RedisError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from quotepush.cluster.commands import (
     BadCommand,
@@ -30,7 +30,7 @@ from quotepush.cluster.commands import (
     parse_command,
 )
 from quotepush.cluster.hearing import hear
-from quotepush.cluster.kept import keep, take
+from quotepush.cluster.kept import give_back, keep, take
 from quotepush.cluster.mail import Mail, move_mail, put_back
 from quotepush.store.clients import Links
 
@@ -46,6 +46,7 @@ _MAX_WAITING = 10_000  # replies
 _AGAIN_S = 1.0
 _FORBIDDEN_AGAIN_S = 30.0
 _PER_SLICE = 100
+_MAX_UNPLACED = 1_000
 _TROUBLE = (RedisError, OSError, TimeoutError)
 
 
@@ -102,9 +103,12 @@ class Inbox:
         self._has_mail = asyncio.Event()
         self._mail = Mail(redis, keys, node, ttl_s=kept_ttl_s, timeout_s=timeout_s)
         self._after = b"-"  # where the inbox has been read to
+        # Entries, and those of their users for whom Redis would not let them wait.
+        self._unplaced: dict[bytes, tuple[Command, list[str]]] = {}
         # Users for whom messages may wait, and the commands that say so, as far as somebody waits for their outcome.
         self._came: dict[str, list[Command]] = {}
         self._has_come = asyncio.Event()
+        self._doubted: dict[str, list[bytes]] = {}  # messages that may have been taken, which nobody told us
         self.heard = 0
         self.refused = 0
         self.kept = 0
@@ -125,6 +129,17 @@ class Inbox:
         for user in users:
             self._came.setdefault(user, [])
         self._has_come.set()
+
+    async def move(self) -> None:
+        """Let what is in the inbox wait for its users; not while :meth:`run` reads it.
+
+        Raises:
+            RedisError, OSError, TimeoutError: some of it stays.
+        """
+        await move_mail(
+            self._redis, self._keys, self._node,
+            kept_max=self._kept_max, kept_ttl_s=self._kept_ttl_s, timeout_s=self._timeout_s,
+        )  # fmt: skip
 
     # ------------------------------------------------------------------ heard at once
 
@@ -209,10 +224,7 @@ class Inbox:
             self._has_mail.clear()
             try:
                 if not is_begun:
-                    await move_mail(
-                        self._redis, self._keys, self._node,
-                        kept_max=self._kept_max, kept_ttl_s=self._kept_ttl_s, timeout_s=self._timeout_s,
-                    )  # fmt: skip
+                    await self.move()
                     is_begun = True
                 await self._carry_out_mail()
                 is_well = True
@@ -227,12 +239,17 @@ class Inbox:
     async def _carry_out_mail(self) -> None:
         await self._mail.remove([])
         # Whoever is taken for dead leaves its mail alone: another node has put it elsewhere, or is about to.
-        while self._may_work() and (page := await self._mail.page(self._after, self._concurrency)):
+        if self._may_work():
+            await self._place_again()
+        while self._may_work() and len(self._unplaced) < _MAX_UNPLACED:
+            page = await self._mail.page(self._after, self._concurrency)
+            if not page:
+                return
             self._after = b"(" + page[-1][0]
             async with asyncio.TaskGroup() as group:
                 for entry, text in page:
                     group.create_task(self._carry_out(entry, text))
-            await self._mail.remove([entry for entry, _ in page])
+            await self._mail.remove([entry for entry, _ in page if entry not in self._unplaced])
 
     async def _carry_out(self, entry: bytes, text: bytes) -> None:
         try:
@@ -249,13 +266,30 @@ class Inbox:
         missed = [user for user in users or () if user not in reply.users]
         if missed:
             self.kept += len(missed)
+            self._unplaced[entry] = command, missed
             try:
-                async with asyncio.timeout(self._timeout_s):
-                    nodes = await put_back(self._redis, self._keys, command, missed, self._kept_max)
-                if self._node in nodes:  # should nobody hear what is said on our channel just now
-                    self.users_came(missed)
+                await self._place(entry)
             except _TROUBLE as e:
-                log.warning("inbox: a message for %d users is lost: %s", len(missed), str(e) or type(e).__name__)
+                why = str(e) or type(e).__name__
+                log.warning("inbox: a message cannot wait for %d users yet: %s; trying again", len(missed), why)
+
+    async def _place(self, entry: bytes) -> None:
+        """Let a message wait for those of its users who were not here."""
+        command, users = self._unplaced[entry]
+        nodes = await put_back(self._redis, self._keys, command, users, self._kept_max, self._timeout_s)
+        del self._unplaced[entry]
+        if self._node in nodes:  # should nobody hear what is said on our channel just now
+            self.users_came(users)
+
+    async def _place_again(self) -> None:
+        for entry, (command, _) in list(self._unplaced.items()):
+            if await self._mail.is_wanted(entry, command):
+                with contextlib.suppress(ResponseError):  # which may be about this one only
+                    await self._place(entry)
+            else:
+                del self._unplaced[entry]
+            if entry not in self._unplaced:
+                await self._mail.remove([entry])
 
     async def _given(self, command: Command) -> Reply:
         answered: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
@@ -270,6 +304,18 @@ class Inbox:
     # ------------------------------------------------------------------ messages that wait
 
     async def _collect(self) -> None:
+        try:
+            await self._collect_for_ever()
+        finally:
+            if self._doubted:  # we are being stopped in the middle of it
+                try:
+                    async with asyncio.timeout(self._timeout_s):
+                        await give_back(self._redis, self._keys, self._doubted, self._kept_max)
+                except _TROUBLE as e:
+                    why = str(e) or type(e).__name__
+                    log.warning("kept: messages for %d users may be lost: %s", len(self._doubted), why)
+
+    async def _collect_for_ever(self) -> None:
         while True:
             await self._has_come.wait()
             self._has_come.clear()
@@ -280,7 +326,8 @@ class Inbox:
                 users = list(self._came)[:_PER_SLICE]
                 try:
                     async with asyncio.timeout(self._timeout_s):
-                        taken = dict(await take(self._redis, self._keys, users, self._kept_max))
+                        await give_back(self._redis, self._keys, self._doubted, self._kept_max)
+                        taken = dict(await take(self._redis, self._keys, users, self._kept_max, self._doubted))
                 except _TROUBLE:
                     await asyncio.sleep(_AGAIN_S)  # what waits does so in Redis, and they wait here
                     continue

@@ -67,6 +67,16 @@ class Mail:
             return None
         return msgspec.structs.replace(command, keep=True, id=command.id or entry.decode(), sent=sent, until=until)
 
+    async def is_wanted(self, entry: bytes, command: Command) -> bool:
+        """Say whether an entry is still there, and not too old.
+
+        Raises:
+            RedisError, OSError, TimeoutError: Redis does not answer.
+        """
+        async with asyncio.timeout(self._timeout_s):
+            is_there = bool(await self._redis.xrange(self._key, min=entry, max=entry))
+            return is_there and command.until > await redis_us(self._redis) // 1000
+
     async def remove(self, entries: Sequence[bytes]) -> None:
         """Remove these, and those that Redis would not remove before.
 
@@ -80,20 +90,26 @@ class Mail:
             self._done.clear()
 
 
-async def put_back(redis: Any, keys: ClusterKeys, command: Command, users: Sequence[str], kept_max: int) -> set[str]:
+async def put_back(
+    redis: Any, keys: ClusterKeys, command: Command, users: Sequence[str], kept_max: int, timeout_s: float
+) -> set[str]:
     """Let a message wait for these users; return the nodes where they are by now.
 
+    Args:
+        timeout_s: for each user.
+
     Raises:
-        RedisError, OSError: Redis does not answer; some of them may have it.
+        RedisError, OSError, TimeoutError: Redis does not answer; some of them may have it.
     """
     message = Kept(command.sent, command.until, command.data, command.encoding, command.raw, command.sender, command.id)
     found: set[str] = set()
     for user in users:
-        await keep(redis, keys, user, [message], kept_max)
-        # He may have come while it was on its way.
-        nodes = {node_of(fd.decode("utf-8", "replace")) for fd in await redis.smembers(keys.user(user))} - {""}
-        for node in nodes:
-            await redis.publish(keys.to_node(node), encode(Command(op="collect", user=user)))
+        async with asyncio.timeout(timeout_s):
+            await keep(redis, keys, user, [message], kept_max)
+            # He may have come while it was on its way.
+            nodes = {node_of(fd.decode("utf-8", "replace")) for fd in await redis.smembers(keys.user(user))} - {""}
+            for node in nodes:
+                await redis.publish(keys.to_node(node), encode(Command(op="collect", user=user)))
         found |= nodes
     return found
 
@@ -115,8 +131,8 @@ async def move_mail(
         for entry, text in page:
             command = _wanted(mail, entry, text)
             if command is not None and command.to is not None and command.to.users:
-                async with asyncio.timeout(timeout_s):
-                    await put_back(redis, keys, command, command.to.users, kept_max)
+                await put_back(redis, keys, command, command.to.users, kept_max, timeout_s)
+                await mail.remove([entry])  # should we be broken off, nobody puts it back again
                 moved += 1
         await mail.remove([entry for entry, _ in page])
     return moved

@@ -113,9 +113,9 @@ class Presence:
         self._on_lost = on_lost
         self._on_removed = on_removed
         self._clock_s = clock_s
-        self._text = b""  # what we wrote last
         self._held_until_s = float("-inf")
         self._is_well = True
+        self._was_away = False
         self.is_lost = False
 
     @property
@@ -137,15 +137,24 @@ class Presence:
         """
         is_told = False
         first: NodeRecord | None = None
+        seen, since_s = b"", 0.0
         while True:
+            asked_s = self._clock_s()
             async with asyncio.timeout(self._timeout_s):
                 now_ms, before = await self._look()
                 found = decode_node(before)
+                if before != seen:
+                    seen, since_s = before, self._clock_s()
                 waits = found is not None and (
                     # Whoever clears up after the dead is left to it, so that each event is told once.
-                    found.until > now_ms if found.cleaner else found.is_alive(now_ms) and not self._is_dead(found)
+                    found.is_claimed(now_ms)
+                    if found.cleaner
+                    # Had the clock of Redis gone back, its lease would hold for as long as that was.
+                    else found.is_alive(now_ms)
+                    and self._clock_s() - since_s < found.lease / 1000
+                    and not self._is_dead(found)
                 )
-                if not waits and await self._write(before, now_ms):
+                if not waits and await self._write(before, now_ms, asked_s):
                     return
             if waits:
                 assert found is not None
@@ -182,6 +191,7 @@ class Presence:
             return False
 
     async def _renew(self) -> bool:
+        asked_s = self._clock_s()
         now_ms, before = await self._look()
         found = decode_node(before)
         # Whoever took the name later has it. An earlier life can be back in a Redis that has lost what came after it.
@@ -190,11 +200,14 @@ class Presence:
             self._held_until_s = float("-inf")
             self._on_lost(NodeTaken(self._node, _holder(found)))
             return False
-        if found is not None and found.cleaner and found.until > now_ms:
+        if found is not None and found.is_claimed(now_ms):
             return False  # as soon as that is done
-        if not await self._write(before, now_ms):
+        # Remembered, as Redis may do what is asked now, and we not hear of it.
+        self._was_away |= found is None or found.owner != self.owner or bool(found.cleaner) or found.is_cleaned
+        if not await self._write(before, now_ms, asked_s):
             return False
-        if found is None or found.owner != self.owner or found.cleaner or found.is_cleaned:
+        if self._was_away:
+            self._was_away = False
             log.warning("nodes: this node was taken for dead, or Redis has lost its record; it is back")
             self._on_removed()
         return True
@@ -203,23 +216,26 @@ class Presence:
         """Remove the record; one attempt.
 
         Raises:
-            RedisError, OSError: it stays, and is too old soon.
+            RedisError, OSError, TimeoutError: it stays, and is too old soon.
         """
         self._held_until_s = float("-inf")
-        await change_record(self._redis, self._keys, self._node, self._text, b"")
+        async with asyncio.timeout(self._timeout_s):
+            _, text = await self._look()  # we may not have heard of our last renewal
+            found = decode_node(text)
+            if found is not None and found.owner == self.owner and not found.cleaner:
+                await change_record(self._redis, self._keys, self._node, text, b"")
 
     async def _look(self) -> tuple[int, bytes]:
         """The time, and our record as it is."""
         now_ms = await redis_us(self._redis) // 1000
         return now_ms, _bytes(await self._redis.hget(self._keys.nodes, self._node) or b"")
 
-    async def _write(self, before: bytes, now_ms: int) -> bool:
-        asked_s = self._clock_s()
+    async def _write(self, before: bytes, now_ms: int, asked_s: float) -> bool:
         record = replace(self._record, renewed=now_ms, started=self._record.started or now_ms)
         text = encode(record)
         if before != text and not await change_record(self._redis, self._keys, self._node, before, text):
             return False
-        self._record, self._text = record, text
+        self._record = record
         self._held_until_s = asked_s + record.lease / 1000 * _MARGIN
         await self._redis.expire(self._keys.nodes, self._ttl_s)
         return True

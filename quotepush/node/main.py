@@ -132,6 +132,7 @@ class _Main:
         self._delaying: Delaying | None = None
         self._supervisor: Supervisor
         self._has_workers = False
+        self._is_clear = False  # the registry surely holds nothing of this node
         self._switchboard: Switchboard
         self._addresses = ""
 
@@ -165,6 +166,7 @@ class _Main:
             except (RedisError, OSError, TimeoutError) as e:
                 reason = reason_of(e, settings.redis_timeout_s)
                 raise RedisUnavailable("registry_redis", str(store), reason) from None
+            self._is_clear = True
             if removed:
                 log.info("registry: %d connections of an earlier life removed", removed)
             self._follower = LogFollower(
@@ -218,7 +220,7 @@ class _Main:
                 log.info("open-file limit %d, max_connections %d", open_files, max_connections)
                 self._lock.write(admin_address)
                 self._addresses = f"{_public_url(settings, sockets[0])} admin=http://{admin_address}"
-                self._has_workers = True
+                self._has_workers, self._is_clear = True, False
                 await self._serve_until_stopped(keeping_name)
             if settings.rows_interval_s:
                 await self._rows.flush()
@@ -227,7 +229,7 @@ class _Main:
             try:
                 async with asyncio.timeout(settings.redis_timeout_s):
                     await purge_node(registry, settings.redis_prefix, settings.node, told=self._switchboard.told)
-                self._has_workers = False
+                self._is_clear = True
             except (RedisError, OSError, TimeoutError) as e:
                 log.warning("registry: not cleared; the next start does it: %s", str(e) or type(e).__name__)
         finally:
@@ -238,7 +240,7 @@ class _Main:
                 await asyncio.wait([keeping_name])
             with contextlib.suppress(RedisError, OSError, TimeoutError):
                 # Where entries may be left the record stays: it leads others to them.
-                if keeping_name is not None and not self._has_workers:
+                if keeping_name is not None and self._is_clear:
                     async with asyncio.timeout(settings.redis_timeout_s):
                         await self._switchboard.leave()
                 await registry.aclose()

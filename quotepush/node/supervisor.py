@@ -319,9 +319,10 @@ class Supervisor:
                 async with asyncio.timeout(self._settings.redis_timeout_s):
                     for name, client_id in clients.items():
                         await cut_connection(self._registry, node, name, client_id)
-                    removed = await purge_life(self._registry, prefix, node, life, self._switchboard.told)
+                # Of many connections that takes its time; each of its steps is bounded.
+                removed = await purge_life(self._registry, prefix, node, life, self._switchboard.told)
             except (RedisError, OSError, TimeoutError) as e:
-                log.warning("registry: dead worker %s is not cleared yet: %s", life, e)
+                log.warning("registry: dead worker %s is not cleared yet: %s", life, str(e) or type(e).__name__)
                 return
             log.info("registry: %d connections of dead worker %s removed", removed, life)
             self._unpurged.remove((life, clients))

@@ -83,7 +83,7 @@ class Switchboard:
         self._cleaner = Cleaner(
             redis, keys, settings.node, self._presence.owner,
             look_s=settings.lease_s / 4, kept_max=settings.kept_max, kept_ttl_s=settings.kept_ttl_s,
-            timeout_s=timeout_s, told=self.told, may_work=lambda: self.is_held,
+            ttl_s=settings.registry_ttl_s, timeout_s=timeout_s, told=self.told, may_work=lambda: self.is_held,
         )  # fmt: skip
         self._crowds = Crowds(redis, keys, timeout_s=timeout_s)
         self._posts = Posts(settings)
@@ -166,8 +166,12 @@ class Switchboard:
             RedisError, OSError, TimeoutError: Redis does not answer.
         """
         await self._line.aclose()
-        await self._announcer.flush()
-        await self._presence.leave()
+        try:
+            await self._announcer.flush()
+        finally:
+            if not self.is_lost:
+                await self._inbox.move()  # where there is no record nobody looks into the inbox
+                await self._presence.leave()
 
     # Workers
 

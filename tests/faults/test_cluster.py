@@ -17,6 +17,7 @@ from quotepush.cluster.presence import records
 from quotepush.errors import BackendUnavailable
 from tests.support.jumping_clock import JumpingClock
 from tests.support.redis_server import RedisServer
+from tests.support.server import QuotepushServer
 from tests.support.several_nodes import SeveralNodes, heard_by, several_nodes
 from tests.support.steady_feed import publish, steady_feed
 from tests.support.waiting import wait_until
@@ -248,3 +249,15 @@ async def test_a_clock_that_jumps_kills_nobody_and_loses_nothing(
             for client in some:
                 assert not client.has_ended
         assert [await server.metric("nodes_cleared") for server in nodes.nodes.values()] == [0, 0, 0]
+
+
+async def test_a_start_that_cannot_clear_what_its_earlier_life_left_leaves_the_record_that_leads_to_it(
+    redis_server: RedisServer, redis: Redis, tmp_path: Path
+) -> None:
+    await redis.sadd("qp:node:n1", "0.5")
+    await redis.set("qp:node:n1:0.5", "no set")  # Redis refuses to read it
+    server = QuotepushServer(tmp_path, redis_server.url, node="n1", lease_s=2)
+    server.spawn()
+    assert await server.wait() == 1
+    assert "WRONGTYPE" in server.log()
+    assert set(await redis.hgetall("qp:nodes")) == {"n1"}

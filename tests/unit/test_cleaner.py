@@ -9,6 +9,7 @@ import orjson
 import pytest
 from redis.asyncio import Redis
 
+from quotepush.cluster import cleaner as cleaner_module
 from quotepush.cluster.cleaner import Cleaner
 from quotepush.cluster.commands import ClusterKeys, Command, NodeRecord, To, decode_kept, decode_node, encode
 from quotepush.cluster.presence import Presence, read_records, redis_us
@@ -52,8 +53,8 @@ class Survivor:
         self.now_s = 50.0
         self.told = told or Told()
         self.cleaner = Cleaner(
-            redis, KEYS, f"node-{owner}", owner, look_s=0.01, kept_max=10, kept_ttl_s=3600, timeout_s=timeout_s,
-            told=self.told, clock_s=lambda: self.now_s,
+            redis, KEYS, f"node-{owner}", owner, look_s=0.01, kept_max=10, kept_ttl_s=3600, ttl_s=3600,
+            timeout_s=timeout_s, told=self.told, clock_s=lambda: self.now_s,
         )  # fmt: skip
 
     async def look_for_long(self) -> None:
@@ -123,7 +124,7 @@ async def test_nobody_is_dead_by_a_clock_alone(redis: Redis) -> None:
 
 
 async def test_nobody_is_dead_whose_lease_holds(redis: Redis) -> None:
-    await dead_node(redis, age_ms=-600_000)
+    await dead_node(redis, age_ms=0)
     await Survivor(redis).look_for_long()
     assert await redis.scard("qp:code:AAPL") == 3
 
@@ -148,7 +149,7 @@ async def test_a_clearing_that_was_broken_off_is_finished_by_another_one_after_i
     await dead_node(redis)
     now_ms = await redis_us(redis) // 1000
     record = await record_of(redis)
-    claimed = msgspec.structs.replace(record, cleaner="dead too", until=now_ms + 60_000)
+    claimed = msgspec.structs.replace(record, cleaner="dead too", until=now_ms + 9_000)
     await redis.hset(KEYS.nodes, "gone", encode(claimed))
     survivor = Survivor(redis)
     await survivor.look_for_long()
@@ -242,7 +243,7 @@ async def test_whoever_may_be_taken_for_dead_itself_clears_up_after_nobody(redis
         return False
 
     cleaner = Cleaner(
-        redis, KEYS, "n", "s", look_s=0.001, kept_max=10, kept_ttl_s=60, timeout_s=1.0, may_work=may_work,
+        redis, KEYS, "n", "s", look_s=0.001, kept_max=10, kept_ttl_s=60, ttl_s=60, timeout_s=1.0, may_work=may_work,
         clock_s=lambda: looks * LEASE_S,
     )  # fmt: skip
     task = asyncio.create_task(cleaner.run())
@@ -268,3 +269,50 @@ async def test_a_redis_that_is_away_is_told_once_and_looked_at_again(
     task.cancel()
     await asyncio.wait([task])
     assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+
+async def test_a_redis_that_goes_while_it_clears_up_ends_nothing_and_it_is_done_later(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await dead_node(redis)
+    survivor = Survivor(redis)
+    await survivor.cleaner.look()
+    survivor.now_s += LEASE_S
+    with monkeypatch.context() as patch:
+
+        async def fail(*_: Any, **__: Any) -> int:
+            raise ConnectionError("Redis is gone")
+
+        patch.setattr(cleaner_module, "purge_life", fail)
+        with pytest.raises(ConnectionError):
+            await survivor.cleaner.look()
+    record = await record_of(redis)
+    await redis.hset(KEYS.nodes, "gone", encode(msgspec.structs.replace(record, until=1)))
+    await survivor.look_for_long()
+    assert await left_of(redis) == []
+
+
+async def test_a_record_of_a_dead_node_goes_when_nothing_of_it_can_be_left(redis: Redis) -> None:
+    await dead_node(redis, age_ms=3_000_000)
+    await dead_node(redis, "older", age_ms=3_700_000)
+    survivor = Survivor(redis)
+    for _ in range(3):
+        await survivor.look_for_long()
+    assert (await record_of(redis)).is_cleaned
+    assert set((await read_records(redis, KEYS))[1]) == {"gone"}
+    assert survivor.cleaner.cleared == 2
+
+
+async def test_a_clock_of_redis_that_has_gone_back_keeps_no_dead_node_alive(redis: Redis) -> None:
+    await dead_node(redis, age_ms=-600_000)
+    await Survivor(redis).look_for_long()
+    assert await left_of(redis) == []
+
+
+async def test_a_claim_from_before_the_clock_of_redis_went_back_ends_too(redis: Redis) -> None:
+    await dead_node(redis)
+    now_ms = await redis_us(redis) // 1000
+    claimed = msgspec.structs.replace(await record_of(redis), cleaner="dead too", until=now_ms + 600_000)
+    await redis.hset(KEYS.nodes, "gone", encode(claimed))
+    await Survivor(redis).look_for_long()
+    assert await left_of(redis) == []

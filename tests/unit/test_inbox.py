@@ -210,6 +210,58 @@ async def test_a_message_that_nobody_took_waits_for_its_user(redis_server: Redis
         assert not await redis.exists(KEYS.kept("b"))
 
 
+async def test_what_cannot_be_put_anywhere_stays_in_the_inbox_until_it_can(
+    redis_server: RedisServer, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with working(redis_server) as node:
+        node.delay_s = 0.1
+        node.here = {"a"}
+        await post(redis, send("a", "b", data=1))
+        await wait_until(lambda: node.given)
+        await redis.config_set("min-replicas-to-write", 1)  # Redis takes nothing
+        await wait_until(lambda: "NOREPLICAS" in caplog.text)
+        await redis.config_set("min-replicas-to-write", 0)
+        await wait_until(lambda: is_empty(redis))
+        assert await waiting(redis, "b") == [1]
+        assert node.told == [1], "nobody here is given it again"
+
+
+async def test_a_message_for_whom_redis_has_no_place_holds_no_other_up(
+    redis_server: RedisServer, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    await redis.set(KEYS.kept("b"), "no list")
+    async with working(redis_server) as node:
+        node.here = {"a"}
+        await post(redis, send("b", data=1))
+        await post(redis, send("c", data=2))
+        await post(redis, send("a", data=3))
+        await wait_until(lambda: node.told == [1, 2, 3])
+        await wait_until(lambda: redis.exists(KEYS.kept("c")))
+        await wait_until(lambda: holds(redis, 1))
+        await redis.delete(KEYS.kept("b"))
+        await wait_until(lambda: is_empty(redis))
+        assert (await waiting(redis, "b"), await waiting(redis, "c")) == ([1], [2])
+    assert len([record for record in caplog.records if "WRONGTYPE" in record.message]) == 1
+
+
+async def test_what_has_left_the_inbox_meanwhile_is_not_put_away_again(redis_server: RedisServer, redis: Redis) -> None:
+    """Another node may have moved it, while it took this one for dead."""
+    await redis.set(KEYS.kept("b"), "no list")
+    async with working(redis_server) as node:
+        await post(redis, send("b", data=1))
+        await post(redis, send("c", data=2))
+        await wait_until(lambda: redis.exists(KEYS.kept("c")))
+        await wait_until(lambda: holds(redis, 1))
+        await redis.delete(KEYS.inbox("n1"))
+        await redis.delete(KEYS.kept("b"))
+        await wait_until(lambda: not node.inbox._unplaced)
+        assert not await redis.exists(KEYS.kept("b"))
+
+
+async def holds(redis: Redis, count: int) -> bool:
+    return bool(await redis.xlen(KEYS.inbox("n1")) == count)
+
+
 async def test_a_user_who_came_meanwhile_is_looked_for(redis_server: RedisServer, redis: Redis) -> None:
     async with working(redis_server) as node, redis.pubsub() as elsewhere:
         await elsewhere.subscribe(KEYS.to_node("n2"))
@@ -297,6 +349,50 @@ async def test_what_was_taken_goes_back_when_the_node_stops(redis_server: RedisS
         await wait_until(lambda: node.given)
         assert await is_gone(redis, "a")
     assert await waiting(redis, "a") == [1, 2]
+
+
+class CutOff:
+    """A client whose Redis stops just when messages are to be taken, and does it when it goes on."""
+
+    def __init__(self, redis: Any, server: RedisServer) -> None:
+        self._redis = redis
+        self._server = server
+        self.is_cut = False
+
+    def pipeline(self, **options: Any) -> Any:
+        pipeline = self._redis.pipeline(**options)
+        execute = pipeline.execute
+
+        async def pause_first(**options: Any) -> Any:
+            if not self.is_cut and any(command[0][0] == "LPOP" for command in pipeline.command_stack):
+                self.is_cut = True
+                self._server.pause()
+            return await execute(**options)
+
+        pipeline.execute = pause_first
+        return pipeline
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._redis, name)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+async def test_what_was_taken_unheard_is_not_lost(redis_server: RedisServer, redis: Redis, is_stopped: bool) -> None:
+    await keep(redis, KEYS, "a", [kept(1), kept(2)], 5)
+    async with working(redis_server, timeout_s=0.3) as node:
+        node.here = {"a"}
+        client = CutOff(node.inbox._redis, redis_server)
+        node.inbox._redis = client
+        node.inbox.users_came(["a"])
+        await wait_until(lambda: client.is_cut)
+        if is_stopped:
+            asyncio.get_running_loop().call_later(0.1, redis_server.resume)
+        else:
+            await asyncio.sleep(0.5)  # for longer than it waits
+            redis_server.resume()
+            await wait_until(lambda: node.inbox.collected == 2, 15)
+    told_and_waiting = (node.told, await waiting(redis, "a"))
+    assert told_and_waiting == (([], [1, 2]) if is_stopped else ([1, 2], []))
 
 
 async def test_taking_leaves_out_what_is_too_old_and_what_is_no_message(redis: Redis) -> None:

@@ -1,6 +1,8 @@
 """The inbox of a node, and where its messages go."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -75,7 +77,7 @@ async def test_a_message_for_users_waits_and_the_nodes_where_they_are_are_told(r
     command = Command(op="send", id="m", to=To(users=["ann", "bob"]), data="hi", sent=now_ms, until=now_ms + 60_000)
     async with redis.pubsub() as pubsub:
         await pubsub.psubscribe("qp:*")
-        assert await put_back(redis, KEYS, command, ["ann", "bob"], kept_max=5) == {"n2", "n3"}
+        assert await put_back(redis, KEYS, command, ["ann", "bob"], kept_max=5, timeout_s=2.0) == {"n2", "n3"}
         said = []
         while len(said) < 2:
             message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=5)
@@ -99,3 +101,29 @@ async def test_an_inbox_of_any_length_is_emptied(redis: Redis) -> None:
     assert await redis.xlen(INBOX) == 0
     kept = [decode_kept(text) for text in await redis.lrange(KEYS.kept("ann"), 0, -1)]
     assert [message.data for message in kept if message is not None] == list(range(230))
+
+
+class SlowRedis:
+    """A client whose every look at a user takes its time."""
+
+    def __init__(self, redis: Redis, delay_s: float) -> None:
+        self._redis = redis
+        self._delay_s = delay_s
+
+    async def smembers(self, key: str) -> Any:
+        await asyncio.sleep(self._delay_s)
+        return await self._redis.smembers(key)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._redis, name)
+
+
+async def test_a_message_for_many_users_may_take_longer_than_one_answer_of_redis(redis: Redis) -> None:
+    users = [f"u{n}" for n in range(12)]
+    now_ms = await redis_us(redis) // 1000
+    command = Command(op="send", id="m", to=To(users=users), data=1, until=now_ms + 60_000)
+    await redis.xadd(INBOX, {"c": encode(command)})
+    slow = SlowRedis(redis, 0.05)
+    assert await move_mail(slow, KEYS, "n1", kept_max=5, kept_ttl_s=60, timeout_s=0.3) == 1
+    assert [await redis.llen(KEYS.kept(user)) for user in users] == [1] * 12
+    assert await redis.xlen(INBOX) == 0

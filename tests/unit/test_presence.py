@@ -1,7 +1,8 @@
 """Each node holds its name by a lease, and knows when it does not."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import msgspec
 import pytest
@@ -178,7 +179,7 @@ async def test_one_that_is_being_cleared_up_after_waits_until_that_is_done_and_w
     record = decode_node(before)
     assert record is not None
     fields = {f: getattr(record, f) for f in record.__struct_fields__}
-    claimed = encode(NodeRecord(**{**fields, "cleaner": "z", "until": now_ms + 60_000}))
+    claimed = encode(NodeRecord(**{**fields, "cleaner": "z", "until": now_ms + 9_000}))
     assert await change_record(redis, KEYS, "n1", before, claimed)
     assert not await node.presence.renew()
     assert (await records(redis, KEYS), node.removed) == ({}, 0)
@@ -226,3 +227,99 @@ async def test_a_redis_that_came_back_has_the_record_again(
     task.cancel()
     await asyncio.wait([task])
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]  # away; its record was lost
+
+
+async def test_a_clock_of_redis_that_has_gone_back_lets_nobody_wait_for_longer_than_a_lease(redis: Redis) -> None:
+    first, second = Node(redis, "a", lease_ms=10_000), Node(redis, "b", lease_ms=10_000)
+    await first.presence.take()
+    await age(redis, -600_000)
+    taking = asyncio.create_task(second.presence.take())
+    await asyncio.wait([taking], timeout=0.4)
+    assert not taking.done()
+    second.now_s += 10
+    await wait_until(taking.done)
+    assert decode_node(await text_of(redis)).owner == "b"  # type: ignore[union-attr]
+
+
+async def test_a_claim_from_before_the_clock_of_redis_went_back_keeps_nobody_out(redis: Redis) -> None:
+    node, other = Node(redis, "a"), Node(redis, "b")
+    await node.presence.take()
+    record = decode_node(await text_of(redis))
+    assert record is not None
+    claimed = encode(msgspec.structs.replace(record, cleaner="z", until=record.renewed + 600_000))
+    await redis.hset(KEYS.nodes, "n1", claimed)
+    assert await node.presence.renew()
+    await redis.hset(KEYS.nodes, "n1", claimed)
+    async with asyncio.timeout(5):
+        await other.presence.take()
+
+
+class SlowRedis:
+    """A client that answers late: ``late`` is called when it reads a record, or with what changes one."""
+
+    def __init__(self, redis: Redis, late: Callable[[str], None]) -> None:
+        self._redis = redis
+        self._late = late
+
+    async def hget(self, *words: str) -> Any:
+        found = await self._redis.hget(*words)
+        self._late("hget")
+        return found
+
+    async def eval(self, *words: Any) -> Any:
+        changed = await self._redis.eval(*words)
+        self._late("eval")
+        return changed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._redis, name)
+
+
+async def test_the_lease_begins_when_the_time_was_asked_for_however_late_the_answers_come(redis: Redis) -> None:
+    def late(what: str) -> None:
+        node.now_s += 4
+
+    node = Node(SlowRedis(redis, late), "a", lease_ms=10_000)  # type: ignore[arg-type]
+    await node.presence.take()
+    assert node.presence.is_held
+    node.now_s += 1.5
+    assert not node.presence.is_held
+
+
+async def test_whoever_is_back_and_hears_no_answer_writes_all_again_nevertheless(redis: Redis) -> None:
+    def late(what: str) -> None:
+        if what in refused:
+            raise ConnectionError("the answer was lost")
+
+    refused: list[str] = []
+    node = Node(SlowRedis(redis, late), "a")  # type: ignore[arg-type]
+    await node.presence.take()
+    await redis.flushall()
+    refused.append("eval")
+    assert not await node.presence.renew()
+    assert set(await records(redis, KEYS)) == {"n1"}, "it was done"
+    refused.clear()
+    assert await node.presence.renew()
+    assert await node.presence.renew()
+    assert node.removed == 1
+
+
+async def test_whoever_did_not_hear_that_it_has_renewed_leaves_nevertheless(redis: Redis) -> None:
+    def late(what: str) -> None:
+        if what in refused:
+            raise ConnectionError("the answer was lost")
+
+    refused: list[str] = []
+    node = Node(SlowRedis(redis, late), "a")  # type: ignore[arg-type]
+    await node.presence.take()
+    before = await text_of(redis)
+    refused.append("eval")
+
+    async def is_renewed() -> bool:  # once a millisecond has passed
+        assert not await node.presence.renew() or before == await text_of(redis)
+        return before != await text_of(redis)
+
+    await wait_until(is_renewed)
+    refused.clear()
+    await node.presence.leave()
+    assert await redis.hgetall(KEYS.nodes) == {}
