@@ -91,11 +91,11 @@ class SeveralNodes:
         before = {client.fd: len(heard_by(client)) for client in live}
         of_tag = {tag: [c for c in live if tag in self.members_of(c)] for tag in ("u:everywhere", "g:g1")}
         sent = await backend.send_to_user("everywhere", ["user", number])
-        assert (sent.delivered, sent.missing) == (len(of_tag["u:everywhere"]), ())
+        assert (sent.delivered, sent.missing) == (len(of_tag["u:everywhere"]), ()), sent
         sent = await backend.send_to_group("g1", ["group", number])
-        assert (sent.delivered, sent.missing) == (len(of_tag["g:g1"]), ())
+        assert (sent.delivered, sent.missing) == (len(of_tag["g:g1"]), ()), sent
         sent = await backend.send_to_all(["all", number])
-        assert (sent.delivered, sent.missing) == (len(live), ())
+        assert (sent.delivered, sent.missing) == (len(live), ()), sent
         for client in live:
             await client.ping()
             expected = [["user", number]] if client in of_tag["u:everywhere"] else []
