@@ -2,7 +2,7 @@
 
 Laws: one node at a time clears up after a dead one, and says so in its record; whatever was found before that is of a
 dead life, for a main that is back writes its record before anything else. Nobody is called dead by a clock alone, as
-clocks jump: a record has to stand still for its lease before our own eyes, too.
+clocks jump: a record has to stand still for its lease before our own eyes, too, while Redis answers.
 """
 
 import asyncio
@@ -68,6 +68,7 @@ class Cleaner:
         self._told = told
         self._may_work = may_work
         self._clock_s = clock_s
+        self._answered_s = float("-inf")  # when Redis did last, and we ran
         self._seen: dict[str, tuple[bytes, float]] = {}  # node to its record, and since when it has stood so
         self.cleared = 0
         self.removed = 0
@@ -96,6 +97,7 @@ class Cleaner:
         async with asyncio.timeout(self._timeout_s):
             now_ms, found = await read_records(self._redis, self._keys)
         now_s = self._clock_s()
+        away_s = now_s - self._answered_s
         seen, self._seen = self._seen, {}
         for node, text in found.items():
             before = seen.get(node)
@@ -103,12 +105,16 @@ class Cleaner:
             self._seen[node] = (text, since)
         for node, (text, since) in list(self._seen.items()):
             record = decode_node(text)
+            if record is not None and away_s > record.lease / 2000:
+                self._seen[node] = (text, now_s)  # where Redis was away for us, it may have been for all
+                continue
             if node == self._node or record is None or record.is_claimed(now_ms):
                 continue
             if record.is_alive(now_ms) and record.renewed <= now_ms:  # else the clock of Redis has gone back
                 continue
             if now_s - since >= record.lease / 1000:
                 await self._clear_up_after(node, text, record, now_ms)
+        self._answered_s = self._clock_s()
 
     async def _clear_up_after(self, node: str, text: bytes, record: NodeRecord, now_ms: int) -> None:
         async with asyncio.timeout(self._timeout_s):
