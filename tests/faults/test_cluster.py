@@ -129,6 +129,7 @@ async def test_a_node_that_sleeps_for_longer_than_its_lease_is_back_with_all_its
         await nodes.sends_are_right(backend, 1)
 
 
+@pytest.mark.long
 async def test_a_node_that_sleeps_and_wakes_around_its_lease_again_and_again(
     redis_server: RedisServer, nodes: SeveralNodes, redis: Redis
 ) -> None:

@@ -17,7 +17,7 @@ from tests.support.redis_sentinel import running_sentinels
 from tests.support.several_nodes import SeveralNodes, several_nodes
 from tests.support.waiting import wait_until
 
-pytestmark = pytest.mark.fault
+pytestmark = [pytest.mark.fault, pytest.mark.long]
 
 
 @contextlib.contextmanager
@@ -76,7 +76,7 @@ async def test_three_nodes_reach_everybody_whatever_dies(store: Any, tmp_path: P
         # A lease that outlasts a failover.
         async with (
             contextlib.aclosing(Store(url).client(decode_responses=True)) as redis,
-            several_nodes(tmp_path, url, lease_s=5, registry_check_s=0.5, redis_timeout_s=2) as nodes,
+            several_nodes(tmp_path, url, lease_s=10, registry_check_s=0.5, redis_timeout_s=2) as nodes,
             NumberedFeed(url, "AAPL", "C0") as feed,
             Backend(url, timeout_s=5) as backend,
         ):

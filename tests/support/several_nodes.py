@@ -8,10 +8,15 @@ from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
+from redis.exceptions import RedisError
+
 from quotepush.backend import Backend
+from quotepush.cluster.commands import ClusterKeys
+from quotepush.cluster.presence import records
 from tests.support.registry_truth import registry_equals
 from tests.support.server import QuotepushServer
 from tests.support.tokens import KEY, token
+from tests.support.waiting import wait_until
 from tests.support.ws_client import RecordingClient
 
 __all__ = ["SeveralNodes", "heard_by", "several_nodes"]
@@ -69,7 +74,16 @@ class SeveralNodes:
         return [client for client in self.clients if not client.has_ended]
 
     async def registry_is_right(self, redis: Any, timeout_s: float = 20.0) -> None:
-        """Wait until the registry equals the live connections."""
+        """Wait until the registry equals the live connections, and the nodes that run are those that are there."""
+        running = {name for name, server in self.nodes.items() if server.is_running}
+
+        async def are_there() -> bool:
+            try:
+                return set(await records(redis, ClusterKeys("qp:"))) == running
+            except (RedisError, OSError):
+                return False
+
+        await wait_until(are_there, timeout_s, f"{running} are there")
         connections = {client.fd: client.codes for client in self.live}
         members = {fd: tags for fd, tags in self._members.items() if fd in connections}
         await registry_equals(redis, connections, members, nodes=list(self.nodes), timeout_s=timeout_s)
