@@ -103,6 +103,11 @@ class Stage:
         assert await backend.conn_count() == 6
         assert sorted(await backend.code_conns(PLAIN)) == sorted(self.connections)
         assert {session["user"] for session in await backend.sessions()} == {"ann", None}
+        async with backend.demand() as demand:
+            assert set((await anext(demand)).wanted) == {PLAIN, LOGGED}
+            await first.subscribe("LATE.US")
+            assert (await anext(demand)).wanted == ("LATE.US",)
+            await first.unsubscribe("LATE.US")
         job = await backend.send_to_all("later", at=datetime.timedelta(milliseconds=50), every=1)
         await wait_until(lambda: any(said.get("data") == "later" for said in first.control))
         assert [found.id for found in await backend.jobs()] == [job.id]
