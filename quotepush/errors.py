@@ -228,5 +228,7 @@ def reason_of(error: Exception, timeout_s: float) -> str:
         return f"no answer within {timeout_s:g} s"
     reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     if "same slot" in reason:
-        reason += ": in a Redis Cluster the prefix needs a hash tag, such as {qp}:"
+        reason += ": in a Redis Cluster the prefix needs a hash tag, such as {qp}:, or the address redis+cluster://"
+    if "read only replica" in reason:
+        reason = "it is a replica and takes no writes: name its master, or for the registry another Redis"
     return reason

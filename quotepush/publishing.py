@@ -120,7 +120,9 @@ async def _publish_one(publisher: TickPublisher, tick: CodedTick) -> int:
     answers = await publisher.publish([tick])
     if not answers:  # what is wrong with it has been said
         return 2
-    if isinstance(publisher, PlainPublisher):
+    if isinstance(publisher, PlainPublisher) and not publisher.counts_hearers:
+        _say(f"{publisher.channel_of(tick[0])}: published")
+    elif isinstance(publisher, PlainPublisher):
         hint = "" if answers[0] else "; does a server run on this Redis?"
         _say(f"{publisher.channel_of(tick[0])}: {answers[0]} subscriber{'' if answers[0] == 1 else 's'}{hint}")
     else:
@@ -130,7 +132,8 @@ async def _publish_one(publisher: TickPublisher, tick: CodedTick) -> int:
 
 async def _publish_lines(publisher: TickPublisher) -> int:
     """Publish ticks from lines of standard input as they come; say each bad one with its number and go on."""
-    tally = Tally(heard=0 if isinstance(publisher, PlainPublisher) else None)
+    counts_hearers = isinstance(publisher, PlainPublisher) and publisher.counts_hearers
+    tally = Tally(heard=0 if counts_hearers else None)
 
     def reject(number: int, reason: str) -> None:
         tally.refused += 1

@@ -17,6 +17,7 @@ import quotepush
 from quotepush import Backend
 from quotepush.errors import BackendUnavailable, RedisUnavailable
 from quotepush.store.clients import Store, hang_up
+from tests.support.command import run_quotepush
 from tests.support.numbered_feed import NumberedFeed
 from tests.support.redis_cluster import running_cluster
 from tests.support.redis_sentinel import running_sentinels
@@ -187,6 +188,14 @@ async def test_a_cluster_of_three(start: Start, tmp_path: Path) -> None:
             await stage.is_right()
             await stage.serves_backends()
             await registry_is(Store(cluster.url), stage)
+            for arguments, said in (
+                (("publish", "OTHER.US", "last=1"), "OTHER.US: seq 1"),
+                (("publish", "OTHER.US", "last=1", "--plain"), "quote.OTHER.US: published"),
+                (("stats",), "test  6 connections  2 workers"),
+                (("send", "--user", "ann", "x"), "delivered to 2 connections"),
+            ):
+                outcome = await run_quotepush(*arguments, "--redis", cluster.url)
+                assert outcome.status == 0 and outcome.stdout.startswith(said), outcome
             for key in ("{qp:}log", "qp:nodes"):
                 master = cluster.master_of(key)
                 if key == "qp:nodes":

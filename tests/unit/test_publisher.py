@@ -310,7 +310,7 @@ async def make_writable(client: Redis) -> None:
 @pytest.mark.parametrize(
     ("begin", "end", "words"),
     [
-        (make_read_only, make_writable, "read only"),
+        (make_read_only, make_writable, "takes no writes"),
         (lambda c: c.config_set("maxmemory", 1), lambda c: c.config_set("maxmemory", 0), "memory"),
         (
             lambda c: c.config_set("min-replicas-to-write", 1),
