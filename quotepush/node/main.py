@@ -52,6 +52,7 @@ from quotepush.quote.code import BadCode, parse_code
 from quotepush.quote.delay import DelayLine
 from quotepush.quote.ring import Ring
 from quotepush.settings import Settings
+from quotepush.store.address import without_password
 from quotepush.store.clients import Store
 
 __all__ = ["serve"]
@@ -155,8 +156,8 @@ class _Main:
         )  # fmt: skip
         keeping_name: asyncio.Task[None] | None = None
         try:
-            await _check_redis(log_redis, "feed_redis", feed, settings)
-            await _check_redis(registry, "registry_redis", store, settings)
+            await _check_redis(log_redis, "feed_redis", settings.feed_redis, settings)
+            await _check_redis(registry, "registry_redis", settings.registry_url, settings)
             try:
                 if not await self._joins():
                     return
@@ -165,7 +166,7 @@ class _Main:
                 removed = await purge_node(registry, settings.redis_prefix, settings.node, told=self._switchboard.told)
             except (RedisError, OSError, TimeoutError) as e:
                 reason = reason_of(e, settings.redis_timeout_s)
-                raise RedisUnavailable("registry_redis", str(store), reason) from None
+                raise RedisUnavailable("registry_redis", without_password(settings.registry_url), reason) from None
             self._is_clear = True
             if removed:
                 log.info("registry: %d connections of an earlier life removed", removed)
@@ -508,12 +509,12 @@ def _backend(settings: Settings) -> Backend:
     )  # fmt: skip
 
 
-async def _check_redis(redis: Any, role: str, store: Store, settings: Settings) -> None:
+async def _check_redis(redis: Any, role: str, url: str, settings: Settings) -> None:
     try:
         async with asyncio.timeout(settings.redis_timeout_s):
             await redis.ping()
     except (RedisError, OSError, TimeoutError) as e:
-        raise RedisUnavailable(role, str(store), reason_of(e, settings.redis_timeout_s)) from None
+        raise RedisUnavailable(role, without_password(url), reason_of(e, settings.redis_timeout_s)) from None
 
 
 def _raise_file_limit(wanted: int) -> int:
