@@ -376,7 +376,9 @@ def stats(is_json: bool, **where: Any) -> None:
             up_s = max(0, time.time() - node.started / 1000)
             workers = f"{node.workers} worker{'' if node.workers == 1 else 's'}"
             say(f"{name}  {_conns(found.conns.get(name, 0))}  {workers}  {node.version}  up {up_s / 60:.0f} min")
-        say(f"{len(found.nodes)} nodes, {_conns(sum(found.conns.values()))}, {found.codes} codes watched")
+        nodes = f"{len(found.nodes)} node{'' if len(found.nodes) == 1 else 's'}"
+        codes = f"{found.codes} code{'' if found.codes == 1 else 's'} watched"
+        say(f"{nodes}, {_conns(sum(found.conns.values()))}, {codes}")
         return 0 if found.nodes else NOBODY
 
     run(do, **where)

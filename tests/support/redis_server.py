@@ -59,7 +59,7 @@ class RedisServer:
 
     def client(self, **options: Any) -> Redis:
         """A new asyncio client that answers with ``str``; the caller closes it."""
-        return Redis.from_url(self.url, **{"decode_responses": True, **options})
+        return Redis.from_url(self.url, **{"decode_responses": True, "socket_timeout": None, **options})
 
     def start(self, timeout_s: float = 20.0) -> None:
         """Start it and return when it answers."""

@@ -41,7 +41,7 @@ async def test_each_command_says_what_became_of_it(redis_server: RedisServer) ->
         assert {("send", '{"x": 1}'), ("send", '"hello"'), ("send", '"5"'), ("set_session", '{"y": 2}')} <= said
 
         outcome = await run("stats")
-        assert outcome.stdout.splitlines()[1] == "1 nodes, 2 connections, 1 codes watched"
+        assert outcome.stdout.splitlines()[1] == "1 node, 2 connections, 1 code watched"
         assert json.loads((await run("stats", "--json")).stdout)["conns"] == {"n1": 2}
         outcome = await run("send", "--user", "eve", "hello")
         assert (outcome.status, outcome.stdout) == (3, "delivered to 0 connections\n")
