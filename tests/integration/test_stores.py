@@ -165,12 +165,24 @@ async def registry_is(store: Store, stage: Stage) -> None:
         await client.aclose()
 
 
-async def test_sentinel(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["sentinel", "cluster"])
+async def test_everything_works_where_a_redis_is_many(start: Start, tmp_path: Path, kind: str) -> None:
+    running_kind = {"sentinel": running_sentinels, "cluster": running_cluster}[kind]
+    with running_kind(tmp_path / "redis") as found:
+        server = await start(found.url, events=True)
+        async with staged(server, found.url) as stage:
+            await stage.is_right()
+            await stage.serves_backends()
+            await registry_is(Store(found.url), stage)
+
+
+@pytest.mark.fault
+@pytest.mark.long
+async def test_masters_behind_sentinel_are_replaced(start: Start, tmp_path: Path) -> None:
     with running_sentinels(tmp_path / "group") as group:
         server = await start(group.url, events=True)
         async with staged(server, group.url) as stage:
             await stage.is_right()
-            await stage.serves_backends()
             await asyncio.to_thread(group.fail_over)
             await stage.is_right()
             master = group.master
@@ -181,13 +193,13 @@ async def test_sentinel(start: Start, tmp_path: Path) -> None:
             assert (await server.admin("/readyz"))[0] == 200
 
 
-async def test_a_cluster_of_three(start: Start, tmp_path: Path) -> None:
+@pytest.mark.fault
+@pytest.mark.long
+async def test_masters_of_a_cluster_die_and_hang(start: Start, tmp_path: Path) -> None:
     with running_cluster(tmp_path / "cluster", replicas=1) as cluster:
         server = await start(cluster.url, events=True)
         async with staged(server, cluster.url) as stage:
             await stage.is_right()
-            await stage.serves_backends()
-            await registry_is(Store(cluster.url), stage)
             for arguments, said in (
                 (("publish", "OTHER.US", "last=1"), "OTHER.US: seq 1"),
                 (("publish", "OTHER.US", "last=1", "--plain"), "quote.OTHER.US: published"),
@@ -237,6 +249,8 @@ async def test_ticks_from_a_replica_and_the_registry_elsewhere(start: Start, tmp
                 assert not any(name.startswith("quotepush") for name in names), "it leaves the master alone"
 
 
+@pytest.mark.fault
+@pytest.mark.long
 async def test_a_replica_of_sentinel_for_ticks(start: Start, tmp_path: Path) -> None:
     with running_sentinels(tmp_path / "group", replicas=2) as group:
         server = await start(f"{group.url}?role=replica")
