@@ -7,19 +7,18 @@ lacked it for ``GRACE_S``.
 
 import asyncio
 import contextlib
-import random
 from collections.abc import Iterable
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import orjson
 from redis.exceptions import RedisError
 
+from quotepush.backend_hearing import Hearing, pause_s
 from quotepush.cluster.commands import ClusterKeys
 from quotepush.cluster.demand import is_code
 from quotepush.cluster.hearing import hear
 from quotepush.cluster.sets import RegistryKeys, scan_page
-from quotepush.errors import BackendUnavailable, reason_of
+from quotepush.errors import reason_of
 from quotepush.store.clients import Links
 
 __all__ = ["Demand", "DemandChange", "Wanted"]
@@ -30,7 +29,6 @@ GRACE_S = 10.0
 _READ_AGAIN_S = 30.0
 _PROOF_S = 2.0
 _PER_PAGE = 1_000
-_FIRST_BACKOFF_S, _MOST_BACKOFF_S = 0.1, 2.0
 
 
 class DemandChange(NamedTuple):
@@ -111,7 +109,7 @@ class Wanted:
             self._changed[code] = is_wanted
 
 
-class Demand:
+class Demand(Hearing):
     """What is wanted, and each change of it: ``async for wanted, unwanted in backend.demand()``.
 
     The first change names all codes that are wanted, perhaps none; each later one (:class:`DemandChange`) what has
@@ -126,18 +124,13 @@ class Demand:
     """
 
     def __init__(self, redis: Any, links: Links, prefix: str, timeout_s: float) -> None:
+        super().__init__("what is wanted", timeout_s)
         self._redis = redis
         self._links = links
         self._channel = ClusterKeys(prefix).demand
         self._set = RegistryKeys(prefix, "", "").codes
-        self._timeout_s = timeout_s
         self._wanted = Wanted(GRACE_S)
         self._has_begun = False  # the first change has been handed out
-        self._arrived = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-        self._first: asyncio.Future[None] | None = None
-        self._reason = ""
-        self._is_closed = False
 
     def __contains__(self, code: object) -> bool:
         return code in self._wanted.codes
@@ -146,62 +139,14 @@ class Demand:
         """Return the codes that are wanted, as far as is known at the moment."""
         return frozenset(self._wanted.codes)
 
-    async def __aenter__(self) -> Self:
-        """Return when it is known what is wanted.
-
-        Raises:
-            BackendUnavailable: Redis does not answer in time.
-        """
-        self._start()
-        assert self._first is not None
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await asyncio.shield(self._first)
-        except TimeoutError:
-            await self.aclose()
-            reason = self._reason or f"no answer within {self._timeout_s:g} s"
-            raise BackendUnavailable(f"cannot hear what is wanted: {reason}") from None
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self) -> None:
-        """Hear no more; who iterates comes to the end. Harmless twice."""
-        self._is_closed = True
-        self._arrived.set()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-
-    def __aiter__(self) -> Self:
-        return self
-
     async def __anext__(self) -> DemandChange:
-        self._start()
-        assert self._first is not None
-        while True:
-            if self._is_closed:
-                raise StopAsyncIteration
-            if self._first.done() and (self._wanted.has_changed or not self._has_begun):
-                self._has_begun = True
-                return self._wanted.take()
-            if self._task is not None and self._task.done():
-                self._task.result()  # a bug: it says so to whoever waits
-            self._arrived.clear()
-            # For as long as nothing changes.
-            await self._arrived.wait()
+        first = self._start()
+        while self._is_closed or not first.done() or (self._has_begun and not self._wanted.has_changed):
+            await self._wait()
+        self._has_begun = True
+        return self._wanted.take()
 
     # The task
-
-    def _start(self) -> None:
-        if self._first is None:
-            self._first = asyncio.get_running_loop().create_future()
-        if self._task is None and not self._is_closed:
-            self._task = asyncio.create_task(self._run(self._first), name="demand")
-            self._task.add_done_callback(lambda task: self._arrived.set())
 
     async def _run(self, first: "asyncio.Future[None]") -> None:
         attempt = 0
@@ -218,8 +163,7 @@ class Demand:
                 assert isinstance(fault, Exception)
                 self._reason = reason_of(fault, self._timeout_s)
             attempt = 0 if is_heard.is_set() else attempt + 1
-            backoff_s = min(_MOST_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** min(attempt, 10))
-            await asyncio.sleep(random.uniform(0.5, 1.0) * backoff_s)
+            await asyncio.sleep(pause_s(attempt))
 
     async def _hear(self, is_heard: asyncio.Event) -> None:
         async with contextlib.aclosing(hear(self._links, self._channel, timeout_s=self._timeout_s)) as heard:

@@ -6,7 +6,7 @@ import orjson
 import pytest
 from redis.asyncio import Redis
 
-from quotepush import Backend, BlockingBackend
+from quotepush import Backend, BlockingBackend, backend_events
 from quotepush.errors import BackendUnavailable
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
@@ -66,6 +66,19 @@ async def test_who_iterates_comes_to_the_end_when_it_is_closed(redis_server: Red
             await wait_until(lambda: _is_heard(redis))
         await backend.aclose()
         assert await waiting is None
+
+
+async def test_who_iterates_is_told_of_a_bug_and_does_not_wait_for_ever(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> object:
+        raise LookupError("a bug")
+
+    monkeypatch.setattr(backend_events, "hear", fail)
+    async with Backend(redis_server.url) as backend:
+        with pytest.raises(LookupError):
+            async with asyncio.timeout(10):
+                await anext(backend.events())
 
 
 async def test_the_blocking_twin_hears_and_ends_too(redis_server: RedisServer) -> None:
