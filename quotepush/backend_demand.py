@@ -20,6 +20,7 @@ from quotepush.cluster.hearing import hear
 from quotepush.cluster.sets import RegistryKeys, scan_page
 from quotepush.errors import reason_of
 from quotepush.store.clients import Links
+from quotepush.together import together
 
 __all__ = ["Demand", "DemandChange", "Wanted"]
 
@@ -153,15 +154,9 @@ class Demand(Hearing):
         while True:
             is_heard = asyncio.Event()
             try:
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(self._hear(is_heard))
-                    group.create_task(self._keep_reading(is_heard, first))
-            except* (RedisError, OSError) as group_of:  # TimeoutError is an OSError
-                fault: BaseException = group_of
-                while isinstance(fault, BaseExceptionGroup):
-                    fault = fault.exceptions[0]
-                assert isinstance(fault, Exception)
-                self._reason = reason_of(fault, self._timeout_s)
+                await together(self._hear(is_heard), self._keep_reading(is_heard, first), name=self._what)
+            except (RedisError, OSError) as e:  # TimeoutError is an OSError
+                self._reason = reason_of(e, self._timeout_s)
             attempt = 0 if is_heard.is_set() else attempt + 1
             await asyncio.sleep(pause_s(attempt))
 

@@ -23,6 +23,7 @@ import aiohttp
 from quotepush.client_errors import Refused, WrongUrl
 from quotepush.client_messages import BadMessage, Message, decode_message
 from quotepush.client_token import NoToken, TokenSource, renewal_in_s
+from quotepush.together import together
 from quotepush.wire.formats import JSON
 
 __all__ = ["ClientLink", "StateChange", "pause_s"]
@@ -114,7 +115,6 @@ class ClientLink:
         self.failure: Exception | None = None  # why it has ended by itself
         self._task: asyncio.Task[None] | None = None
         self._http: aiohttp.ClientSession | None = None
-        self._is_closing = False
         self._was_open = False  # at least once
         self._attempt = 0
         self._told_s = 0.0  # how long the server asked us to stay away
@@ -138,7 +138,6 @@ class ClientLink:
 
     async def close(self) -> None:
         """End it; harmless twice."""
-        self._is_closing = True
         if self._task is not None and not self._task.done():
             self._task.cancel()
             await asyncio.wait({self._task})  # bounded: its last act is the closing handshake, with a timeout
@@ -185,9 +184,6 @@ class ClientLink:
                 self._told_s = 0.0
                 self._change_state(StateChange("connecting", reason, self._attempt))
                 reason = await self._live()
-                if self._is_closing:
-                    # A TaskGroup keeps a cancellation to itself that comes in the turn in which one of its tasks fails.
-                    raise asyncio.CancelledError
                 wait_s = pause_s(self._attempt, self._told_s, self._min_backoff_s, self._max_backoff_s, random.random())
                 self._attempt += 1
                 self._change_state(StateChange("waiting", reason, self._attempt, wait_s))
@@ -230,26 +226,18 @@ class ClientLink:
         self._greeted = asyncio.get_running_loop().create_future()
         self._silent_checks = 0
         self._silence_limit_s = self._open_timeout_s
-        reason = ""
-        refusal: Refused | None = None
+        lives = [self._read(socket), self._send(socket, self._outgoing), self._watch()]
+        if self._tokens.can_renew:
+            lives.append(self._renew(self._greeted))
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._read(socket), name="quotepush client: read")
-                tasks.create_task(self._send(socket, self._outgoing), name="quotepush client: send")
-                tasks.create_task(self._watch(), name="quotepush client: watchdog")
-                if self._tokens.can_renew:
-                    tasks.create_task(self._renew(self._greeted), name="quotepush client: token")
-        except* _Lost as group:
-            reason = str(group.exceptions[0])
-        except* Refused as group:
-            refusal = next(e for e in group.exceptions if isinstance(e, Refused))
+            await together(*lives, name="quotepush client: link")
+        except _Lost as e:
+            return str(e)
         finally:
             self._outgoing = self._greeted = None
             self._on_lost()
             await _hang_up(socket)
-        if refusal is not None:
-            raise refusal
-        return reason
+        raise AssertionError("what reads has ended without a reason")
 
     async def _connect(self) -> _Socket:
         assert self._http is not None

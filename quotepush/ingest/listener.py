@@ -27,6 +27,7 @@ from redis.exceptions import RedisError
 from quotepush.ingest.probe import LinkProbe
 from quotepush.quote.code import BadCode, parse_code
 from quotepush.store.clients import Links
+from quotepush.together import together
 
 __all__ = ["ChannelTable", "FeedListener"]
 
@@ -225,12 +226,9 @@ class FeedListener:
             await asyncio.sleep(wait_s)
             try:
                 await self._run_link()
-            except* (RedisError, OSError, EOFError, TimeoutError, hiredis.HiredisError) as group:
-                fault: BaseException = group
-                while isinstance(fault, BaseExceptionGroup):
-                    fault = fault.exceptions[0]
+            except (RedisError, OSError, EOFError, hiredis.HiredisError) as e:  # TimeoutError is an OSError
                 if self.is_up or not wait_s:
-                    log.warning("feed link lost: %s; trying again until it is back", fault)
+                    log.warning("feed link lost: %s; trying again until it is back", e)
                 # Full jitter, at most 2 s: a quote server has nothing better to do than to be back.
                 wait_s = random.uniform(0.02, 0.1) if self.is_up else random.uniform(0.05, min(2.0, wait_s * 2 + 0.1))
             if self.is_up:
@@ -253,10 +251,9 @@ class FeedListener:
                 if self._log_channel:
                     await _send(connection, "SUBSCRIBE", self._log_channel)
                 await _send(connection, "PSUBSCRIBE", *self._channels.patterns)
-            async with asyncio.TaskGroup() as group:
-                group.create_task(link.wait_until_lost())
-                group.create_task(self._keep_probing(connection))
-                group.create_task(self._keep_looking(connection))
+            await together(
+                link.wait_until_lost(), self._keep_probing(connection), self._keep_looking(connection), name="feed link"
+            )
         finally:
             await connection.disconnect(nowait=True)
 

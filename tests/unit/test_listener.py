@@ -326,6 +326,27 @@ async def test_a_link_that_is_lost_while_it_is_asked_for_a_sign_of_life_is_made_
 
 
 @on_uvloop
+async def test_it_can_be_stopped_in_the_turn_in_which_the_link_is_lost(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_lost = asyncio.Event()
+
+    async def lose(self: FeedListener, connection: Connection) -> None:
+        await is_lost.wait()
+        raise ConnectionError
+
+    monkeypatch.setattr(FeedListener, "_keep_looking", lose)
+    heard = Heard(redis_server.url)
+    task = asyncio.create_task(heard.listener.run())
+    await heard.up()
+    is_lost.set()
+    task.cancel()
+    done, _ = await asyncio.wait([task], timeout=10)
+    task.cancel()
+    assert done
+
+
+@on_uvloop
 async def test_a_link_that_is_silently_dead_is_noticed(redis_server: RedisServer) -> None:
     async with listening(redis_server.url, probe_timeout_s=0.5) as heard:
         redis_server.pause()
