@@ -289,9 +289,9 @@ class QuoteClient:
         """Call ``fn`` on each ``event``, with one argument; return what ends that.
 
         Events: ``row`` (every new row), ``gap`` (:class:`Gap`, before the row behind it), ``state``
-        (:class:`StateChange`), and the server's messages ``status``, ``message``, ``error`` and ``heartbeat``. ``fn``
-        is a plain function and must be quick; when it raises, the loop's exception handler is told and everything
-        goes on.
+        (:class:`StateChange`), the server's messages ``status``, ``message``, ``error`` and ``heartbeat``, and ``raw``
+        (a backend's bare frame; ``data`` is its text or bytes). ``fn`` is a plain function and must be quick; when it
+        raises, the loop's exception handler is told and everything goes on.
         """
         return self._listeners.add(event, fn)
 
@@ -433,7 +433,7 @@ class QuoteClient:
         self._listeners.tell("status", message)
 
     def _receive_message(self, message: Message) -> None:
-        self._listeners.tell("message", message)
+        self._listeners.tell(message["type"], message)
 
     # What we say
 
@@ -462,6 +462,7 @@ _RECEIVERS: dict[str, Callable[[QuoteClient, Message], None]] = {
     "heartbeat": QuoteClient._receive_heartbeat,
     "status": QuoteClient._receive_status,
     "message": QuoteClient._receive_message,
+    "raw": QuoteClient._receive_message,
 }
 
 

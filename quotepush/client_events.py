@@ -10,7 +10,7 @@ from typing import Any
 
 __all__ = ["EVENTS", "Listeners"]
 
-EVENTS = ("row", "gap", "state", "status", "message", "error", "heartbeat")
+EVENTS = ("row", "gap", "state", "status", "message", "raw", "error", "heartbeat")
 
 
 class Listeners:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit, urlunsplit
 import aiohttp
 
 from quotepush.client_errors import Refused, WrongUrl
-from quotepush.client_messages import BadMessage, Message, decode_message
+from quotepush.client_messages import BadMessage, Message, decode_frame
 from quotepush.client_token import NoToken, TokenSource, renewal_in_s
 from quotepush.together import together
 from quotepush.wire.formats import JSON
@@ -259,9 +259,9 @@ class ClientLink:
         while True:
             frame = await socket.receive()  # no timeout of its own: _watch has it
             self._silent_checks = 0
-            if frame.type is aiohttp.WSMsgType.TEXT:
+            if frame.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY):
                 try:
-                    self._on_message(decode_message(frame.data))
+                    self._on_message(decode_frame(frame.data, is_text=frame.type is aiohttp.WSMsgType.TEXT))
                 except BadMessage as e:
                     raise _Lost(f"the server does not speak {JSON.subprotocol}: {e}") from None
             elif frame.type is aiohttp.WSMsgType.CLOSE:
@@ -269,8 +269,6 @@ class ClientLink:
                 if code in _PERMANENT_CLOSES and not (code == _NO_TOKEN and self._tokens.can_renew):
                     raise Refused(self.url, said, close_code=code)
                 raise _Lost(f"closed by the server: {code} {said}".rstrip())
-            elif frame.type is aiohttp.WSMsgType.BINARY:
-                raise _Lost(f"the server does not speak {JSON.subprotocol}: a binary message")
             else:
                 error = socket.exception()
                 raise _Lost(_reason_of(error) if error else "connection lost")

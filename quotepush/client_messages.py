@@ -16,7 +16,7 @@ __all__ = [
     "Rejected",
     "Row",
     "SubscribeResult",
-    "decode_message",
+    "decode_frame",
     "read_results",
     "refusal_of",
     "results_of",
@@ -93,18 +93,20 @@ def results_of(outcomes: Iterable[Accepted | Rejected | None]) -> SubscribeResul
     )
 
 
-def decode_message(text: bytes | str) -> Message:
-    """Return one message of the server.
+def decode_frame(payload: bytes, *, is_text: bool = True) -> Message:
+    """Return one frame of the server as a message.
 
-    Raises:
-        BadMessage: not a JSON object with a ``type``.
+    What is no JSON object with a ``type`` is a backend's bare frame: ``{"type": "raw", "data": …}``, with its
+    text or bytes.
     """
+    if not is_text:
+        return {"type": "raw", "data": payload}
     try:
-        message = orjson.loads(text)
-    except orjson.JSONDecodeError as e:
-        raise BadMessage(f"not JSON: {e}") from None
+        message = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        message = None
     if type(message) is not dict or type(message.get("type")) is not str:
-        raise BadMessage("not an object with a type")
+        return {"type": "raw", "data": payload.decode(errors="replace")}
     return message
 
 

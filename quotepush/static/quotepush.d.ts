@@ -207,6 +207,9 @@ export interface Events {
   /** Something that a program behind the server has sent. */
   message: { type: "message"; time: number; from?: string; data?: any; [key: string]: any };
 
+  /** A backend's bare frame (`raw`): text, or whatever the socket makes of bytes. */
+  raw: { type: "raw"; data: any };
+
   /** A request was refused. What is `retryable` is asked again by itself. */
   error: ErrorEvent;
 

@@ -6,9 +6,9 @@ const OPEN_TIMEOUT_MS = 10_000;
 const MOMENT_MS = 5000; // to answer a GET, to be hidden, to get another token
 const PROBE_MS = 180_000;
 const PERMANENT = [4401, 4403, 4409];
-// A link without a message is dead after so many checks, four to a heartbeat.
+// A silent link is dead after so many checks, four to a heartbeat.
 const SILENT_CHECKS = 10;
-const STREAM_CODES = 300; // the most of one stream
+const STREAM_CODES = 300; // at most
 const STREAM_EVENTS = ["hello", "ack", "snapshot", "tick", "heartbeat", "status", "message", "error"];
 
 // Mini-programs know no globalThis.
@@ -119,7 +119,7 @@ class Quotes {
   }
 
   wake() {
-    // A socket that slept may look open for minutes: make the server speak, or give it up.
+    // A socket that slept may look open: make the server speak.
     if (this.#link.wake()) this.ping();
   }
 
@@ -331,7 +331,7 @@ class Quotes {
   }
 
   #streamOptions() {
-    // A stream has one set of options: where they differ it is sent everything.
+    // A stream has one set of options; where they differ: everything.
     const sets = new Set([...this.#wishes.values()].map((wish) => JSON.stringify(this.#optionsOf(wish))));
     return { ...(sets.size === 1 && JSON.parse(...sets)), codes: [...this.#wishes.keys()] };
   }
@@ -468,13 +468,13 @@ class Link {
 
   #wait(reason, details) {
     const { random, now } = this.#env;
-    // Full jitter: who lost one server together must not come back together.
+    // Full jitter: who lost one server together comes back spread.
     const delayMs = this.#toldMs + random() * Math.min(BACKOFF_MAX_MS, BACKOFF_MS * 2 ** this.#failures++);
     this.#retry(() => this.open(), delayMs);
     this.#report("waiting", { ...details, reason, attempt: this.#failures, retryAt: now() + delayMs });
   }
 
-  /** A browser does not show why a handshake failed; a GET does. */
+  /** A GET shows why a handshake failed. */
   async #ask(attempt) {
     const { fetch, EventSource } = this.#env;
     try {
@@ -490,9 +490,7 @@ class Link {
         this.#toldMs = Number(answer.headers.get("Retry-After")) * 1000 || 0;
         this.#wait(reason, { code: status, message });
       } else if (status === 426 && EventSource && !this.isStream && ++this.#mute > 1) this.#owner.stream();
-    } catch {
-      // Nobody answers there either.
-    }
+    } catch {} // nobody answers there either
   }
 
   /** Is the WebSocket still blocked? */
@@ -515,11 +513,15 @@ class Link {
 
   #hear(data) {
     this.#silence = 0;
-    this.#owner.onMessage(JSON.parse(data));
+    let message;
+    try {
+      message = JSON.parse(data);
+    } catch {} // a backend's bare frame
+    this.#owner.onMessage(message?.type ? message : { type: "raw", data });
   }
 
   #guard(checkMs) {
-    // Checks are counted and not the time: a timer that a sleeping tab held back proves nothing.
+    // Checks are counted, no time: a timer that a sleeping tab held back proves nothing.
     const check = () => {
       if (++this.#silence > SILENT_CHECKS) this.lost(null, this.state === "open" && "silent");
       else this.#watch(check, checkMs);

@@ -321,6 +321,20 @@ test("messages of unknown type are ignored, known ones become events", async () 
   assert.deepEqual(seen, ["heartbeat", "status", "message"]);
 });
 
+test("a backend's bare frame is told as it is, and harms nobody", async () => {
+  const seen = [];
+  const quotes = open();
+  for (const event of ["raw", "message"]) quotes.on(event, (message) => seen.push(message));
+  const server = newest();
+  server.says(HELLO);
+  const bytes = new Uint8Array([1, 2]).buffer;
+  for (const data of ["Good morning", "", "null", "5", "[]", '{"alert":1}', bytes]) server.onmessage({ data });
+  server.says({ type: "message", data: 1 });
+  assert.deepEqual(seen.map(({ type, data }) => [type, data]), [
+    ...["Good morning", "", "null", "5", "[]", '{"alert":1}', bytes].map((data) => ["raw", data]), ["message", 1],
+  ]);
+});
+
 test("a ping is answered with its round trip", async () => {
   const trips = [];
   const quotes = open();

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from quotepush import Publisher, QuoteClient
+from quotepush import Backend, Publisher, QuoteClient
 from quotepush.client import Gap, StateChange
 from tests.support.door import Door, door_to
 from tests.support.redis_server import RedisServer
@@ -275,3 +275,20 @@ async def test_a_connection_that_ends_with_its_token_is_made_again_with_the_next
         given.append(token(sub="ann", exp=in_seconds(3600)))
         await wait_until(lambda: quotes.state == "open" and (quotes.hello or {})["conn"] != conn, 60)
         assert [entry["code"] for entry in await quotes.list()] == ["A"]
+
+
+async def test_a_backends_bare_frames_are_told_and_cost_no_connection(
+    quotepush_server: QuotepushServer, redis_server: RedisServer
+) -> None:
+    async with Backend(redis_server.url) as backend, QuoteClient(quotepush_server.url) as quotes:
+        heard: list[Any] = []
+        states: list[StateChange] = []
+        quotes.on("raw", lambda message: heard.append(message["data"]))
+        quotes.on("message", lambda message: heard.append(message["data"]))
+        await quotes.ping()
+        quotes.on("state", states.append)
+        for payload, is_raw in (("Good morning", True), (b"\0\xff", True), ('{"alert":1}', True), ("a word", False)):
+            await backend.send_to_all(payload, raw=is_raw)
+        await wait_until(lambda: len(heard) == 4)
+        assert heard == ["Good morning", b"\0\xff", '{"alert":1}', "a word"]
+        assert not states

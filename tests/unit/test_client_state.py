@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from quotepush.client_messages import Accepted, BadMessage, Rejected, decode_message
+from quotepush.client_messages import Accepted, BadMessage, Rejected, decode_frame
 from quotepush.client_state import ClientState, Options
 from quotepush.quote.code import parse_code
 
@@ -182,10 +182,14 @@ def test_rows_that_are_none_are_said_to_be_so(message: dict[str, Any]):
         subscribed("A").take(message)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"type":1}', b"\xff"])
-def test_messages_that_are_none_are_said_to_be_so(text: str | bytes):
-    with pytest.raises(BadMessage):
-        decode_message(text)
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"type":1}', "null", "Good morning, 早"])
+def test_a_text_that_is_no_message_is_a_bare_frame(text: str):
+    assert decode_frame(text.encode()) == {"type": "raw", "data": text}
+
+
+@pytest.mark.parametrize("payload", [b"", b"\xff", b'{"type":"tick"}'])
+def test_bytes_are_a_bare_frame(payload: bytes):
+    assert decode_frame(payload, is_text=False) == {"type": "raw", "data": payload}
 
 
 # Options
