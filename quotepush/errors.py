@@ -177,7 +177,13 @@ class RedisUnavailable(OperatorError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"cannot use Redis at {self.where} ({self.role}): {self.reason}; start it or set --redis"
+        if "permission" in self.reason:
+            help_for = "docs/operations.md has the rights that it needs"
+        elif "authenticat" in self.reason.lower() or "password" in self.reason:
+            help_for = "its address takes them: redis://user:password@…"
+        else:
+            help_for = "start it or set --redis"
+        return f"cannot use Redis at {self.where} ({self.role}): {self.reason}; {help_for}"
 
 
 class PortUnavailable(OperatorError):

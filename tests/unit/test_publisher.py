@@ -481,6 +481,24 @@ async def test_wrong_and_missing_passwords_are_operator_s_errors(store: RedisSer
         assert await publisher.publish([{"code": "A", "last": 1}]) == [1]
 
 
+async def test_whom_redis_refuses_is_told_what_helps(redis_server: RedisServer) -> None:
+    async with redis_server.client() as client:
+        await client.execute_command("ACL", "SETUSER", "poor", "on", ">secret", "~*", "&*", "+ping", "+client")
+        await client.config_set("requirepass", "hunter2")
+    for user, help_for in (
+        ("poor:secret@", "docs/operations.md has the rights that it needs"),
+        ("poor:wrong@", "its address takes them: redis://user:password@"),
+        ("", "its address takes them: redis://user:password@"),
+    ):
+        async with Publisher(f"redis://{user}127.0.0.1:{redis_server.port}") as publisher:
+            with pytest.raises(RedisUnavailable, match=help_for):
+                await publisher.publish([{"code": "A", "last": 1}])
+    redis_server.kill()
+    async with Publisher(redis_server.url) as publisher:
+        with pytest.raises(RedisUnavailable, match="start it or set --redis"):
+            await publisher.connect()
+
+
 async def test_server_that_is_no_redis_is_an_operator_s_error() -> None:
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
