@@ -24,10 +24,10 @@ The JSON of a tick is put together here and passed through: Redis never decodes 
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import orjson
@@ -36,7 +36,7 @@ from quotepush.ingest.keys import FeedKeys
 from quotepush.quote.code import BadCode, parse_code
 from quotepush.quote.tick import SERVERS_OWN, BadTick, Shape, check_tick, shape_of
 
-__all__ = ["SCRIPT", "SCRIPT_SHA", "Batches"]
+__all__ = ["SCRIPT", "SCRIPT_SHA", "Batch", "Batches"]
 
 # Redis forgets a publisher that has been silent for so long; it comes back under the same name all the same.
 _REMEMBERED_S = 86_400
@@ -52,6 +52,9 @@ _MOST_LEFT = 64
 
 _ABOUT = "@"  # in the hash of a row: what is no field of it begins so
 
+# In a Redis Cluster the keys of its rows are named, too (Batches.arguments): while their slot is being moved, Redis
+# would else let it begin where only some of them are, and end it in the middle.
+#
 # Everything that can be refused comes before the first write: a script that fails later leaves what it wrote. Out of
 # memory and read-only are decided by Redis at the first write, too. What is left is a row's key that holds no hash.
 SCRIPT = """
@@ -154,6 +157,18 @@ class _Form:
 _Spelled = tuple[str, str, bool, list[str], list[str]]  # code, tick, replaces the row, its fields and texts, cleared
 
 
+class Batch(NamedTuple):
+    """Ticks that have been checked, for :meth:`Batches.arguments`.
+
+    Attributes:
+        packed: as the script takes them.
+        codes: of each tick.
+    """
+
+    packed: bytes
+    codes: Sequence[str]
+
+
 class Batches:
     """One publisher's batches: spells and numbers them, and knows how far Redis was. No I/O."""
 
@@ -169,8 +184,8 @@ class Batches:
         self._n = 0
         self.epoch = ""
 
-    def spell(self, ticks: Iterable[Mapping[str, Any]]) -> bytes:
-        """Return a batch as the script takes it; empty when there is no tick.
+    def spell(self, ticks: Iterable[Mapping[str, Any]]) -> Batch | None:
+        """Return a batch; None when there is no tick.
 
         Raises:
             BadTick: one of them is none, or they are too many.
@@ -182,26 +197,27 @@ class Batches:
             except BadTick as e:
                 raise BadTick(e.reason, f"tick {len(spelled) + 1}: {e.message}") from None
         if not spelled:
-            return b""
+            return None
         if len(spelled) > _MOST_TICKS:
             raise BadTick("too_large", f"a batch has at most {_MOST_TICKS:,} ticks")
         packed = self._pack(spelled)
         if len(packed) > _MOST_BYTES:
             raise BadTick("too_large", f"a batch has at most {_MOST_BYTES:,} bytes")
-        return packed
+        return Batch(packed, [code for code, *_ in spelled])
 
     def next_number(self) -> int:
         """Return the number of the batch that is sent next; every attempt to send it has the same."""
         self._number += 1
         return self._number
 
-    def arguments(self, number: int, packed: bytes) -> list[Any]:
+    def arguments(self, number: int, batch: Batch) -> list[Any]:
         """Return keys and arguments of the script; asked anew for every attempt."""
         keys = self._keys
+        rows = [keys.row + code for code in dict.fromkeys(batch.codes)] if keys.is_cluster else []
         return [
-            4, keys.epoch, keys.seq, keys.log, keys.publisher(self._name), number, secrets.token_hex(8), self.epoch,
-            self._n, " ".join(self._left), keys.channel, keys.row, self._log_batches, packed, self._copies,
-            _REMEMBERED_S, _ROW_MAX_AGE_S,
+            4 + len(rows), keys.epoch, keys.seq, keys.log, keys.publisher(self._name), *rows,
+            number, secrets.token_hex(8), self.epoch, self._n, " ".join(self._left), keys.channel, keys.row,
+            self._log_batches, batch.packed, self._copies, _REMEMBERED_S, _ROW_MAX_AGE_S,
         ]  # fmt: skip
 
     def taken(self, answer: list[Any]) -> list[int]:

@@ -29,7 +29,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from quotepush.batches import SCRIPT, SCRIPT_SHA, Batches
+from quotepush.batches import SCRIPT, SCRIPT_SHA, Batch, Batches
 from quotepush.errors import RedisUnavailable, SettingsError, reason_of
 from quotepush.ingest.keys import FeedKeys
 from quotepush.store.clients import Store, hang_up
@@ -182,8 +182,8 @@ class Publisher(_Publisher):
                 published.
             RedisUnavailable: Redis refuses for good, or ``give_up_s`` is over.
         """
-        packed = self._batches.spell(ticks)
-        if not packed:
+        batch = self._batches.spell(ticks)
+        if batch is None:
             return []
         deadline = self._deadline()
         async with self._turn:
@@ -192,7 +192,7 @@ class Publisher(_Publisher):
             while True:
                 try:
                     async with asyncio.timeout(self._timeout_s):
-                        return self._taken(await self._call(number, packed))
+                        return self._taken(await self._call(number, batch))
                 except (RedisError, OSError) as e:
                     wait_s = self._wait_s(e, attempt, deadline)
                 # What answers "read-only" is no longer what the address stands for: connect anew.
@@ -201,8 +201,8 @@ class Publisher(_Publisher):
                 await asyncio.sleep(wait_s)
                 attempt += 1
 
-    async def _call(self, number: int, packed: bytes) -> list[Any]:
-        arguments = self._batches.arguments(number, packed)
+    async def _call(self, number: int, batch: Batch) -> list[Any]:
+        arguments = self._batches.arguments(number, batch)
         try:
             answer: list[Any] = await self._redis.evalsha(SCRIPT_SHA, *arguments)
         except NoScriptError:
@@ -243,23 +243,23 @@ class BlockingPublisher(_Publisher):
 
     def publish(self, ticks: Iterable[Mapping[str, Any]]) -> list[int]:
         """Publish a batch as :meth:`Publisher.publish` does."""
-        packed = self._batches.spell(ticks)
-        if not packed:
+        batch = self._batches.spell(ticks)
+        if batch is None:
             return []
         deadline = self._deadline()
         number = self._batches.next_number()
         attempt = 0
         while True:
             try:
-                return self._taken(self._call(number, packed))
+                return self._taken(self._call(number, batch))
             except (RedisError, OSError) as e:
                 wait_s = self._wait_s(e, attempt, deadline)
             self._redis.connection_pool.disconnect()
             time.sleep(wait_s)
             attempt += 1
 
-    def _call(self, number: int, packed: bytes) -> list[Any]:
-        arguments = self._batches.arguments(number, packed)
+    def _call(self, number: int, batch: Batch) -> list[Any]:
+        arguments = self._batches.arguments(number, batch)
         try:
             answer: list[Any] = self._redis.evalsha(SCRIPT_SHA, *arguments)
         except NoScriptError:

@@ -9,6 +9,7 @@ come through the publishers' log are kept by the publishers, in the same hash, f
 """
 
 import asyncio
+import hashlib
 import logging
 import time
 from typing import Any
@@ -28,18 +29,19 @@ _PER_SLICE = 200
 _LOOKED_AT_PER_SLICE = 5_000
 
 _SCRIPT = """
-for _, kept in ipairs(cmsgpack.unpack(ARGV[1])) do
-    local key = ARGV[2] .. kept[1]
+for i, kept in ipairs(cmsgpack.unpack(ARGV[1])) do
+    local key = KEYS[i + 1]
     local before = redis.call('HGET', key, '@plain')
     if not before or tonumber(before) <= tonumber(kept[2]) then
         redis.call('HSET', key, '@plain', kept[2], '@row', kept[3], '@book', kept[4])
-        redis.call('EXPIRE', key, ARGV[3])
+        redis.call('EXPIRE', key, ARGV[2])
         redis.call('ZADD', KEYS[1], kept[2], kept[1])
     end
 end
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[4])
-redis.call('EXPIRE', KEYS[1], ARGV[3])
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', ARGV[3])
+redis.call('EXPIRE', KEYS[1], ARGV[2])
 """
+_SCRIPT_SHA = hashlib.sha1(_SCRIPT.encode(), usedforsecurity=False).hexdigest()
 
 
 class RowStore:
@@ -63,7 +65,6 @@ class RowStore:
         self._timeout_s = timeout_s
         self._written_ms = 0  # what arrived before is in Redis
         self._is_failing = False
-        self._sha = ""
 
     async def load(self) -> int:
         """Put the kept rows on the board, for codes that it does not know; return how many."""
@@ -132,15 +133,13 @@ class RowStore:
     async def _write(self, quotes: list[Quote]) -> None:
         kept = [(q.code, str(q.arrived_ms), q.encoded().decode(), q.encoded_book().decode()) for q in quotes]
         oldest_ms = _now_ms() - self._max_age_s * 1000
-        arguments = (1, self._index, msgspec.msgpack.encode(kept), self._row, self._max_age_s, oldest_ms)
+        keys = (self._index, *(self._row + q.code for q in quotes))
+        arguments = (len(keys), *keys, msgspec.msgpack.encode(kept), self._max_age_s, oldest_ms)
         async with asyncio.timeout(self._timeout_s):
             try:
-                if not self._sha:
-                    raise NoScriptError
-                await self._redis.evalsha(self._sha, *arguments)
+                await self._redis.evalsha(_SCRIPT_SHA, *arguments)
             except NoScriptError:
-                self._sha = await self._redis.script_load(_SCRIPT)
-                await self._redis.evalsha(self._sha, *arguments)
+                await self._redis.eval(_SCRIPT, *arguments)
 
 
 def _now_ms() -> int:

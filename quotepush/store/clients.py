@@ -24,13 +24,13 @@ from redis.asyncio.connection import (
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.connection import ConnectionPool as BlockingPool
+from redis.exceptions import ClusterDownError, RedisClusterException, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisClusterException, RedisError
 from redis.retry import Retry as BlockingRetry
 
 from quotepush.errors import SettingsError
 from quotepush.store.address import Address, BadAddress, Place, parse_address
-from quotepush.store.cluster import ClusterClient, is_well, nodes_through
+from quotepush.store.cluster import NOWHERE, ClusterClient, is_well, nodes_through, passing
 from quotepush.store.sentinel import (
     BlockingFoundConnection,
     BlockingFoundSSLConnection,
@@ -339,17 +339,25 @@ class _BlockingCluster:
                     startup_nodes=nodes, ssl=self._address.tls is not None, **self._options
                 )
             except RedisClusterException as e:
-                raise RedisConnectionError(str(e).rstrip(".")) from None
+                raise passing(e) from None
         return self._client
 
     def ping(self) -> Any:
         return self._made().ping()
 
     def eval(self, *arguments: Any) -> Any:
-        return self._made().eval(*arguments)
+        return self._call("EVAL", *arguments)
 
     def evalsha(self, *arguments: Any) -> Any:
-        return self._made().evalsha(*arguments)
+        return self._call("EVALSHA", *arguments)
+
+    def _call(self, *arguments: Any) -> Any:
+        try:
+            return self._made().execute_command(*arguments)
+        except ClusterDownError:
+            raise
+        except NOWHERE as e:
+            raise passing(e) from None
 
     def disconnect(self) -> None:
         """Let go of it; the next call looks for the nodes anew."""

@@ -2,8 +2,8 @@
 
 Laws:
 
-1. A command or pipeline that has lost a node raises, as on one server, and so does one that was given up; the next
-   one looks for the nodes anew.
+1. A command or pipeline that has lost a node raises, as on one server, and so does one that was given up, or whose
+   slot is just being moved; the next one looks for the nodes anew.
 2. No node that is silent, or has lost its cluster, is asked where the others are.
 3. A command without a key (``TIME``, ``PING``) is answered by the master of the first slot, so that all who ask mean
    the same clock.
@@ -20,18 +20,33 @@ from redis.asyncio.cluster import ClusterNode, ClusterPipeline, RedisCluster
 from redis.asyncio.connection import AbstractConnection, Connection, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ClusterDownError, NoPermissionError, RedisClusterException, RedisError, ResponseError
+from redis.exceptions import (
+    ClusterDownError,
+    ClusterError,
+    NoPermissionError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from quotepush.store.address import Address, Place
 
-__all__ = ["ClusterClient", "is_well", "nodes_through"]
+__all__ = ["NOWHERE", "ClusterClient", "is_well", "nodes_through", "passing"]
 
 log = logging.getLogger("quotepush.redis")
 
 _MOST_WAIT_S = 1.0  # for a node that is to say where the others are
 _LOST = (RedisConnectionError, RedisTimeoutError, ClusterDownError)
+NOWHERE = (RedisClusterException, ClusterError)
+"""What redis-py raises of a slot that nobody has, or that is just being moved; the first it calls no RedisError."""
+
+
+def passing(error: Exception) -> RedisConnectionError:
+    """Return one of :data:`NOWHERE`, or a cluster that cannot be found, as what it is: to be tried again."""
+    is_moving = isinstance(error, ClusterError)  # redis-py has asked again and again
+    return RedisConnectionError("its keys are being moved to another node" if is_moving else str(error).rstrip("."))
 
 
 class _NoParser:
@@ -71,12 +86,12 @@ class ClusterClient(RedisCluster):
     async def execute_command(self, *arguments: Any, **options: Any) -> Any:
         try:
             return await super().execute_command(*arguments, **options)
-        except RedisClusterException as e:  # a slot that nobody has; redis-py does not call it a RedisError
-            self.doubt()
-            raise RedisConnectionError(str(e).rstrip(".")) from None
         except (*_LOST, asyncio.CancelledError):
             self.doubt()
             raise
+        except NOWHERE as e:
+            self.doubt()
+            raise passing(e) from None
 
     def publish(self, channel: Any, message: Any, **options: Any) -> Any:
         return self.execute_command("PUBLISH", channel, message)  # redis-py has it from 8.0 on
@@ -89,10 +104,9 @@ class ClusterClient(RedisCluster):
         return owners[0] if owners else super().get_default_node()
 
     async def _determine_slot(self, command: str, *arguments: Any) -> int:
-        # All that we send names its key first, and a channel is as good as a key: messages of one keep their order.
-        if command.upper() in ("EVAL", "EVALSHA"):
-            return await super()._determine_slot(command, *arguments)
-        return self.keyslot(arguments[0])
+        # All that we send names its keys first, of one slot, and a channel is as good as a key: messages of one keep
+        # their order.
+        return self.keyslot(arguments[2 if command.upper() in ("EVAL", "EVALSHA") else 0])
 
     # ------------------------------------------------------------------ nodes
 
@@ -102,7 +116,7 @@ class ClusterClient(RedisCluster):
         try:
             await super().initialize(*arguments, **options)
         except RedisClusterException as e:
-            raise RedisConnectionError(str(e).rstrip(".")) from None
+            raise passing(e) from None
         return self
 
     def doubt(self) -> None:
@@ -179,16 +193,16 @@ class _Pipeline(ClusterPipeline):
     async def execute(self, raise_on_error: bool = True, allow_redirections: bool = True) -> list[Any]:
         try:
             replies = await super().execute(raise_on_error, allow_redirections)
-        except RedisClusterException as e:
-            self._owner.doubt()
-            raise RedisConnectionError(str(e).rstrip(".")) from None
         except (*_LOST, asyncio.CancelledError):
             self._owner.doubt()
             raise
+        except NOWHERE as e:
+            self._owner.doubt()
+            raise passing(e) from None
         for reply in replies:
-            if isinstance(reply, _LOST):
+            if isinstance(reply, (*_LOST, *NOWHERE)):
                 self._owner.doubt()
-                raise reply
+                raise reply if isinstance(reply, _LOST) else passing(reply) from None
         return replies
 
 

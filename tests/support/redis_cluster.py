@@ -112,13 +112,20 @@ class RedisCluster:
 
     def move(self, key: str, to: RedisServer) -> None:
         """Have the slot of a key, which may hold nothing else, with another master."""
+        for _ in self.moving(key, to, keys_at_once=100):
+            pass
+
+    def moving(self, key: str, to: RedisServer, keys_at_once: int = 1) -> Iterator[int]:
+        """Move the slot of a key in steps; yield between them how many of its keys are still to be moved."""
         slot = key_slot(key.encode())
         source = self.master_of(key)
         name = self.ask(to, "CLUSTER", "MYID")
         self.ask(to, "CLUSTER", "SETSLOT", slot, "IMPORTING", self.ask(source, "CLUSTER", "MYID"))
         self.ask(source, "CLUSTER", "SETSLOT", slot, "MIGRATING", name)
-        while keys := self.ask(source, "CLUSTER", "GETKEYSINSLOT", slot, 100):
+        yield self.ask(source, "CLUSTER", "COUNTKEYSINSLOT", slot)
+        while keys := self.ask(source, "CLUSTER", "GETKEYSINSLOT", slot, keys_at_once):
             self.ask(source, "MIGRATE", "127.0.0.1", to.port, "", 0, 5_000, "KEYS", *keys)
+            yield self.ask(source, "CLUSTER", "COUNTKEYSINSLOT", slot)
         for server in (to, source, *(server for server in self.servers if server.is_running)):
             with contextlib.suppress(blocking_redis.ResponseError):  # a replica
                 self.ask(server, "CLUSTER", "SETSLOT", slot, "NODE", name)
