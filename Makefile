@@ -16,7 +16,7 @@ demo: ## a private Redis, a simulated feed and the ticker page on port 8008; Ctr
 	@.venv/bin/quotepush demo $(ARGS)
 
 test: system lint types ## lint, types and the test suite, but for what takes long
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
 
 faults: system ## the tests that kill, pause or cut something, the long ones too
 	$(RUN) pytest -m fault $(ARGS)
