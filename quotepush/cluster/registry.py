@@ -119,7 +119,7 @@ class RegistryMirror:
         worker, _, start_us = life.partition(".")
         self._fd_prefix = f"{node}.{worker}."
         self._start_us = int(start_us)
-        self._newest_fd = ""
+        self._newest = 0  # number of an fd
         self._interval_s = interval_s
         self._ttl_s = ttl_s
         self._check_interval_s = check_interval_s
@@ -157,7 +157,7 @@ class RegistryMirror:
         assert fd not in self._open, fd
         self._open[fd] = codes
         self._new.add(fd)
-        self._newest_fd = fd
+        self._newest = max(self._newest, int(fd[len(self._fd_prefix) :]))  # not always the last: SessionMirror
         self.touch(fd)
 
     def touch(self, fd: str) -> None:
@@ -541,11 +541,10 @@ class RegistryMirror:
 
     def _is_ours(self, fd: str) -> bool:
         """Did this life give out ``fd``? Another life of the same worker uses other numbers under the same prefix."""
-        if not fd.startswith(self._fd_prefix) or not self._newest_fd:
+        if not fd.startswith(self._fd_prefix):
             return False
-        cut = len(self._fd_prefix)
         try:
-            return self._start_us <= int(fd[cut:]) <= int(self._newest_fd[cut:])
+            return self._start_us <= int(fd[len(self._fd_prefix) :]) <= self._newest
         except ValueError:
             return False
 

@@ -109,6 +109,22 @@ async def working(server: RedisServer, node: str = "n1", **options: Any) -> Asyn
         await client.aclose()
 
 
+async def test_connections_that_get_their_users_in_any_order_are_right_and_stale_ones_are_found(
+    redis_server: RedisServer, redis: Redis
+) -> None:
+    async with working(redis_server) as it:
+        for number in (5, 1, 9, 3):
+            it.open(number, f"u:{number}")
+        await wait_until(lambda: redis.scard("qp:user:3"))
+        await redis.sadd("qp:user:3", it.fd(5))  # stale, and of a newer one than that which came last
+
+        async def is_gone() -> bool:
+            return it.fd(5) not in await redis.smembers("qp:user:3")
+
+        await wait_until(is_gone)
+        assert it.mirror.repairs == 1
+
+
 async def contents(redis: Redis) -> dict[str, Any]:
     keys = [key async for key in redis.scan_iter("qp:*", count=1000)]
     found: dict[str, Any] = {}
