@@ -444,6 +444,17 @@ def test_each_format_is_counted_on_the_wire(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rows_are_measured_while_jobs_are_due(tmp_path: Path):
+    ended = subprocess.run(
+        [sys.executable, str(BENCH.parent / "bench" / "jobs.py"), "40"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    _, jobs, last_s, *ages_ms, _ = [cell.strip() for cell in ended.stdout.splitlines()[-1].split("|")]
+    assert jobs == "40" and 0 < float(last_s) < 60
+    assert all(0 < float(age_ms) < 60_000 for age_ms in ages_ms[:2])
+
+
 def test_messages_of_backends_are_measured_until_the_last_client_has_them(tmp_path: Path):
     ended = subprocess.run(
         [sys.executable, str(BENCH.parent / "bench" / "backend.py"), "20", "10", "2"],
