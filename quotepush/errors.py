@@ -177,13 +177,8 @@ class RedisUnavailable(OperatorError):
         self.reason = reason
 
     def __str__(self) -> str:
-        if "permission" in self.reason:
-            help_for = "docs/operations.md has the rights that it needs"
-        elif "authenticat" in self.reason.lower() or "password" in self.reason:
-            help_for = "its address takes them: redis://user:password@…"
-        else:
-            help_for = "start it or set --redis"
-        return f"cannot use Redis at {self.where} ({self.role}): {self.reason}; {help_for}"
+        what_helps = _what_helps(self.reason, "start it or set --redis")
+        return f"cannot use Redis at {self.where} ({self.role}): {self.reason}; {what_helps}"
 
 
 class PortUnavailable(OperatorError):
@@ -212,7 +207,7 @@ class BackendUnavailable(OperatorError):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.reason}; try again when it is back"
+        return f"{self.reason}; {_what_helps(self.reason, 'try again when it is back')}"
 
 
 class WorkerUnfit(OperatorError):
@@ -226,6 +221,14 @@ class WorkerUnfit(OperatorError):
 
     def __str__(self) -> str:
         return f"worker {self.worker} cannot run here; its last lines in the log say why"
+
+
+def _what_helps(reason: str, otherwise: str) -> str:
+    if "permission" in reason:
+        return "docs/operations.md has the rights that its user needs"
+    if "authenticat" in reason.lower() or "password" in reason:
+        return "its address has room for user and password: redis://user:password@…"
+    return otherwise
 
 
 def reason_of(error: Exception, timeout_s: float) -> str:

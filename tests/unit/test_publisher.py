@@ -11,8 +11,8 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from quotepush import BlockingPublisher, Publisher
-from quotepush.errors import RedisUnavailable, SettingsError
+from quotepush import Backend, BlockingPublisher, Publisher
+from quotepush.errors import BackendUnavailable, RedisUnavailable, SettingsError
 from quotepush.store.address import shown_address
 from tests.support.door import door_to
 from tests.support.redis_server import RedisServer
@@ -486,13 +486,16 @@ async def test_whom_redis_refuses_is_told_what_helps(redis_server: RedisServer) 
         await client.execute_command("ACL", "SETUSER", "poor", "on", ">secret", "~*", "&*", "+ping", "+client")
         await client.config_set("requirepass", "hunter2")
     for user, help_for in (
-        ("poor:secret@", "docs/operations.md has the rights that it needs"),
-        ("poor:wrong@", "its address takes them: redis://user:password@"),
-        ("", "its address takes them: redis://user:password@"),
+        ("poor:secret@", "docs/operations.md has the rights that its user needs"),
+        ("poor:wrong@", "its address has room for user and password"),
+        ("", "its address has room for user and password"),
     ):
         async with Publisher(f"redis://{user}127.0.0.1:{redis_server.port}") as publisher:
             with pytest.raises(RedisUnavailable, match=help_for):
                 await publisher.publish([{"code": "A", "last": 1}])
+        async with Backend(f"redis://{user}127.0.0.1:{redis_server.port}") as backend:
+            with pytest.raises(BackendUnavailable, match=help_for):
+                await backend.conn_count()
     redis_server.kill()
     async with Publisher(redis_server.url) as publisher:
         with pytest.raises(RedisUnavailable, match="start it or set --redis"):
@@ -512,10 +515,10 @@ async def test_server_that_is_no_redis_is_an_operator_s_error() -> None:
 
 
 async def test_publisher_gives_up_when_it_was_told_to(redis_server: RedisServer) -> None:
-    async with Publisher(redis_server.url, give_up_s=0.2) as publisher:
+    async with Publisher(redis_server.url, give_up_s=1.5) as publisher:
         await publisher.publish([{"code": "A", "last": 0}])
         redis_server.pause()
-        with pytest.raises(RedisUnavailable, match=r"no answer within 0\.2 s"):
+        with pytest.raises(RedisUnavailable, match=r"no answer within 1\.5 s"):
             await publisher.publish([{"code": "A", "last": 1}])
         redis_server.kill()
         with pytest.raises(RedisUnavailable):
