@@ -625,7 +625,7 @@ def test_blocking_publisher_waits_for_a_redis_that_was_killed(tmp_path: Path, is
 
 
 def test_blocking_publisher_gives_up_when_it_was_told_to(redis_server: RedisServer) -> None:
-    with BlockingPublisher(redis_server.url, give_up_s=0.2) as blocking:
+    with BlockingPublisher(redis_server.url, give_up_s=1.5) as blocking:
         blocking.publish([{"code": "A", "last": 0}])
         redis_server.pause()
         with pytest.raises(RedisUnavailable):

@@ -25,7 +25,7 @@ async def test_a_link_of_answers_that_only_looks_alive_is_made_anew(redis_server
         await node.connect(1, user="ann")
         async with client(redis_server.url) as direct:
             line = Line(direct, "here", 5)
-            routing = Routing(line, Store(door.url).links(), "qp:", timeout_s=0.3)
+            routing = Routing(line, Store(door.url).links(), "qp:", timeout_s=1)
             assert (await routing.send(command)).delivered == 1
             door.stall()
             assert (await routing.send(command)).missing == ("n1",)
@@ -77,7 +77,7 @@ async def test_what_is_kept_waits_in_the_inbox_of_a_node_or_in_the_list_of_a_use
         await node.connect(1, user="ann")
         await redis.sadd("qp:user:old", "gone.0.1")
         line = Line(redis, "here", 5)
-        routing = Routing(line, Store(redis_server.url).links(), "qp:", timeout_s=0.3, kept_max=2, kept_ttl_s=60)
+        routing = Routing(line, Store(redis_server.url).links(), "qp:", timeout_s=1, kept_max=2, kept_ttl_s=60)
         for n in range(3):
             sent = await routing.send(Command(op="send", to=To(users=["ann", "old", "eve"]), data=n), kept=True)
         assert sent.kept == 3, "nobody answers from an inbox here"

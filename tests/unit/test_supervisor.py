@@ -63,7 +63,7 @@ async def test_clearing_up_after_a_worker_may_take_longer_than_one_answer_of_red
     await own.aclose()
     async with redis_server.client() as redis:
         assert await redis.keys("qp:*")
-        main = supervisor(SlowRedis(redis, 0.05), redis_timeout_s=0.2)
+        main = supervisor(SlowRedis(redis, 0.1), redis_timeout_s=0.4)
         main._unpurged.append(("0.5", {}))
         await main._purge()
         assert await redis.keys("qp:*") == []
