@@ -5,6 +5,7 @@ Invariant: who waits is told of the end, be it :meth:`Hearing.aclose` or a bug o
 
 import asyncio
 import random
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
@@ -20,7 +21,7 @@ def pause_s(attempt: int) -> float:
     return random.uniform(0.5, 1.0) * min(_MOST_BACKOFF_S, _FIRST_BACKOFF_S * 2.0 ** min(attempt, 10))
 
 
-class Hearing:
+class Hearing(ABC):
     """A task that hears (:meth:`_run`), begun by ``async with`` or by who asks first.
 
     Args:
@@ -37,9 +38,9 @@ class Hearing:
         self._reason = ""
         self._is_closed = False
 
+    @abstractmethod
     async def _run(self, first: "asyncio.Future[None]") -> None:
         """Hear until cancelled; ``first`` is done as soon as that has begun."""
-        raise NotImplementedError
 
     async def __aenter__(self) -> Self:
         """Return when it is heard.

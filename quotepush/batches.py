@@ -52,8 +52,8 @@ _MOST_LEFT = 64
 
 _ABOUT = "@"  # in the hash of a row: what is no field of it begins so
 
-# In a Redis Cluster the keys of its rows are named, too (Batches.arguments): while their slot is being moved, Redis
-# would else let it begin where only some of them are, and end it in the middle.
+# Where a Redis Cluster has all its keys in one slot, those of its rows are named, too (Batch.rows): while the slot is
+# being moved, Redis would else let it begin where only some of them are, and end it in the middle.
 #
 # Everything that can be refused comes before the first write: a script that fails later leaves what it wrote. Out of
 # memory and read-only are decided by Redis at the first write, too. What is left is a row's key that holds no hash.
@@ -162,11 +162,11 @@ class Batch(NamedTuple):
 
     Attributes:
         packed: as the script takes them.
-        codes: of each tick.
+        rows: the keys of their rows, where keys have a hash tag; else none.
     """
 
     packed: bytes
-    codes: Sequence[str]
+    rows: Sequence[str]
 
 
 class Batches:
@@ -203,7 +203,8 @@ class Batches:
         packed = self._pack(spelled)
         if len(packed) > _MOST_BYTES:
             raise BadTick("too_large", f"a batch has at most {_MOST_BYTES:,} bytes")
-        return Batch(packed, [code for code, *_ in spelled])
+        row = self._keys.row
+        return Batch(packed, list({row + tick[0]: None for tick in spelled}) if "{" in row else [])
 
     def next_number(self) -> int:
         """Return the number of the batch that is sent next; every attempt to send it has the same."""
@@ -213,9 +214,8 @@ class Batches:
     def arguments(self, number: int, batch: Batch) -> list[Any]:
         """Return keys and arguments of the script; asked anew for every attempt."""
         keys = self._keys
-        rows = [keys.row + code for code in dict.fromkeys(batch.codes)] if keys.is_cluster else []
         return [
-            4 + len(rows), keys.epoch, keys.seq, keys.log, keys.publisher(self._name), *rows,
+            4 + len(batch.rows), keys.epoch, keys.seq, keys.log, keys.publisher(self._name), *batch.rows,
             number, secrets.token_hex(8), self.epoch, self._n, " ".join(self._left), keys.channel, keys.row,
             self._log_batches, batch.packed, self._copies, _REMEMBERED_S, _ROW_MAX_AGE_S,
         ]  # fmt: skip

@@ -9,6 +9,8 @@ import orjson
 import pytest
 
 from quotepush import BlockingPublisher, Publisher
+from quotepush.batches import Batches
+from quotepush.ingest.keys import FeedKeys
 from quotepush.quote.tick import BadTick
 from tests.support.redis_server import RedisServer
 from tests.support.store import heard, hearing, logged, prices, row
@@ -40,6 +42,22 @@ async def test_several_ticks_of_a_code_in_one_batch_are_numbered_in_their_order(
     assert await row(store, "A") == {"last": "3"}
     async with store.client() as client:
         assert await client.hgetall("qp:seq") == {"#": "2", "A": "4", "B": "2"}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows"),
+    [
+        (FeedKeys("qp:"), []),
+        (FeedKeys("qp:", is_cluster=True), ["{qp:}row:A", "{qp:}row:B"]),
+        (FeedKeys("{qp}:"), ["{qp}:row:A", "{qp}:row:B"]),  # by the plain address of one of its nodes
+    ],
+)
+def test_where_all_keys_are_in_one_slot_of_a_cluster_each_is_named(keys: FeedKeys, rows: list[str]) -> None:
+    batches = Batches(keys, 10, "")
+    batch = batches.spell([{"code": code, "last": 1} for code in "ABA"])
+    assert batch is not None
+    count, *arguments = batches.arguments(batches.next_number(), batch)
+    assert arguments[4:count] == rows
 
 
 async def test_message_on_the_channel_is_the_entry_of_the_log(store: RedisServer) -> None:
