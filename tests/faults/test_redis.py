@@ -254,6 +254,8 @@ async def test_a_worker_that_dies_while_redis_sleeps_is_replaced_before_redis_wa
             return dead not in scene.server.worker_pids() and await scene.server.metric("workers_ready") == 2
 
         await wait_until(is_replaced, 30)
+        # Not before: what is published while the link is found dead has no log to come from.
+        await scene.everybody_hears_that_the_feed_is("down")
         scene.redis.resume()
         await scene.everybody_hears_that_the_feed_is("ok")
         await scene.ends_well()
