@@ -19,9 +19,8 @@ import orjson
 
 __all__ = [
     "CLAIM_MS", "MAX_COMMAND_BYTES", "OPS", "BadCommand", "ClusterKeys", "Command", "Kept", "NodeRecord",
-    "Reply", "Sender", "To", "decode_kept", "decode_node", "decode_reply", "encode", "is_fd", "is_job", "is_name",
-    "new_id",
-    "node_of", "parse_command", "payload_of", "worker_of",
+    "Reply", "Sender", "Taken", "To", "decode_kept", "decode_node", "decode_reply", "decode_taken", "encode", "is_fd",
+    "is_job", "is_name", "new_id", "node_of", "parse_command", "payload_of", "worker_of",
 ]  # fmt: skip
 
 # A claim on what a dead node has left holds for so long, unless it is made again.
@@ -161,6 +160,13 @@ class Kept(msgspec.Struct, omit_defaults=True):
     id: str = ""
 
 
+class Taken(msgspec.Struct, frozen=True):
+    """A message that a node has taken out of its user's list to deliver it, as it lies in the node's."""
+
+    user: str
+    message: msgspec.Raw  # a Kept
+
+
 class NodeRecord(msgspec.Struct, frozen=True):
     """How a node stands in ``<p>nodes``: times are epoch milliseconds by the clock of Redis (``TIME``).
 
@@ -232,6 +238,10 @@ class ClusterKeys:
         """Return the list of messages for a user who is away."""
         return f"{self.prefix}kept:{user}"
 
+    def taken(self, node: str) -> str:
+        """Return the list of messages that a node has taken out of their users' lists and not yet delivered."""
+        return f"{self.prefix}taken:{node}"
+
     def job(self, job: str) -> str:
         """Return the hash of a message that is to be sent later."""
         return f"{self.jobs}:{job}"
@@ -297,10 +307,11 @@ _encoder = msgspec.json.Encoder()
 _commands = msgspec.json.Decoder(Command)
 _replies = msgspec.json.Decoder(Reply)
 _kept = msgspec.json.Decoder(Kept)
+_taken = msgspec.json.Decoder(Taken)
 _nodes = msgspec.json.Decoder(NodeRecord)
 
 
-def encode(said: Command | Reply | Kept | NodeRecord) -> bytes:
+def encode(said: Command | Reply | Kept | Taken | NodeRecord) -> bytes:
     """Return the JSON text."""
     return _encoder.encode(said)
 
@@ -317,6 +328,14 @@ def decode_kept(text: bytes) -> Kept | None:
     """Return a kept message; None: it is none."""
     try:
         return _kept.decode(text)
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+
+
+def decode_taken(text: bytes) -> Taken | None:
+    """Return a message that a node has taken; None: it is none."""
+    try:
+        return _taken.decode(text)
     except (msgspec.MsgspecError, RecursionError):
         return None
 

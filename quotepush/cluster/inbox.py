@@ -30,7 +30,7 @@ from quotepush.cluster.commands import (
     parse_command,
 )
 from quotepush.cluster.hearing import hear
-from quotepush.cluster.kept import give_back, keep, take
+from quotepush.cluster.kept import InHand, Taker, keep
 from quotepush.cluster.mail import Mail, move_mail, put_back
 from quotepush.store.clients import Links
 
@@ -108,7 +108,10 @@ class Inbox:
         # Users for whom messages may wait, and the commands that say so, as far as somebody waits for their outcome.
         self._came: dict[str, list[Command]] = {}
         self._has_come = asyncio.Event()
-        self._doubted: dict[str, list[bytes]] = {}  # messages that may have been taken, which nobody told us
+        self._is_begun = asyncio.Event()  # what a former life has left waits for its users
+        self._taker = Taker(redis, keys, node, most=kept_max, timeout_s=timeout_s)
+        self._is_doubtful = False  # something may have been taken, or put back, that Redis has not told us of
+        self._is_troubled = False  # and the log says so
         self.heard = 0
         self.refused = 0
         self.kept = 0
@@ -131,11 +134,12 @@ class Inbox:
         self._has_come.set()
 
     async def move(self) -> None:
-        """Let what is in the inbox wait for its users; not while :meth:`run` reads it.
+        """Let what is in the inbox, or was taken and not delivered, wait for its users; not while :meth:`run` is at it.
 
         Raises:
             RedisError, OSError, TimeoutError: some of it stays.
         """
+        await self._taker.settle()
         await move_mail(
             self._redis, self._keys, self._node,
             kept_max=self._kept_max, kept_ttl_s=self._kept_ttl_s, timeout_s=self._timeout_s,
@@ -218,14 +222,13 @@ class Inbox:
     # ------------------------------------------------------------------ kept commands
 
     async def _work(self) -> None:
-        is_begun = False
         is_well = True
         while True:
             self._has_mail.clear()
             try:
-                if not is_begun:
+                if not self._is_begun.is_set():
                     await self.move()
-                    is_begun = True
+                    self._is_begun.set()
                 await self._carry_out_mail()
                 is_well = True
             except _TROUBLE as e:
@@ -304,67 +307,72 @@ class Inbox:
     # ------------------------------------------------------------------ messages that wait
 
     async def _collect(self) -> None:
-        try:
-            await self._collect_for_ever()
-        finally:
-            if self._doubted:  # we are being stopped in the middle of it
-                try:
-                    async with asyncio.timeout(self._timeout_s):
-                        await give_back(self._redis, self._keys, self._doubted, self._kept_max)
-                except _TROUBLE as e:
-                    why = str(e) or type(e).__name__
-                    log.warning("kept: messages for %d users may be lost: %s", len(self._doubted), why)
-
-    async def _collect_for_ever(self) -> None:
+        await self._is_begun.wait()
         while True:
             await self._has_come.wait()
             self._has_come.clear()
-            while self._came:
+            while self._came or self._is_doubtful:
                 if not self._may_work():  # their connections may have been removed; who is there comes again
                     await asyncio.sleep(_AGAIN_S)
                     continue
                 users = list(self._came)[:_PER_SLICE]
                 try:
-                    async with asyncio.timeout(self._timeout_s):
-                        await give_back(self._redis, self._keys, self._doubted, self._kept_max)
-                        taken = dict(await take(self._redis, self._keys, users, self._kept_max, self._doubted))
-                except _TROUBLE:
+                    if self._is_doubtful:
+                        await self._restore()
+                    taken = await self._taker.take(users)
+                except _TROUBLE as e:
+                    self._doubt(e)
                     await asyncio.sleep(_AGAIN_S)  # what waits does so in Redis, and they wait here
                     continue
                 callers = {user: self._came.pop(user) for user in users}
+                while users:
+                    some, users = users[: self._concurrency], users[self._concurrency :]
+                    async with asyncio.TaskGroup() as group:
+                        for user in some:
+                            group.create_task(self._bring(user, taken.get(user, []), callers[user]))
                 try:
-                    while users:
-                        some, users = users[: self._concurrency], users[self._concurrency :]
-                        async with asyncio.TaskGroup() as group:
-                            for user in some:
-                                group.create_task(self._bring(user, taken, callers[user]))
-                finally:
-                    # We are being stopped: what was taken and not brought goes back.
-                    for user, messages in taken.items():
-                        await self._put_first(user, messages)
+                    await self._taker.settle()
+                except _TROUBLE as e:
+                    self._doubt(e)
+                self._is_troubled = self._is_doubtful
 
-    async def _bring(self, user: str, taken: dict[str, list[Kept]], callers: Sequence[Command]) -> None:
+    async def _restore(self) -> None:
+        nodes = await self._taker.restore()
+        self._is_doubtful = False
+        self.users_came([user for user, where in nodes.items() if self._node in where])
+
+    async def _bring(self, user: str, taken: Sequence[InHand], callers: Sequence[Command]) -> None:
         """Hand a user what was taken for him, and tell those who wait for that to how many connections it went."""
+        # All at once: they are carried out in this order, behind one another.
+        replies = await asyncio.gather(*(self._given(_command_of(user, each.message)) for each in taken))
+        left: list[InHand] = []
         delivered = 0
-        messages = taken.get(user)
-        if messages:
-            # All at once: they are carried out in this order, behind one another.
-            replies = await asyncio.gather(*(self._given(_command_of(user, message)) for message in messages))
-            del taken[user]
-            delivered = sum(reply.delivered for reply in replies)
-            left = [m for m, reply in zip(messages, replies, strict=True) if user not in reply.users]
-            self.collected += len(messages) - len(left)
-            await self._put_first(user, left)
+        for each, reply in zip(taken, replies, strict=True):
+            delivered += reply.delivered
+            if user in reply.users:
+                self._taker.drop([each.entry])
+                self.collected += 1
+            else:
+                left.append(each)
+        await self._put_first(user, left)
         for command in callers:
             self._say(command.reply, Reply(command.id, self._node, delivered))
 
-    async def _put_first(self, user: str, messages: Sequence[Kept]) -> None:
+    async def _put_first(self, user: str, left: Sequence[InHand]) -> None:
         """Put messages that nobody took back to where they were."""
+        messages = [each.message for each in left]
         try:
             async with asyncio.timeout(self._timeout_s):
                 await keep(self._redis, self._keys, user, messages, self._kept_max, are_older=True)
+            self._taker.drop(each.entry for each in left)
         except _TROUBLE as e:
-            log.warning("kept: %d messages for a user are lost: %s", len(messages), str(e) or type(e).__name__)
+            self._doubt(e)
+
+    def _doubt(self, trouble: Exception) -> None:
+        if not self._is_troubled:
+            why = str(trouble) or type(trouble).__name__
+            log.warning("kept: messages that wait for users cannot be brought: %s; trying again", why)
+        self._is_doubtful = self._is_troubled = True
 
 
 def _command_of(user: str, message: Kept) -> Command:

@@ -1,18 +1,36 @@
 """Messages that wait for users who are away: a list per user in Redis, ``<p>kept:<uid>``, oldest first.
 
-Laws: at most ``most`` newest messages wait for a user, none longer than it says itself (by the clock of Redis); a
-message is taken in one atomic step, so that no two nodes ever have the same one. Whoever does not hear whether he has
-taken it puts it back.
+Laws:
+
+1. At most ``most`` newest messages wait for a user, none longer than it says itself (by the clock of Redis).
+2. Whoever removes a message from its user's list has it, so no two nodes deliver the same one.
+3. Before that he writes it into his node's own list, ``<p>taken:<node>``, and it stays there until it was delivered or
+   waits again: should the node die meanwhile, it waits again. (The lists may lie in different slots of a Redis Cluster,
+   so nothing here asks for one atomic step.)
 """
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-from quotepush.cluster.commands import ClusterKeys, Kept, decode_kept, encode
+import msgspec
+
+from quotepush.cluster.commands import (
+    ClusterKeys,
+    Command,
+    Kept,
+    Taken,
+    decode_kept,
+    decode_taken,
+    encode,
+    node_of,
+)
 from quotepush.cluster.presence import redis_us
 
-__all__ = ["give_back", "keep", "take"]
+__all__ = ["InHand", "Taker", "keep", "offer"]
+
+_PER_SLICE = 500  # messages that are looked at in one turn of the loop
 
 
 async def keep(
@@ -42,58 +60,134 @@ async def keep(
         await redis.pexpire(key, 1)
 
 
-async def take(
-    redis: Any, keys: ClusterKeys, users: Sequence[str], most: int, seen: dict[str, list[bytes]] | None = None
-) -> Mapping[str, list[Kept]]:
-    """Take what waits for these users out of their lists; messages that nobody wants any more are left out.
+async def offer(
+    redis: Any, keys: ClusterKeys, user: str, messages: Sequence[Kept], most: int, *, are_older: bool = False
+) -> set[str]:
+    """Let messages wait as :func:`keep` does, and tell the nodes where their user is by now; return those nodes.
+
+    Raises:
+        RedisError, OSError: Redis does not answer; they wait or not.
+    """
+    await keep(redis, keys, user, messages, most, are_older=are_older)
+    # He may have come while they were on their way.
+    nodes = {node_of(fd.decode("utf-8", "replace")) for fd in await redis.smembers(keys.user(user))} - {""}
+    for node in nodes:
+        await redis.publish(keys.to_node(node), encode(Command(op="collect", user=user)))
+    return nodes
+
+
+class InHand(NamedTuple):
+    """A message that this node has to deliver, and its entry in the node's list."""
+
+    message: Kept
+    entry: bytes
+
+
+class Taker:
+    """Takes messages out of their users' lists, for a node that delivers them.
 
     Args:
-        seen: has, where this fails, what may have been taken; for :func:`give_back`.
-
-    Raises:
-        RedisError, OSError: Redis does not answer.
+        redis: a client that answers with bytes.
+        most: messages that wait for one user.
+        timeout_s: for each answer of Redis.
     """
-    seen = {} if seen is None else seen
-    pipeline = redis.pipeline(transaction=False)
-    for user in users:
-        pipeline.lrange(keys.kept(user), 0, most - 1)
-    now_ms = await redis_us(redis) // 1000
-    seen.update({user: _texts(found) for user, found in zip(users, await pipeline.execute(), strict=True) if found})
-    if not seen:
-        return {}
-    waited_for = list(seen)
-    pipeline = redis.pipeline(transaction=False)
-    for user in waited_for:
-        pipeline.lpop(keys.kept(user), len(seen[user]))
-    answers = await pipeline.execute()
-    seen.clear()
-    found: dict[str, list[Kept]] = {}
-    for count, (user, texts) in enumerate(zip(waited_for, answers, strict=True), 1):
-        messages = [decode_kept(text) for text in _texts(texts or ())]
-        # Who put one there and did not hear that it was done may have put it there again.
-        wanted = {m.id or index: m for index, m in enumerate(messages) if m is not None and m.until > now_ms}
-        if wanted:
-            found[user] = list(wanted.values())
-        if count % 50 == 0:
-            await asyncio.sleep(0)
-    return found
+
+    def __init__(self, redis: Any, keys: ClusterKeys, node: str, *, most: int, timeout_s: float) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._key = keys.taken(node)
+        self._most = most
+        self._timeout_s = timeout_s
+        self._done: list[bytes] = []  # entries that Redis has yet to remove
+
+    async def take(self, users: Sequence[str]) -> dict[str, list[InHand]]:
+        """Take what waits for these users, but for messages that nobody wants any more; :meth:`drop` each in the end.
+
+        Raises:
+            RedisError, OSError, TimeoutError: Redis does not answer; what was taken unheard :meth:`restore` finds.
+        """
+        async with asyncio.timeout(self._timeout_s):
+            now_ms = await redis_us(self._redis) // 1000
+            pipeline = self._redis.pipeline(transaction=False)
+            for user in users:
+                pipeline.lrange(self._keys.kept(user), 0, self._most - 1)
+            lists = await pipeline.execute()
+        waiting: dict[tuple[str, bytes], InHand | None] = {}
+        for user, texts in zip(users, lists, strict=True):
+            for text in texts:
+                message = decode_kept(text)
+                waiting[user, text] = (
+                    InHand(message, _entry(user, text)) if message is not None and message.until > now_ms else None
+                )
+                if len(waiting) % _PER_SLICE == 0:
+                    await asyncio.sleep(0)
+        if not waiting:
+            return {}
+        async with asyncio.timeout(self._timeout_s):
+            if entries := [each.entry for each in waiting.values() if each is not None]:
+                await self._redis.rpush(self._key, *entries)
+            pipeline = self._redis.pipeline(transaction=False)
+            for user, text in waiting:
+                pipeline.lrem(self._keys.kept(user), 0, text)
+            removed = await pipeline.execute()
+        ours: defaultdict[str, dict[str, InHand]] = defaultdict(dict)
+        for ((user, _), each), is_ours in zip(waiting.items(), removed, strict=True):
+            if each is None:
+                continue
+            # Who put one there and did not hear that it was done may have put it there again.
+            if is_ours and each.message.id not in ours[user]:
+                ours[user][each.message.id or each.entry.hex()] = each
+            else:
+                self._done.append(each.entry)
+        return {user: list(found.values()) for user, found in ours.items() if found}
+
+    def drop(self, entries: Iterable[bytes]) -> None:
+        """Messages were delivered, or wait again; :meth:`settle` tells Redis."""
+        self._done.extend(entries)
+
+    async def settle(self) -> None:
+        """Remove what was dropped.
+
+        Raises:
+            RedisError, OSError, TimeoutError: Redis does not answer; the next call does it.
+        """
+        if not self._done:
+            return
+        pipeline = self._redis.pipeline(transaction=False)
+        for entry in self._done:
+            pipeline.lrem(self._key, 0, entry)
+        async with asyncio.timeout(self._timeout_s):
+            await pipeline.execute()
+        self._done.clear()
+
+    async def restore(self) -> dict[str, set[str]]:
+        """Let wait again what was taken and not dropped; return its users, and the nodes where each is by now.
+
+        Raises:
+            RedisError, OSError, TimeoutError: Redis does not answer; call again.
+        """
+        await self.settle()
+        async with asyncio.timeout(self._timeout_s):
+            entries = await self._redis.lrange(self._key, 0, -1)
+        messages: defaultdict[str, dict[bytes, bytes]] = defaultdict(dict)  # user to entry to message
+        for entry in entries:
+            taken = decode_taken(entry)
+            if taken is None:
+                self.drop([entry])
+            else:
+                messages[taken.user][entry] = bytes(taken.message)
+        nodes = {}
+        for user, texts in messages.items():
+            async with asyncio.timeout(self._timeout_s):
+                there = set(await self._redis.lrange(self._keys.kept(user), 0, -1))
+                lost = [decode_kept(text) for text in texts.values() if text not in there]
+                older = [message for message in lost if message is not None]
+                nodes[user] = await offer(self._redis, self._keys, user, older, self._most, are_older=True)
+            self.drop(texts)
+            await self.settle()  # should we be broken off, nobody lets it wait again
+        await self.settle()
+        return nodes
 
 
-async def give_back(redis: Any, keys: ClusterKeys, seen: dict[str, list[bytes]], most: int) -> None:
-    """Put back what a :func:`take` took whose answer was lost; ``seen`` is empty then.
-
-    Another node may have taken it at that very moment; a connection that had it does not get it again.
-
-    Raises:
-        RedisError, OSError: Redis does not answer; ``seen`` has what is left.
-    """
-    while seen:
-        user = next(iter(seen))
-        there = set(_texts(await redis.lrange(keys.kept(user), 0, -1)))
-        taken = [decode_kept(text) for text in seen[user] if text not in there]
-        await keep(redis, keys, user, [m for m in taken if m is not None], most, are_older=True)
-        del seen[user]
-
-
-def _texts(found: Sequence[Any]) -> list[bytes]:
-    return [text.encode() if isinstance(text, str) else text for text in found]
+def _entry(user: str, text: bytes) -> bytes:
+    return encode(Taken(user, msgspec.Raw(text)))

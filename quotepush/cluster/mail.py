@@ -15,11 +15,9 @@ from quotepush.cluster.commands import (
     ClusterKeys,
     Command,
     Kept,
-    encode,
-    node_of,
     parse_command,
 )
-from quotepush.cluster.kept import keep
+from quotepush.cluster.kept import Taker, offer
 from quotepush.cluster.presence import redis_us
 
 __all__ = ["Mail", "move_mail", "put_back"]
@@ -105,26 +103,22 @@ async def put_back(
     found: set[str] = set()
     for user in users:
         async with asyncio.timeout(timeout_s):
-            await keep(redis, keys, user, [message], kept_max)
-            # He may have come while it was on its way.
-            nodes = {node_of(fd.decode("utf-8", "replace")) for fd in await redis.smembers(keys.user(user))} - {""}
-            for node in nodes:
-                await redis.publish(keys.to_node(node), encode(Command(op="collect", user=user)))
-        found |= nodes
+            found |= await offer(redis, keys, user, [message], kept_max)
     return found
 
 
 async def move_mail(
     redis: Any, keys: ClusterKeys, node: str, *, kept_max: int, kept_ttl_s: int, timeout_s: float
 ) -> int:
-    """Empty the inbox of a life that is dead: messages for users wait for them, the rest is nobody's any more.
+    """Empty what a life that is dead has left: messages for users wait for them, the rest is nobody's any more.
 
     Returns:
-        how many messages wait now.
+        how many messages of its inbox wait now.
 
     Raises:
         RedisError, OSError, TimeoutError: Redis does not answer; call again.
     """
+    await Taker(redis, keys, node, most=kept_max, timeout_s=timeout_s).restore()  # these are older
     mail = Mail(redis, keys, node, ttl_s=kept_ttl_s, timeout_s=timeout_s)
     moved = 0
     while page := await mail.page(b"-", _PAGE):

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,8 +14,9 @@ import pytest
 from redis.asyncio import Redis
 
 from quotepush.backend import Backend
-from quotepush.cluster.commands import ClusterKeys
-from quotepush.cluster.presence import records
+from quotepush.cluster.commands import ClusterKeys, Command, Kept, encode
+from quotepush.cluster.kept import keep
+from quotepush.cluster.presence import records, redis_us
 from quotepush.errors import BackendUnavailable
 from tests.support.jumping_clock import JumpingClock
 from tests.support.redis_server import RedisServer
@@ -129,6 +132,44 @@ async def test_a_node_that_sleeps_for_longer_than_its_lease_is_back_with_all_its
         await nodes.sends_are_right(backend, 1)
 
 
+@pytest.mark.parametrize("returns", [True, False], ids=["it comes back", "another clears up after it"])
+async def test_messages_that_a_node_had_in_hand_when_it_was_killed_arrive(
+    redis_server: RedisServer, redis: Redis, tmp_path: Path, returns: bool
+) -> None:
+    keys = ClusterKeys("qp:")
+    async with several_nodes(tmp_path, redis_server.url, ["n1", "n2"], workers=1, **QUICK) as nodes:
+        await nodes.connect("n1", "ann")
+        await nodes.registry_is_right(redis)
+        server = nodes.nodes["n1"]
+        (worker,) = server.worker_pids()
+        os.kill(worker, signal.SIGSTOP)  # so that nothing is delivered
+        now_ms = await redis_us(redis) // 1000
+        await keep(redis, keys, "ann", [Kept(now_ms, now_ms + 60_000, n, id=f"m{n}") for n in range(5)], 100)
+        await redis.publish(keys.to_node("n1"), encode(Command(op="collect", user="ann")))
+        await wait_until(lambda: redis.exists(keys.taken("n1")))
+
+        async def are_out_of_the_list() -> bool:
+            return not await redis.exists(keys.kept("ann"))
+
+        await wait_until(are_out_of_the_list)
+        for pid in (server.pid, worker):
+            os.kill(pid, signal.SIGKILL)
+        await server.kill()
+        await redis.rpush(keys.kept("ann"), encode(Kept(now_ms, now_ms + 60_000, 5, id="m5")))
+        if returns:
+            await server.start()
+        client = await nodes.connect("n1" if returns else "n2", "ann")
+        await wait_until(lambda: len(heard_by(client)) == 6, 15)
+        heard = heard_by(client)
+        # At the other node she has what waits there at once; what the dead one had comes when its lease has ended.
+        assert heard == [*range(6)] or (not returns and heard == [5, *range(5)])
+
+        async def is_nothing_left() -> bool:
+            return not await redis.exists(keys.taken("n1"), keys.kept("ann"))
+
+        await wait_until(is_nothing_left)
+
+
 @pytest.mark.long
 async def test_a_node_that_sleeps_and_wakes_around_its_lease_again_and_again(
     redis_server: RedisServer, nodes: SeveralNodes, redis: Redis
@@ -218,7 +259,11 @@ async def test_feed_and_registry_are_lost_each_on_its_own(redis_server: RedisSer
                 redis_server.start()
                 await wait_until(lambda: all(feed_of(client) == "ok" for client in clients), 20)
             async with redis_server.client() as feed_redis:
-                await publish(feed_redis, "AAPL", last=4711.0)
+
+                async def has_reached_all() -> bool:
+                    return await publish(feed_redis, "AAPL", last=4711.0) == len(nodes.nodes)
+
+                await wait_until(has_reached_all)
             await wait_until(lambda: all(client.last("AAPL") == 4711.0 for client in clients), 20)
     finally:
         registry.kill()

@@ -13,6 +13,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from tests.support.waiting import wait_until
+
 __all__ = ["SteadyFeed", "publish", "steady_feed"]
 
 _TURN_S = 0.02
@@ -68,14 +70,22 @@ class SteadyFeed:
         await self._ended.wait()
 
     async def finish(self) -> dict[str, float]:
-        """Stop, and publish one more tick of every code, which must reach Redis; return the newest prices."""
+        """Stop, and publish one more tick of every code, until a subscriber is there for each; return the prices.
+
+        Redis must be there for it. A server is ready for clients a moment before it is subscribed.
+        """
         await self.stop()
-        await self._publish(self.codes)
+
+        async def is_heard() -> bool:
+            return all(await self._publish(self.codes))
+
+        await wait_until(is_heard, what="somebody has subscribed")
         return self.newest
 
-    async def _publish(self, codes: Sequence[str]) -> None:
+    async def _publish(self, codes: Sequence[str]) -> list[int]:
+        """Return how many subscribers Redis gave each tick to."""
         if not codes:
-            return
+            return []
         pipeline = self._redis.pipeline(transaction=False)
         said: dict[str, float] = {}
         sent_us = time.time_ns() // 1000
@@ -84,10 +94,11 @@ class SteadyFeed:
             said[code] = self._count / 100
             tick = {"last": said[code], "volume": self._count, "sent_us": sent_us, **self._padding}
             pipeline.publish(f"quote.{code}", orjson.dumps(tick))
-        await pipeline.execute()
+        subscribers: list[int] = await pipeline.execute()
         self.newest |= said
         self.published += len(codes)
         self.published_of.update(codes)
+        return subscribers
 
     async def aclose(self) -> None:
         await self._redis.aclose()

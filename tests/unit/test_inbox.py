@@ -6,14 +6,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import msgspec
 import pytest
 from redis.asyncio import Redis
 
 from quotepush.cluster import hearing
 from quotepush.cluster import inbox as inbox_module
-from quotepush.cluster.commands import ClusterKeys, Command, Kept, Reply, To, decode_kept, encode
+from quotepush.cluster.commands import ClusterKeys, Command, Kept, Reply, Taken, To, decode_kept, encode
 from quotepush.cluster.inbox import Inbox
-from quotepush.cluster.kept import keep, take
+from quotepush.cluster.kept import Taker, keep
 from quotepush.store.clients import Store
 from tests.support.redis_server import RedisServer
 from tests.support.waiting import wait_until
@@ -25,6 +26,7 @@ FD = "n1.0.1"
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inbox_module, "_LOOK_S", 0.05)
+    monkeypatch.setattr(inbox_module, "_AGAIN_S", 0.05)
     monkeypatch.setattr(hearing, "_PROBE_S", 0.2)
 
 
@@ -326,6 +328,7 @@ async def test_what_waits_is_brought_once_and_in_order(redis_server: RedisServer
         assert node.told == [3, 4, 5, 6, 7]
         assert len({command.id for command in node.given}) == 5
         assert not await redis.exists(KEYS.kept("a"))
+        await wait_until(lambda: nothing_is_in_hand(redis))
 
 
 async def test_what_cannot_be_handed_over_goes_back_in_order(redis_server: RedisServer, redis: Redis) -> None:
@@ -339,6 +342,7 @@ async def test_what_cannot_be_handed_over_goes_back_in_order(redis_server: Redis
         assert message["data"] == encode(Reply("c1", "n1"))
         assert await waiting(redis, "a") == [1, 2]
         assert len(node.given) == 2
+        await wait_until(lambda: nothing_is_in_hand(redis))
 
 
 async def test_what_was_taken_goes_back_when_the_node_stops(redis_server: RedisServer, redis: Redis) -> None:
@@ -348,7 +352,84 @@ async def test_what_was_taken_goes_back_when_the_node_stops(redis_server: RedisS
         node.inbox.users_came(["a"])
         await wait_until(lambda: node.given)
         assert await is_gone(redis, "a")
+    node.inbox._redis = redis
+    await node.inbox.move()
     assert await waiting(redis, "a") == [1, 2]
+    assert await nothing_is_in_hand(redis)
+
+
+async def test_what_was_taken_by_a_node_that_was_killed_is_brought_by_its_next_life(
+    redis_server: RedisServer, redis: Redis
+) -> None:
+    await keep(redis, KEYS, "a", [kept(1), kept(2)], 5)
+    async with working(redis_server) as dead:
+        dead.delay_s = 60
+        dead.inbox.users_came(["a"])
+        await wait_until(lambda: len(dead.given) == 2)
+    await keep(redis, KEYS, "a", [kept(3)], 5)
+    async with working(redis_server) as node:
+        node.here = {"a"}
+        node.inbox.users_came(["a"])
+        await wait_until(lambda: node.inbox.collected == 3)
+        assert node.told == [1, 2, 3]
+        assert await is_gone(redis, "a")
+        await wait_until(lambda: nothing_is_in_hand(redis))
+
+
+async def test_two_nodes_never_have_the_same_message(redis: Redis) -> None:
+    takers = [Taker(redis, KEYS, f"n{n}", most=50, timeout_s=5) for n in range(4)]
+    for turn in range(20):
+        await keep(redis, KEYS, "a", [kept([turn, n]) for n in range(10)], 50)
+        taken = await asyncio.gather(*(taker.take(["a"]) for taker in takers))
+        got = [each.message.data for found in taken for each in found.get("a", [])]
+        assert sorted(got) == [[turn, n] for n in range(10)]
+        for taker, found in zip(takers, taken, strict=True):
+            taker.drop(each.entry for each in found.get("a", []))
+            await taker.settle()
+    assert await redis.keys(KEYS.taken("*")) == []
+
+
+async def test_what_is_put_back_stands_before_what_came_meanwhile_and_is_no_more_than_may_wait(redis: Redis) -> None:
+    taker = Taker(redis, KEYS, "n1", most=3, timeout_s=5)
+    await keep(redis, KEYS, "a", [kept(1), kept(2)], 3)
+    await taker.take(["a"])
+    await redis.rpush(KEYS.taken("n1"), "?")
+    await keep(redis, KEYS, "a", [kept(3), kept(4)], 3)
+    await redis.sadd(KEYS.user("a"), "n2.0.5")
+    assert await taker.restore() == {"a": {"n2"}}
+    assert await waiting(redis, "a") == [2, 3, 4]
+    assert await taker.restore() == {}
+    assert await nothing_is_in_hand(redis)
+
+
+async def test_a_message_that_was_written_down_and_not_taken_waits_once(redis: Redis) -> None:
+    """As after a node that was killed between the two."""
+    await keep(redis, KEYS, "a", [kept(1), kept(2)], 5)
+    (text, _) = await redis.lrange(KEYS.kept("a"), 0, -1)
+    await redis.rpush(KEYS.taken("n1"), encode(Taken("a", msgspec.Raw(text))))
+    await Taker(redis, KEYS, "n1", most=5, timeout_s=5).restore()
+    assert await waiting(redis, "a") == [1, 2]
+    assert await nothing_is_in_hand(redis)
+
+
+async def test_where_redis_is_full_messages_wait_on_and_one_line_says_why(
+    redis_server: RedisServer, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    await keep(redis, KEYS, "a", [kept(1)], 5)
+    await redis.config_set("maxmemory", 1)
+    async with working(redis_server) as node:
+        node.here = {"a"}
+        node.inbox.users_came(["a"])
+        await wait_until(lambda: "cannot be brought" in caplog.text)
+        assert await waiting(redis, "a") == [1]
+
+        async def was_tried_again() -> bool:
+            return bool((await redis.info("commandstats"))["cmdstat_rpush"]["rejected_calls"] >= 3)
+
+        await wait_until(was_tried_again)
+        await redis.config_set("maxmemory", 0)
+        await wait_until(lambda: node.inbox.collected == 1)
+    assert caplog.text.count("cannot be brought") == 1
 
 
 class CutOff:
@@ -364,7 +445,7 @@ class CutOff:
         execute = pipeline.execute
 
         async def pause_first(**options: Any) -> Any:
-            if not self.is_cut and any(command[0][0] == "LPOP" for command in pipeline.command_stack):
+            if not self.is_cut and any(command[0][0] == "LREM" for command in pipeline.command_stack):
                 self.is_cut = True
                 self._server.pause()
             return await execute(**options)
@@ -382,7 +463,7 @@ async def test_what_was_taken_unheard_is_not_lost(redis_server: RedisServer, red
     async with working(redis_server, timeout_s=0.3) as node:
         node.here = {"a"}
         client = CutOff(node.inbox._redis, redis_server)
-        node.inbox._redis = client
+        node.inbox._taker._redis = client
         node.inbox.users_came(["a"])
         await wait_until(lambda: client.is_cut)
         if is_stopped:
@@ -391,6 +472,8 @@ async def test_what_was_taken_unheard_is_not_lost(redis_server: RedisServer, red
             await asyncio.sleep(0.5)  # for longer than it waits
             redis_server.resume()
             await wait_until(lambda: node.inbox.collected == 2, 15)
+    if is_stopped:
+        await Taker(redis, KEYS, "n1", most=5, timeout_s=5).restore()
     told_and_waiting = (node.told, await waiting(redis, "a"))
     assert told_and_waiting == (([], [1, 2]) if is_stopped else ([1, 2], []))
 
@@ -398,8 +481,10 @@ async def test_what_was_taken_unheard_is_not_lost(redis_server: RedisServer, red
 async def test_taking_leaves_out_what_is_too_old_and_what_is_no_message(redis: Redis) -> None:
     await keep(redis, KEYS, "a", [kept(1, until_s=-1), kept(2)], 5)
     await redis.rpush(KEYS.kept("a"), "?")
-    assert [m.data for m in (await take(redis, KEYS, ["b", "a"], 5))["a"]] == [2]
-    assert await take(redis, KEYS, ["a"], 5) == {}
+    taker = Taker(redis, KEYS, "n1", most=5, timeout_s=5)
+    assert [each.message.data for each in (await taker.take(["b", "a"]))["a"]] == [2]
+    assert await is_gone(redis, "a")
+    assert await taker.take(["a"]) == {}
 
 
 async def test_a_list_lives_as_long_as_its_youngest_message(redis: Redis) -> None:
@@ -413,3 +498,7 @@ async def test_a_list_lives_as_long_as_its_youngest_message(redis: Redis) -> Non
 
 async def is_gone(redis: Redis, user: str) -> bool:
     return not await redis.exists(KEYS.kept(user))
+
+
+async def nothing_is_in_hand(redis: Redis) -> bool:
+    return not await redis.exists(KEYS.taken("n1"))
