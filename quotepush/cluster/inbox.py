@@ -277,12 +277,19 @@ class Inbox:
                 log.warning("inbox: a message cannot wait for %d users yet: %s; trying again", len(missed), why)
 
     async def _place(self, entry: bytes) -> None:
-        """Let a message wait for those of its users who were not here."""
+        """Let a message wait for those of its users who were not here.
+
+        Raises:
+            RedisError, OSError, TimeoutError: for some of them it cannot yet.
+        """
         command, users = self._unplaced[entry]
-        nodes = await put_back(self._redis, self._keys, command, users, self._kept_max, self._timeout_s)
-        del self._unplaced[entry]
+        nodes, refused = await put_back(self._redis, self._keys, command, users, self._kept_max, self._timeout_s)
         if self._node in nodes:  # should nobody hear what is said on our channel just now
             self.users_came(users)
+        if refused:
+            self._unplaced[entry] = command, list(refused)
+            raise ResponseError(next(iter(refused.values())))
+        del self._unplaced[entry]
 
     async def _place_again(self) -> None:
         for entry, (command, _) in list(self._unplaced.items()):
@@ -321,7 +328,7 @@ class Inbox:
                         await self._restore()
                     taken = await self._taker.take(users)
                 except _TROUBLE as e:
-                    self._doubt(e)
+                    self._doubt(str(e) or type(e).__name__)
                     await asyncio.sleep(_AGAIN_S)  # what waits does so in Redis, and they wait here
                     continue
                 callers = {user: self._came.pop(user) for user in users}
@@ -333,12 +340,16 @@ class Inbox:
                 try:
                     await self._taker.settle()
                 except _TROUBLE as e:
-                    self._doubt(e)
+                    self._doubt(str(e) or type(e).__name__)
                 self._is_troubled = self._is_doubtful
+                if self._is_doubtful:
+                    await asyncio.sleep(_AGAIN_S)
 
     async def _restore(self) -> None:
         nodes = await self._taker.restore()
         self._is_doubtful = False
+        if self._taker.refused:
+            self._doubt(self._taker.refused)
         self.users_came([user for user, where in nodes.items() if self._node in where])
 
     async def _bring(self, user: str, taken: Sequence[InHand], callers: Sequence[Command]) -> None:
@@ -366,11 +377,10 @@ class Inbox:
                 await keep(self._redis, self._keys, user, messages, self._kept_max, are_older=True)
             self._taker.drop(each.entry for each in left)
         except _TROUBLE as e:
-            self._doubt(e)
+            self._doubt(str(e) or type(e).__name__)
 
-    def _doubt(self, trouble: Exception) -> None:
+    def _doubt(self, why: str) -> None:
         if not self._is_troubled:
-            why = str(trouble) or type(trouble).__name__
             log.warning("kept: messages that wait for users cannot be brought: %s; trying again", why)
         self._is_doubtful = self._is_troubled = True
 

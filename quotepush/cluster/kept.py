@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
+from redis.exceptions import ResponseError
 
 from quotepush.cluster.commands import (
     ClusterKeys,
@@ -90,6 +91,9 @@ class Taker:
         redis: a client that answers with bytes.
         most: messages that wait for one user.
         timeout_s: for each answer of Redis.
+
+    Attributes:
+        refused: why Redis would not let some messages wait again, which stay in hand; empty: there are none.
     """
 
     def __init__(self, redis: Any, keys: ClusterKeys, node: str, *, most: int, timeout_s: float) -> None:
@@ -99,6 +103,7 @@ class Taker:
         self._most = most
         self._timeout_s = timeout_s
         self._done: list[bytes] = []  # entries that Redis has yet to remove
+        self.refused = ""
 
     async def take(self, users: Sequence[str]) -> dict[str, list[InHand]]:
         """Take what waits for these users, but for messages that nobody wants any more; :meth:`drop` each in the end.
@@ -111,9 +116,13 @@ class Taker:
             pipeline = self._redis.pipeline(transaction=False)
             for user in users:
                 pipeline.lrange(self._keys.kept(user), 0, self._most - 1)
-            lists = await pipeline.execute()
+            lists = await pipeline.execute(raise_on_error=False)
         waiting: dict[tuple[str, bytes], InHand | None] = {}
         for user, texts in zip(users, lists, strict=True):
+            if isinstance(texts, Exception):
+                if str(texts).startswith("WRONGTYPE"):  # it is about this user, and holds no other up
+                    continue
+                raise texts
             for text in texts:
                 message = decode_kept(text)
                 waiting[user, text] = (
@@ -177,12 +186,17 @@ class Taker:
             else:
                 messages[taken.user][entry] = bytes(taken.message)
         nodes = {}
+        self.refused = ""
         for user, texts in messages.items():
-            async with asyncio.timeout(self._timeout_s):
-                there = set(await self._redis.lrange(self._keys.kept(user), 0, -1))
-                lost = [decode_kept(text) for text in texts.values() if text not in there]
-                older = [message for message in lost if message is not None]
-                nodes[user] = await offer(self._redis, self._keys, user, older, self._most, are_older=True)
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    there = set(await self._redis.lrange(self._keys.kept(user), 0, -1))
+                    lost = [decode_kept(text) for text in texts.values() if text not in there]
+                    older = [message for message in lost if message is not None]
+                    nodes[user] = await offer(self._redis, self._keys, user, older, self._most, are_older=True)
+            except ResponseError as e:
+                self.refused = str(e)
+                continue
             self.drop(texts)
             await self.settle()  # should we be broken off, nobody lets it wait again
         await self.settle()

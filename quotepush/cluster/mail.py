@@ -5,22 +5,28 @@ whoever puts it there says so where they are by then. Ages are by the clock of R
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from redis.exceptions import ResponseError
 
 from quotepush.cluster.commands import (
     BadCommand,
     ClusterKeys,
     Command,
     Kept,
+    To,
+    encode,
     parse_command,
 )
 from quotepush.cluster.kept import Taker, offer
 from quotepush.cluster.presence import redis_us
 
 __all__ = ["Mail", "move_mail", "put_back"]
+
+log = logging.getLogger("quotepush.main")
 
 _PAGE = 100
 
@@ -65,6 +71,15 @@ class Mail:
             return None
         return msgspec.structs.replace(command, keep=True, id=command.id or entry.decode(), sent=sent, until=until)
 
+    async def add(self, command: Command) -> None:
+        """Put a command behind the others.
+
+        Raises:
+            RedisError, OSError, TimeoutError: Redis does not take it.
+        """
+        async with asyncio.timeout(self._timeout_s):
+            await self._redis.xadd(self._key, {"c": encode(command)})
+
     async def is_wanted(self, entry: bytes, command: Command) -> bool:
         """Say whether an entry is still there, and not too old.
 
@@ -90,21 +105,28 @@ class Mail:
 
 async def put_back(
     redis: Any, keys: ClusterKeys, command: Command, users: Sequence[str], kept_max: int, timeout_s: float
-) -> set[str]:
-    """Let a message wait for these users; return the nodes where they are by now.
+) -> tuple[set[str], dict[str, str]]:
+    """Let a message wait for these users.
 
     Args:
         timeout_s: for each user.
+
+    Returns:
+        the nodes where they are by now, and those of the users for whom Redis will not let it wait, with its reason.
 
     Raises:
         RedisError, OSError, TimeoutError: Redis does not answer; some of them may have it.
     """
     message = Kept(command.sent, command.until, command.data, command.encoding, command.raw, command.sender, command.id)
-    found: set[str] = set()
+    nodes: set[str] = set()
+    refused: dict[str, str] = {}
     for user in users:
-        async with asyncio.timeout(timeout_s):
-            found |= await offer(redis, keys, user, [message], kept_max)
-    return found
+        try:
+            async with asyncio.timeout(timeout_s):
+                nodes |= await offer(redis, keys, user, [message], kept_max)
+        except ResponseError as e:  # it may be about this one only
+            refused[user] = str(e)
+    return nodes, refused
 
 
 async def move_mail(
@@ -112,23 +134,33 @@ async def move_mail(
 ) -> int:
     """Empty what a life that is dead has left: messages for users wait for them, the rest is nobody's any more.
 
+    Messages that Redis will not let wait stay, and hold no other up.
+
     Returns:
         how many messages of its inbox wait now.
 
     Raises:
         RedisError, OSError, TimeoutError: Redis does not answer; call again.
     """
-    await Taker(redis, keys, node, most=kept_max, timeout_s=timeout_s).restore()  # these are older
+    taker = Taker(redis, keys, node, most=kept_max, timeout_s=timeout_s)
+    await taker.restore()  # these are older
     mail = Mail(redis, keys, node, ttl_s=kept_ttl_s, timeout_s=timeout_s)
     moved = 0
+    stays: list[Command] = []
     while page := await mail.page(b"-", _PAGE):
         for entry, text in page:
             command = _wanted(mail, entry, text)
             if command is not None and command.to is not None and command.to.users:
-                await put_back(redis, keys, command, command.to.users, kept_max, timeout_s)
+                _, refused = await put_back(redis, keys, command, command.to.users, kept_max, timeout_s)
+                if refused:
+                    stays.append(msgspec.structs.replace(command, to=To(users=list(refused))))
                 await mail.remove([entry])  # should we be broken off, nobody puts it back again
                 moved += 1
         await mail.remove([entry for entry, _ in page])
+    for command in stays:
+        await mail.add(command)
+    if stays or taker.refused:
+        log.warning("inbox: Redis refuses to let some messages of %s wait for their users; they stay with it", node)
     return moved
 
 

@@ -36,6 +36,10 @@ from quotepush.store.clients import Links
 __all__ = ["Switchboard"]
 
 
+# After a start what is due waits until clients can be back at each worker, or for so long after the first one is there.
+_LATE_WORKER_S = 30.0
+
+
 class Switchboard:
     """Connects the cluster with the workers.
 
@@ -90,6 +94,8 @@ class Switchboard:
         self._line = Line(redis, shown_address(settings.registry_url), timeout_s)
         self._firing = Firing(Schedule(self._line.ask, settings.redis_prefix), self._send, is_open=self._may_fire)
         self._is_leaving = False
+        self._worker_count = settings.worker_count
+        self._may_fire_from_s: float | None = None  # None: no worker was there yet
 
     @property
     def is_settled(self) -> bool:
@@ -178,6 +184,11 @@ class Switchboard:
     def ready(self, worker: int, end: bus.BusEnd) -> None:
         """A worker takes commands."""
         self._ends[worker] = end
+        now_s = asyncio.get_running_loop().time()
+        if len(self._ends) == self._worker_count:
+            self._may_fire_from_s = now_s
+        elif self._may_fire_from_s is None:
+            self._may_fire_from_s = now_s + _LATE_WORKER_S
 
     def gone(self, worker: int) -> None:
         """It does so no more."""
@@ -204,7 +215,9 @@ class Switchboard:
     # Messages that are sent later
 
     def _may_fire(self) -> bool:
-        return bool(self._ends) and self.is_held and not self._is_leaving
+        if not self._ends or self._may_fire_from_s is None or not self.is_held or self._is_leaving:
+            return False
+        return asyncio.get_running_loop().time() >= self._may_fire_from_s
 
     async def _send(self, command: Command, is_kept: bool, name: str) -> Sent:
         return await self._posts.route().send(command, kept=is_kept, name=name)

@@ -11,6 +11,7 @@ import pytest_asyncio
 from aiohttp import web
 from playwright.async_api import Browser, ConsoleMessage, Error, Page
 
+from quotepush import Backend
 from tests.support.examples import ROOT, blocks_of
 from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
@@ -108,7 +109,7 @@ async def server(
     redis_server: RedisServer, site: Site, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[QuotepushServer]:
     server = QuotepushServer(
-        tmp_path_factory.mktemp("server"), redis_server.url, workers=1, allowed_origins=site.origin
+        tmp_path_factory.mktemp("server"), redis_server.url, workers=1, allowed_origins=site.origin, probe_timeout_s=30
     )
     await server.start()
     try:
@@ -237,7 +238,8 @@ async def test_components_share_a_connection_and_count_who_watches_a_code(
     await show(two=["MSFT"])
     await has(page, "#two", "MSFT 104 4")
     await is_watched(redis_server, "MSFT")
-    assert await server.metric("connections") == 1
+    async with Backend(redis_server.url, timeout_s=20) as backend:
+        assert len(await backend.sessions()) == 1  # the worker itself says so
 
     await show()
     await is_watched(redis_server)

@@ -46,7 +46,11 @@ async def visitor(backend: Backend, user: str) -> None:
 async def test_messages_stack_say_whence_they_come_and_are_dismissed(visit: Visit, backend: Backend) -> None:
     page = await visit("#AAPL")
     await visitor(backend, "ann")
-    assert await backend.conn_count() == 1
+
+    async def is_counted() -> bool:
+        return await backend.conn_count() == 1
+
+    await wait_until(is_counted)
     before = await page.evaluate("document.documentElement.scrollHeight")
     where = await page.locator("#quotes").bounding_box()
 

@@ -33,7 +33,8 @@ QUICK = {
     "registry_check_s": 0.5,
     "probe_interval_s": 0.1,
     "probe_timeout_s": 0.5,
-    "redis_timeout_s": 1,
+    "redis_timeout_s": 2,
+    "lease_s": 4,  # longer than a node stands still on a busy machine
 }
 
 
@@ -111,9 +112,12 @@ async def test_a_node_that_sleeps_for_longer_than_its_lease_is_back_with_all_its
 ) -> None:
     clients = await nodes.crowd()
     await nodes.registry_is_right(redis)
-    async with Backend(redis_server.url, timeout_s=1) as backend:
+    async with (
+        Backend(redis_server.url, timeout_s=2) as hasty,  # so long it waits for the one that sleeps
+        Backend(redis_server.url, timeout_s=5) as backend,
+    ):
         nodes.pause("n3", only_main=only_main)
-        sent = await backend.send_to_user("u-n3-0", "while it slept", delivery="kept")
+        sent = await hasty.send_to_user("u-n3-0", "while it slept", delivery="kept")
         assert (sent.delivered, sent.kept) == (0, 1)
 
         async def is_taken_for_dead() -> bool:
@@ -159,7 +163,7 @@ async def test_messages_that_a_node_had_in_hand_when_it_was_killed_arrive(
         if returns:
             await server.start()
         client = await nodes.connect("n1" if returns else "n2", "ann")
-        await wait_until(lambda: len(heard_by(client)) == 6, 15)
+        await wait_until(lambda: len(heard_by(client)) == 6, 30)
         heard = heard_by(client)
         # At the other node she has what waits there at once; what the dead one had comes when its lease has ended.
         assert heard == [*range(6)] or (not returns and heard == [5, *range(5)])
@@ -177,9 +181,9 @@ async def test_a_node_that_sleeps_and_wakes_around_its_lease_again_and_again(
     """So that it comes back before, while and after others clear up after it."""
     await nodes.crowd()
     await nodes.registry_is_right(redis)
-    async with Backend(redis_server.url, timeout_s=1) as backend:
-        for sleep_s in (1.9, 2.2, 2.5, 2.8, 3.1):
-            nodes.pause("n3", only_main=sleep_s < 2.5)
+    async with Backend(redis_server.url, timeout_s=5) as backend:
+        for sleep_s in (3.8, 4.4, 5.0, 5.6, 6.2):
+            nodes.pause("n3", only_main=sleep_s < 5.0)
             await asyncio.sleep(sleep_s)  # the very length is what is tried
             nodes.resume("n3")
         await nodes.registry_is_right(redis, 30)
@@ -235,7 +239,7 @@ async def test_feed_and_registry_are_lost_each_on_its_own(redis_server: RedisSer
         async with (
             several_nodes(tmp_path, redis_server.url, registry_redis=registry.url, **QUICK) as nodes,
             registry.client() as redis,
-            Backend(registry.url, feed_url=redis_server.url, timeout_s=2) as backend,
+            Backend(registry.url, feed_url=redis_server.url, timeout_s=5) as backend,
         ):
             clients = [client for some in (await nodes.crowd(4)).values() for client in some]
             await nodes.registry_is_right(redis)
@@ -251,6 +255,11 @@ async def test_feed_and_registry_are_lost_each_on_its_own(redis_server: RedisSer
                 )  # fmt: skip
                 registry.start()  # empty
                 await nodes.registry_is_right(redis, 30)
+
+                async def commands_are_heard() -> bool:
+                    return all([await server.metric("commands_up") == 1 for server in nodes.nodes.values()])
+
+                await wait_until(commands_are_heard, 20)
                 redis_server.kill()
                 await wait_until(lambda: all(feed_of(client) == "down" for client in clients), 20)
                 await nodes.sends_are_right(backend, 1)

@@ -131,11 +131,12 @@ class Scene:
         await self.rows_flow()
 
     async def kill_a_worker(self, worker: str = "0") -> None:
-        pid = worker_pid(self.server, worker)
-        os.kill(pid, signal.SIGKILL)
+        restarts = await self.server.metric("worker_restarts", worker=worker)
+        os.kill(worker_pid(self.server, worker), signal.SIGKILL)
 
         async def is_replaced() -> bool:
-            return pid not in self.server.worker_pids() and await self.server.metric("workers_ready") == 2
+            is_noticed = await self.server.metric("worker_restarts", worker=worker) == restarts + 1
+            return is_noticed and await self.server.metric("workers_ready") == 2
 
         await wait_until(is_replaced, PATIENCE_S)
 

@@ -28,8 +28,9 @@ def heard(client: RecordingClient) -> list[Any]:
 async def test_a_node_that_dies_while_it_sends_costs_no_message_and_doubles_none(
     start_server: Start, redis_server: RedisServer
 ) -> None:
-    alive = await start_server(node="alive", workers=1)
-    dying = await start_server(node="dying", workers=1)
+    # However long the one stands still, the other does not take it for dead.
+    alive = await start_server(node="alive", workers=1, lease_s=60)
+    dying = await start_server(node="dying", workers=1, lease_s=60)
     async with (
         connected_clients(alive.ws_url, USERS, lambda n: ["A"]) as clients,
         Backend(redis_server.url, timeout_s=20) as backend,
@@ -47,7 +48,7 @@ async def test_a_node_that_dies_while_it_sends_costs_no_message_and_doubles_none
             waiting = [await node.metric("jobs_waiting") for node in (alive, dying)]
             return waiting == [USERS * MESSAGES + 1] * 2
 
-        await wait_until(both_take_part)
+        await wait_until(both_take_part, 30)
         # Nobody but the one that dies sends now, and what it sends waits for a main that hears nothing.
         os.kill(alive.pid, signal.SIGSTOP)
         await pass_time(redis, 3600)
@@ -55,7 +56,7 @@ async def test_a_node_that_dies_while_it_sends_costs_no_message_and_doubles_none
         async def it_is_at_it() -> bool:
             return await dying.metric("jobs_fired") > 0
 
-        await wait_until(it_is_at_it)
+        await wait_until(it_is_at_it, 30)
         await dying.kill()
         os.kill(alive.pid, signal.SIGCONT)
 
@@ -73,4 +74,6 @@ async def test_a_node_that_dies_while_it_sends_costs_no_message_and_doubles_none
 
         await wait_until(only_the_round_is_left, 30)
         for client in clients:
+            await wait_until(lambda c=client: len(heard(c)) > MESSAGES, 20)
+            await client.ping()  # what would be doubled has come before the answer
             assert sorted(map(str, heard(client))) == sorted(["round", *map(str, range(MESSAGES))])

@@ -63,6 +63,17 @@ class Scene:
 
         await wait_until(do_they, 30)
 
+    async def kill_a_worker(self, worker: str) -> None:
+        """Kill it; return when another one accepts connections in its place."""
+        restarts = await self.server.metric("worker_restarts", worker=worker)
+        os.kill(worker_pid(self.server, worker), signal.SIGKILL)
+
+        async def is_replaced() -> bool:
+            is_noticed = await self.server.metric("worker_restarts", worker=worker) == restarts + 1
+            return is_noticed and await self.server.metric("workers_ready") == 2
+
+        await wait_until(is_replaced, 30)
+
     async def everybody_has_everything(self) -> None:
         """The market stands still: what each client sees is what was published, and every row was what it had to be."""
         market = self.market
@@ -136,8 +147,7 @@ async def test_redis_is_killed_and_has_kept_everything(scene: Scene) -> None:
 
 async def test_workers_are_killed(scene: Scene) -> None:
     for worker in ("0", "1", "0"):
-        os.kill(worker_pid(scene.server, worker), signal.SIGKILL)
-        await wait_until(lambda: len(scene.server.worker_pids()) == 2)
+        await scene.kill_a_worker(worker)
         await scene.rows_flow()
     assert any(client.resumed["replay"] for client in scene.clients[:5])
 
@@ -190,8 +200,8 @@ async def test_redis_comes_back_empty(start_server: StartServer, redis_server: R
         for _ in range(2):
             epoch = scene.market.epoch
             await asyncio.to_thread(redis_server.restart)
-            await wait_until(lambda e=epoch: scene.market.epoch != e)
-            await wait_until(lambda: all(_epochs(c) == {scene.market.epoch} for c in scene.clients))
+            await wait_until(lambda e=epoch: scene.market.epoch != e, 30)
+            await wait_until(lambda: all(_epochs(c) == {scene.market.epoch} for c in scene.clients), 30)
             await scene.rows_flow()
     for client in scene.clients:
         assert all(client.restarts[code] >= 2 for code in client.seen)

@@ -154,7 +154,8 @@ async def test_each_call_does_what_it_says_and_answers_as_described(start_server
             page = (await api("GET", "/sessions", query=f"?limit=1&cursor={quote(cursor, safe='')}"))[1]
             found += [session["conn"] for session in page["items"]]
             cursor, pages = page["cursor"], pages + 1
-        assert sorted(found) == sorted(map(fd, clients)) and pages >= 2
+        # The sessions of two workers are never on one page of one; which worker has some is the kernel's choice.
+        assert sorted(found) == sorted(map(fd, clients)) and pages >= len({client.worker for client in clients})
 
         assert (await api("POST", "/publish", body={"code": "a", "last": 1}))[1] == {"seqs": [1]}
         assert (await api("POST", "/publish", body=[{"code": "A", "last": 2}, {"code": "A", "last": 3}]))[1] == {

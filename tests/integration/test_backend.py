@@ -31,12 +31,12 @@ def heard(client: RecordingClient) -> list[Any]:
 
 @asynccontextmanager
 async def six_clients(
-    server: QuotepushServer, redis_server: RedisServer, **options: Any
+    server: QuotepushServer, redis_server: RedisServer
 ) -> AsyncIterator[tuple[Backend, list[RecordingClient]]]:
     """A backend, and six clients of whom all watch A; that both workers have some is as good as sure."""
     async with (
         connected_clients(server.ws_url, 6, lambda n: ["A"]) as clients,
-        Backend(redis_server.url, **options) as backend,
+        Backend(redis_server.url, timeout_s=30) as backend,
     ):
 
         async def are_registered() -> bool:
@@ -175,7 +175,7 @@ async def test_conn_key_is_asked_for_where_the_server_wants_it(start_server: Sta
 
 async def test_a_thousand_messages_at_once_arrive_each_once(start_server: Start, redis_server: RedisServer) -> None:
     server = await start_server()
-    async with six_clients(server, redis_server, timeout_s=30) as (backend, clients):
+    async with six_clients(server, redis_server) as (backend, clients):
         users = [f"user {n}" for n in range(len(clients))]
         await asyncio.gather(*(backend.bind_user(fd(one), user) for one, user in zip(clients, users, strict=True)))
         calls = [(user, n) for n in range(167) for user in users]
@@ -187,7 +187,7 @@ async def test_a_thousand_messages_at_once_arrive_each_once(start_server: Start,
 
 async def test_calls_go_on_when_redis_is_back(start_server: Start, redis_server: RedisServer) -> None:
     server = await start_server()
-    async with six_clients(server, redis_server, timeout_s=1) as (backend, (first, *_)):
+    async with six_clients(server, redis_server) as (backend, (first, *_)):
         await backend.bind_user(fd(first), "ann")
         outcomes: list[str] = []
 

@@ -32,6 +32,7 @@ def timeless(text: str) -> list[str]:
         (r"\bpid \d+", "pid <pid>"),
         (r"/\S+/(?=quotepush-\w+\.lock)", "<folder>/"),
         (r"\b\d+\.\d+\.\d+\b(?=  up)", "<version>"),
+        (r"\bup \d+ min", "up <time>"),
     ):
         text = re.sub(pattern, word, text)
     return [line.rstrip() for line in text.splitlines() if line.strip()]

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Awaitable, Callable
 
 import pytest
+from redis.asyncio import Redis
 
 from tests.support.examples import ROOT, Block, blocks_of, running
 from tests.support.redis_server import RedisServer
@@ -36,37 +37,39 @@ async def until(output: asyncio.StreamReader, wanted: str) -> None:
             assert line, f"it ended before it printed {wanted!r}"
 
 
+async def are_wanted(redis: Redis, count: int) -> None:
+    """Wait until so many codes are: a program that begins then is told of all of them together."""
+
+    async def are_listed() -> bool:
+        return await redis.scard("qp:codes") == count
+
+    await wait_until(are_listed)
+
+
 @pytest.mark.parametrize("example", VENDORS, ids=str)
 async def test_a_vendor_is_asked_for_what_is_wanted_and_no_longer(
     example: Block, start_server: Start, redis_server: RedisServer
 ) -> None:
     server = await start_server(workers=1, demand_debounce_s=0.3)
-    async with (
-        RecordingClient(server.ws_url, ["AAPL", "600519"]) as client,
-        running(sys.executable, "-u", "-c", here(example, redis_server)) as output,
-        redis_server.client() as redis,
-    ):
-        await until(output, "subscribe 600519.SH AAPL")
-        await wait_until(lambda: client.last("AAPL") and client.last("600519.SH"))
-        await client.subscribe("MSFT")
-        await until(output, "subscribe MSFT")
-        await wait_until(lambda: client.last("MSFT"))
-        await client.unsubscribe("AAPL")
-        await until(output, "unsubscribe AAPL")
-        seq, seen = await redis.hget("qp:seq", "AAPL"), client.received
-        await wait_until(lambda: client.received > seen + 4)
-        assert int(await redis.hget("qp:seq", "AAPL")) <= int(seq) + 1  # one may have been on its way
+    async with RecordingClient(server.ws_url, ["AAPL", "600519"]) as client, redis_server.client() as redis:
+        await are_wanted(redis, 2)
+        async with running(sys.executable, "-u", "-c", here(example, redis_server)) as output:
+            await until(output, "subscribe 600519.SH AAPL")
+            await wait_until(lambda: client.last("AAPL") and client.last("600519.SH"))
+            await client.subscribe("MSFT")
+            await until(output, "subscribe MSFT")
+            await wait_until(lambda: client.last("MSFT"))
+            await client.unsubscribe("AAPL")
+            await until(output, "unsubscribe AAPL")
+            seq, seen = await redis.hget("qp:seq", "AAPL"), client.received
+            await wait_until(lambda: client.received > seen + 4)
+            assert int(await redis.hget("qp:seq", "AAPL")) <= int(seq) + 1  # one may have been on its way
 
 
 async def test_codes_wait_for_a_place_of_the_vendor(start_server: Start, redis_server: RedisServer) -> None:
     server = await start_server(workers=1, demand_debounce_s=0.2)
-    async with RecordingClient(server.ws_url, ["A", "B", "C", "D"]) as client:
-
-        async def are_wanted() -> bool:
-            async with redis_server.client() as redis:
-                return len(await redis.smembers("qp:codes")) == 4
-
-        await wait_until(are_wanted)
+    async with RecordingClient(server.ws_url, ["A", "B", "C", "D"]) as client, redis_server.client() as redis:
+        await are_wanted(redis, 4)
         async with running(sys.executable, "-u", "-c", here(PLACES, redis_server)) as output:
             await until(output, "subscribe A B unsubscribe waiting C D")
             await client.unsubscribe("D")

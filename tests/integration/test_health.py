@@ -23,14 +23,14 @@ async def test_a_server_without_its_redis_is_alive_but_not_ready(
         status, facts = await quotepush_server.admin("/readyz")
         return status == 503 and facts["reasons"] == ["the feed link is down"] and facts["feed"] == "down"
 
-    await wait_until(is_red)
+    await wait_until(is_red, 30)
     assert (await quotepush_server.admin("/healthz"))[0] == 200
     redis_server.start()
 
     async def is_green() -> bool:
         return (await quotepush_server.admin("/readyz"))[0] == 200
 
-    await wait_until(is_green)
+    await wait_until(is_green, 30)
 
 
 async def test_metrics_count_ticks_and_what_was_refused(

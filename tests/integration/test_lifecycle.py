@@ -402,7 +402,8 @@ async def test_ready_is_said_once_and_first_on_standard_output(tmp_path: Path, r
         assert " admin=http://127.0.0.1:" in line
         # Every worker accepts by now.
         port = int(line.split(":")[2].split("/")[0])
-        async with connected_clients(f"ws://127.0.0.1:{port}/ws", 16) as clients:
+        # So many that the kernel surely gives each worker some of them.
+        async with connected_clients(f"ws://127.0.0.1:{port}/ws", 40) as clients:
             assert {client.worker for client in clients} == {"0", "1"}
         # A worker that comes back is no second start.
         os.kill(int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]), signal.SIGKILL)
@@ -413,7 +414,7 @@ async def test_ready_is_said_once_and_first_on_standard_output(tmp_path: Path, r
                 return "quotepush_workers_ready 1.0" not in await response.text()
 
         await wait_until(lambda: "a new one follows" in (tmp_path / "err").read_text())
-        await wait_until(is_whole_again)
+        await wait_until(is_whole_again, 30)
     finally:
         process.send_signal(signal.SIGTERM)
         assert await asyncio.to_thread(process.wait, 20) == 0
@@ -470,7 +471,7 @@ async def test_whoever_is_told_to_end_while_it_starts_ends(tmp_path: Path, redis
     process = spawn(server.command(), server.log_path)
     try:
         # As soon as it would not simply die of it, and long before it serves.
-        await wait_until(lambda: catches(process.pid, signal.SIGTERM))
+        await wait_until(lambda: catches(process.pid, signal.SIGTERM), 30)
         process.send_signal(signal.SIGTERM)
         redis_server.resume()
         assert await asyncio.to_thread(process.wait, 20) == 0
@@ -538,7 +539,7 @@ async def test_a_client_that_does_not_go_is_cut_off_after_the_drain_time(
 async def test_the_server_ends_in_order_while_its_redis_is_away(
     start_server: StartServer, redis_server: RedisServer
 ) -> None:
-    server = await start_server(redis_timeout_s=0.5)
+    server = await start_server(redis_timeout_s=2)
     async with RecordingClient(server.ws_url, ["AAPL"]) as client:
         redis_server.kill()
         assert await server.stop(25) == 0

@@ -24,13 +24,14 @@ async def redis(redis_server: RedisServer) -> AsyncIterator[Redis]:
 
 @pytest.fixture
 async def nodes(redis_server: RedisServer, tmp_path: Path) -> AsyncIterator[SeveralNodes]:
-    async with several_nodes(tmp_path, redis_server.url) as found:
+    # No node dies here for good: one that stands still for a moment is not to be taken for dead.
+    async with several_nodes(tmp_path, redis_server.url, lease_s=20, redis_timeout_s=10) as found:
         yield found
 
 
 @pytest.fixture
 async def backend(redis_server: RedisServer) -> AsyncIterator[Backend]:
-    async with Backend(redis_server.url, timeout_s=10) as found:
+    async with Backend(redis_server.url, timeout_s=30) as found:
         yield found
 
 

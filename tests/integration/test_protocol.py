@@ -35,8 +35,11 @@ def shared_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 
 @pytest.fixture(scope="module")
 def server(shared_redis: RedisServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[QuotepushServer]:
-    """One server with every default, for all tests that need no other; each takes codes of its own (``new_codes``)."""
-    server = QuotepushServer(tmp_path_factory.mktemp("server"), shared_redis.url)
+    """One server with every default, for all tests that need no other; each takes codes of its own (``new_codes``).
+
+    But it does not take a Redis for dead that stands still for a moment: plain ticks would be lost.
+    """
+    server = QuotepushServer(tmp_path_factory.mktemp("server"), shared_redis.url, probe_timeout_s=30)
     asyncio.run(server.start())
     yield server
     try:
@@ -77,6 +80,11 @@ async def publish_and_wait(server: QuotepushServer, redis: Redis, code: str, **f
         return await server.metric("ticks_accepted") > before
 
     await wait_until(has_it)
+
+
+async def merged_by_main(server: QuotepushServer) -> int:
+    """How many rows main has merged until now: one that is late does, as it should."""
+    return int(await server.metric("rows_merged_main"))
 
 
 def of_type(client: RecordingClient, kind: str) -> list[dict[str, Any]]:
@@ -157,7 +165,7 @@ async def test_several_spellings_of_one_instrument_are_one_subscription(server: 
         await publish(redis, "600519", last=1688)
         await publish(redis, "SSE.600519", last=1689)
         await publish(redis, "hk00700", last=300)
-        await wait_until(lambda: client.received == 3)
+        await wait_until(lambda: client.received + client.merged == 3)
         assert client.last("600519.SH") == 1689
         assert client.last("00700.HK") == 300
         assert (await client.unsubscribe("600519.XSHG"))["removed"] == ["600519.SH"]
@@ -181,8 +189,8 @@ async def test_without_a_snapshot_the_first_tick_has_no_prev(server: QuotepushSe
         await client.subscribe(code, snapshot=False)
         await client.ping()
         assert [m["type"] for m in client.control] == ["hello", "ack", "pong"]
-        await publish(redis, code, last=2)
-        await publish(redis, code, last=3)
+        await publish_and_wait(server, redis, code, last=2)
+        await publish_and_wait(server, redis, code, last=3)
         await wait_until(lambda: client.received == 2)
     assert client.ticks is not None
     assert ["prev" in row for row in client.ticks] == [False, True]
@@ -191,6 +199,7 @@ async def test_without_a_snapshot_the_first_tick_has_no_prev(server: QuotepushSe
 
 async def test_subscribing_again_leaves_no_hole(server: QuotepushServer, redis: Redis) -> None:
     again, other = new_codes(2)
+    before = await merged_by_main(server)
     async with RecordingClient(server.ws_url, [again, other], history=True) as client:
         for price in range(1, 41):
             await publish(redis, again, last=price)
@@ -199,8 +208,9 @@ async def test_subscribing_again_leaves_no_hole(server: QuotepushServer, redis: 
                 ack = await client.subscribe(again.lower(), snapshot=price % 16 == 0)
                 assert ack["total"] == 2
         await wait_until(lambda: client.last(again) == client.last(other) == 40)
-        assert client.merged == 0
-        assert sum(row["code"] == other for row in client.ticks or ()) == 40
+        merged = await merged_by_main(server) - before
+        assert client.merged <= merged
+        assert 40 - merged <= sum(row["code"] == other for row in client.ticks or ()) <= 40
 
 
 async def test_a_thousand_codes_are_subscribed_in_one_ack_and_one_snapshot(
@@ -236,11 +246,11 @@ async def test_nobody_gets_a_tick_of_a_code_that_he_did_not_ask_for(server: Quot
             for code in codes:
                 await publish(redis, code, last=price)
         for n, client in enumerate(clients):
-            await wait_until(lambda client=client, n=n: client.received >= 19 * (n % 5))
+            await wait_until(lambda client=client, n=n: all(client.last(code) == 19 for code in codes[: n % 5]))
         for client in clients:
             await client.ping()  # whatever was on its way is here
         for n, client in enumerate(clients):
-            assert client.received == 19 * (n % 5)
+            assert client.received + client.merged == 19 * (n % 5)
             assert {row["code"] for row in client.ticks or ()} == set(codes[: n % 5])
 
 
@@ -252,7 +262,7 @@ async def test_sessions_on_both_workers_are_served(server: QuotepushServer, redi
         for price in range(1, 6):
             await publish(redis, code, last=price)
         await wait_until(lambda: all(client.last(code) == 5 for client in clients))
-        assert {client.received for client in clients} == {5}
+        assert {client.received + client.merged for client in clients} == {5}
 
 
 async def test_a_tick_that_changes_nothing_but_its_time_is_not_sent(server: QuotepushServer, redis: Redis) -> None:
@@ -303,7 +313,7 @@ async def test_list_shows_the_subscriptions_and_where_each_stands(server: Quotep
     quiet, busy = new_codes(2)
     async with RecordingClient(server.ws_url, [quiet, busy]) as client:
         for price in (1, 2, 3):
-            await publish(redis, busy, last=price)
+            await publish_and_wait(server, redis, busy, last=price)
         await wait_until(lambda: client.last(busy) == 3)
         ack = await client.request("list")
         options = {"fields": None, "max_rate": None, "format": "objects"}
@@ -424,8 +434,12 @@ async def test_heartbeats_tell_how_the_feed_is(
 
         never = await wait_until(lambda: beat("stale"))
         assert "feed_age_ms" not in never  # no tick was ever seen
-        await publish(own_redis, "IBM", last=1)  # of no code that he watches
-        fresh = await wait_until(lambda: beat("ok"))
+
+        async def is_fresh() -> dict[str, Any] | None:
+            await publish(own_redis, "IBM", last=1)  # of no code that he watches
+            return beat("ok")
+
+        fresh = await wait_until(is_fresh)
         assert 0 <= fresh["feed_age_ms"] < 1000
         old = await wait_until(lambda: beat("stale"))
         assert old["feed_age_ms"] >= 500
@@ -549,7 +563,9 @@ async def test_too_many_requests_are_refused_with_the_time_to_wait(start_server:
         answers = await asyncio.gather(*(client.request("ping") for _ in range(30)))
         kinds = [answer["type"] for answer in answers]
         assert kinds[:5] == ["pong"] * 5
-        refused = next(answer for answer in answers if answer["type"] == "error")
+        assert "error" in kinds
+        while (refused := await client.request("ping"))["type"] != "error":
+            pass  # a slow machine has left time for one more
         assert (refused["error"], refused["retryable"]) == ("rate_limited", True)
         assert refused["action"] == "ping"
         assert 1 <= refused["retry_after_ms"] <= 200
@@ -726,6 +742,7 @@ async def test_feed_channels_are_templates(start_server: StartServer, own_redis:
     async with RecordingClient(server.ws_url, ["AAPL", "600519.SH"], history=True) as client:
         assert await own_redis.publish("quote.AAPL", b'{"last":666}') == 0
         await own_redis.publish("pub.nasdaq.AAPL", b'{"last":1}')
+        await wait_until(lambda: client.last("AAPL") == 1)
         await own_redis.publish("pub.x.sh600519", b'{"last":2}')  # two patterns match: counts once
         await own_redis.publish("ticks:all", b'{"code":"AAPL","last":3}')
         await own_redis.publish("ticks:all", b'{"last":4}')
@@ -800,9 +817,7 @@ async def test_every_message_can_be_messagepack(server: QuotepushServer, redis: 
         await wait_until(lambda: of_type(client, "error")[-1]["error"] == "bad_json")
         await client.send_raw(b"\x91" * 5000)
         await wait_until(lambda: [e["error"] for e in of_type(client, "error")][-2:] == ["bad_json"] * 2)
-        await wait_until(lambda: client.heartbeats)
-        assert client.heartbeat is not None
-        assert client.heartbeat["feed"] == "ok"
+        await wait_until(lambda: client.heartbeat and client.heartbeat["feed"] == "ok", 20)
         await client.send_raw('{"action":"ping"}')
         await wait_until(lambda: client.has_ended)
         assert (client.close_code, client.close_reason) == (1003, "wrong_frame_kind")

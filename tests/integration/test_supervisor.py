@@ -2,7 +2,9 @@
 
 import asyncio
 import os
+import re
 import signal
+from pathlib import Path
 
 import orjson
 from websockets.asyncio.client import connect
@@ -31,21 +33,47 @@ async def kill_worker(server: QuotepushServer, index: str, before: int = 0) -> i
     return pid
 
 
+async def hold_worker(server: QuotepushServer, index: str, before: int) -> int:
+    """Stop the next worker of a slot before it is ready, so that the slot stays empty; return its pid."""
+
+    def is_there() -> int:
+        # Main itself would stand still if it were stopped before it is executed; at first it has its arguments for a
+        # name, and imports what it needs.
+        new = [
+            p for p in server.worker_pids()
+            if p != before and re.search(rf" --index={index} |: worker {index}$", command_line(p))
+        ]  # fmt: skip
+        return new[0] if new else 0
+
+    while True:
+        pid: int = await wait_until(is_there, 20)
+        os.kill(pid, signal.SIGSTOP)
+        await wait_until(lambda pid=pid: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        if await server.metric("workers_ready") == 1:
+            return pid
+        os.kill(pid, signal.SIGKILL)  # we came too late
+        before = pid
+
+
 async def test_an_empty_slot_lends_its_socket_to_a_sibling_and_gets_it_back(
     quotepush_server: QuotepushServer,
 ) -> None:
     pid = 0
     for _ in range(4):  # until main waits 0.8 s before the next one
         pid = await kill_worker(quotepush_server, "0", pid)
+    pid = await hold_worker(quotepush_server, "0", pid)
 
     # The kernel still hands about half of all connections to the socket of slot 0.
     served_by = [fd.split(".")[1] for fd in await asyncio.gather(*(hello_of(quotepush_server) for _ in range(40)))]
     assert set(served_by) == {"1"}
+    assert await quotepush_server.metric("workers_ready") == 1
+
+    os.kill(pid, signal.SIGCONT)
 
     async def is_back() -> bool:
         return await quotepush_server.metric("workers_ready") == 2
 
-    await wait_until(is_back, 20)
+    await wait_until(is_back, 30)
 
     async def is_shared() -> bool:
         return {fd.split(".")[1] for fd in [await hello_of(quotepush_server) for _ in range(20)]} == {"0", "1"}

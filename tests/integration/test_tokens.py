@@ -110,9 +110,9 @@ async def test_a_newer_token_keeps_the_connection_and_its_rows(server: Quotepush
 
 async def test_who_sends_no_token_or_a_bad_one_is_closed(server: QuotepushServer) -> None:
     async with RecordingClient(server.ws_url) as silent, RecordingClient(server.ws_url) as wrong:
+        await silent.ping()
         assert (await wrong.request("auth", token=token("another key of 32 bytes and more", sub="ann")))["id"]
         assert await ended(wrong) == (4401, "auth_failed")
-        await silent.ping()
         assert await ended(silent) == (4408, "auth_timeout")
         assert errors(silent) == ["auth_timeout"]
 

@@ -33,7 +33,7 @@ class SeveralNodes:
     def __init__(self, directory: Path, redis_url: str, **settings: Any) -> None:
         self._directory = directory
         self._redis_url = redis_url
-        self._settings = {"token_key": KEY, "anonymous": "yes", "lease_s": 2, "redis_timeout_s": 2, **settings}
+        self._settings = {"token_key": KEY, "anonymous": "yes", "lease_s": 4, "redis_timeout_s": 2, **settings}
         self.nodes: dict[str, QuotepushServer] = {}
         self.clients: list[RecordingClient] = []
         self._members: dict[str, set[str]] = {}

@@ -39,7 +39,9 @@ class SteadyFeed:
     def __init__(
         self, redis_url: str, codes: Sequence[str], rate_per_s: float = 500.0, padding: dict[str, Any] | None = None
     ) -> None:
-        self._redis = Redis.from_url(redis_url, socket_timeout=2, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0))
+        self._redis = Redis.from_url(
+            redis_url, socket_timeout=20, socket_connect_timeout=1, retry=Retry(NoBackoff(), 0)
+        )
         self.codes = list(codes)
         self._rate_per_s = rate_per_s
         self._padding = padding or {}
@@ -70,14 +72,14 @@ class SteadyFeed:
         await self._ended.wait()
 
     async def finish(self) -> dict[str, float]:
-        """Stop, and publish one more tick of every code, until a subscriber is there for each; return the prices.
-
-        Redis must be there for it. A server is ready for clients a moment before it is subscribed.
-        """
+        """Stop, and publish one more tick of every code, until a subscriber is there for each; return the prices."""
         await self.stop()
 
         async def is_heard() -> bool:
-            return all(await self._publish(self.codes))
+            try:
+                return all(await self._publish(self.codes))
+            except (RedisError, OSError):
+                return False
 
         await wait_until(is_heard, what="somebody has subscribed")
         return self.newest

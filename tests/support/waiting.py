@@ -10,7 +10,7 @@ __all__ = ["wait_until"]
 
 
 async def wait_until(
-    predicate: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout_s: float = 10.0, what: str = ""
+    predicate: Callable[[], Any] | Callable[[], Awaitable[Any]], timeout_s: float = 20.0, what: str = ""
 ) -> Any:
     """Ask ``predicate`` (plain or async) every few milliseconds; return its first true answer.
 

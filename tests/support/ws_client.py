@@ -19,7 +19,7 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
 __all__ = ["RecordingClient", "Violation", "connected_clients"]
 
-_PATIENCE_S = 20.0
+_PATIENCE_S = 40.0
 _BACKOFF_FIRST_S, _BACKOFF_MOST_S = 0.05, 0.5
 _OPENED_AT_ONCE = 50
 
@@ -185,7 +185,7 @@ class RecordingClient:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._greeted.wait(), _PATIENCE_S)
         self.check()
-        if not self._greeted.is_set() or self._ended.is_set():
+        if not self._view.hello:
             raise AssertionError(f"no hello; closed with {self.close_code} {self.close_reason!r}")
 
     async def _read(self) -> None:

@@ -3,7 +3,7 @@
 from ipaddress import IPv6Address, ip_address, ip_network
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quotepush.push.addresses import UNKNOWN, Proxies, counted_by
@@ -44,17 +44,20 @@ def as_forwarded(text: str) -> str:
 # Who is believed
 
 
+@settings(deadline=None)
 @given(strangers, st.lists(st.text(max_size=30), max_size=5))
 def test_a_peer_that_is_no_trusted_proxy_is_the_client_whatever_it_says(peer: str, said: list[str]) -> None:
     assert listed(peer, *said) == forwarded(peer, *said) == plain(peer)
 
 
+@settings(deadline=None)
 @given(addresses, st.lists(st.text(max_size=30), max_size=5))
 def test_without_trusted_proxies_no_header_is_believed(peer: str, said: list[str]) -> None:
     for header in ("x-forwarded-for", "forwarded"):
         assert Proxies([], header).client_of(peer, said) == plain(peer)
 
 
+@settings(deadline=None)
 @given(strangers, st.lists(own, max_size=10), st.text(max_size=60), st.integers(0, 3))
 def test_what_a_client_makes_up_before_its_proxies_changes_nothing(
     client: str, proxies: list[str], made_up: str, lines: int
@@ -64,12 +67,14 @@ def test_what_a_client_makes_up_before_its_proxies_changes_nothing(
     assert forwarded(PROXY, *[made_up] * lines, ", ".join(map(as_forwarded, hops))) == plain(client)
 
 
+@settings(deadline=None)
 @given(strangers, st.lists(own, max_size=10), st.text(alphabet='",;=\\ for[]:.1a_', max_size=60))
 def test_a_quote_that_a_client_leaves_open_swallows_nothing(client: str, proxies: list[str], made_up: str) -> None:
     said = ",".join([made_up, *map(as_forwarded, [client, *proxies])])
     assert forwarded(PROXY, said) == plain(client)
 
 
+@settings(deadline=None)
 @given(strangers, st.lists(own, min_size=1, max_size=10), st.data())
 def test_it_is_the_same_however_many_lines_the_header_has(client: str, proxies: list[str], data: st.DataObject) -> None:
     hops = [client, *proxies]
@@ -77,6 +82,7 @@ def test_it_is_the_same_however_many_lines_the_header_has(client: str, proxies: 
     assert listed(PROXY, ",".join(hops[:at]), " , ".join(hops[at:])) == plain(client)
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(max_size=200), max_size=5), st.one_of(st.none(), st.text(max_size=30), addresses))
 def test_whatever_is_said_the_answer_is_an_address_or_that_nobody_knows(said: list[str], peer: str | None) -> None:
     for found in (listed(peer, *said), forwarded(peer, *said)):
@@ -169,11 +175,13 @@ def test_no_more_than_fifty_hops_are_followed(proxies: int, is_found: bool) -> N
 # What the limits count by
 
 
+@settings(deadline=None)
 @given(st.ip_addresses(v=4).map(str))
 def test_an_ipv4_address_counts_for_itself(address: str) -> None:
     assert counted_by(address) == address
 
 
+@settings(deadline=None)
 @given(st.ip_addresses(v=6), st.integers(0, 2**64 - 1), st.integers(0, 127))
 def test_ipv6_addresses_count_together_exactly_within_their_64(ip: IPv6Address, low: int, bit: int) -> None:
     sibling = IPv6Address(int(ip) >> 64 << 64 | low)

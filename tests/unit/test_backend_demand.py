@@ -207,6 +207,15 @@ async def test_a_redis_that_comes_back_empty_and_fills_changes_nothing(
     redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend_demand, "GRACE_S", 0.3)
+    read = Demand._read
+    is_filled = asyncio.Event()
+
+    async def read_again_when_it_is_filled(self: Demand) -> None:
+        if self._wanted.missing:
+            await is_filled.wait()
+        await read(self)
+
+    monkeypatch.setattr(Demand, "_read", read_again_when_it_is_filled)
     async with Backend(redis_server.url) as backend, backend.demand() as demand:
         async with redis_server.client() as redis:
             for code in ("A", "B"):
@@ -216,13 +225,9 @@ async def test_a_redis_that_comes_back_empty_and_fills_changes_nothing(
         redis_server.kill()
         await asyncio.to_thread(redis_server.start)
         async with redis_server.client() as redis:
-
-            async def is_heard() -> bool:
-                ((_, hearers),) = await redis.pubsub_numsub("qp:demand")
-                return bool(hearers)
-
-            await wait_until(is_heard)
+            await wait_until(lambda: demand._wanted.missing.keys() == {"A", "B"})  # read, and so it is heard
             await say(redis, "A", True)
+            is_filled.set()
             assert await anext(demand) == ((), ("B",))  # of A nothing
 
 

@@ -40,8 +40,10 @@ async def test_a_script_gets_every_row(quotepush_server: QuotepushServer, redis_
             assert (result.codes, len(result.rejected)) == (("A",), 1)
             with pytest.raises(TimeoutError):
                 quotes.next_row(timeout=0.01)
-            publish_now(1, 2, 3)
-            assert [quotes.next_row(timeout=30)["last"] for _ in range(2)] == [1, 2]
+            for last in (1, 2):  # one after the other: a server that is late merges them
+                publish_now(last)
+                assert quotes.next_row(timeout=30)["last"] == last
+            publish_now(3)
             for row in quotes:
                 assert row["last"] == 3
                 break
@@ -57,8 +59,9 @@ async def test_a_script_gets_every_row(quotepush_server: QuotepushServer, redis_
             assert quotes.ping() >= 0
             assert quotes.hello is not None
             assert list(quotes.listen(0)) == []
-            publish_now(4, 5)
+            publish_now(4)
             assert quotes.next_row(timeout=30)["last"] == 4
+            publish_now(5)
             assert quotes.unsubscribe("A") == ("A",)
             assert list(quotes.listen(0.05)) == []
         assert [row["last"] for row in heard] == [1, 2, 3, 4, 5][: len(heard)]

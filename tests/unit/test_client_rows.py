@@ -294,6 +294,7 @@ def test_merging_leaves_the_rows_of_others_as_they_were():
     assert newest["prev"] == 2
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 12),
     st.lists(st.one_of(st.sampled_from("ABCDE"), st.just("take"), st.sampled_from(["+A", "+B"])), max_size=200),

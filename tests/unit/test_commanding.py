@@ -52,7 +52,7 @@ async def test_each_command_says_what_became_of_it(redis_server: RedisServer) ->
         assert (outcome.status, outcome.stderr) == (3, "quotepush: there is no connection 'n1.0.77'\n")
         node.answer = lambda command: None
         outcome = await run_quotepush(
-            "kick", "--user", "ann", "--redis", redis_server.url, "--timeout", "0.3", "--prefix", "qp:"
+            "kick", "--user", "ann", "--redis", redis_server.url, "--timeout", "3", "--prefix", "qp:"
         )
         assert (outcome.status, outcome.stdout) == (1, "closed 0 connections\n")
         assert "no answer in time from n1" in outcome.stderr

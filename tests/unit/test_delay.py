@@ -229,7 +229,7 @@ _STEPS = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(deadline=None, max_examples=60)
 @given(_STEPS, st.sampled_from([(3,), (3, 7), (2, 20)]), st.sampled_from([400, 2_000, 1 << 20]))
 def test_no_row_is_young_none_is_late_for_ever_and_all_come_in_order(
     steps: list[tuple[str, int, bool]], delays_s: tuple[int, ...], max_bytes: int

@@ -97,7 +97,7 @@ async def a_node(
         client = registry_client(server.url)
         stack.push_async_callback(client.aclose)
         teller = DemandTeller(
-            redis, KEYS, name, debounce_s=debounce_s, ttl_s=600, timeout_s=1.0, compare_s=compare_s
+            redis, KEYS, name, debounce_s=debounce_s, ttl_s=600, timeout_s=20.0, compare_s=compare_s
         )  # fmt: skip
         mirror = RegistryMirror(
             client, prefix="qp:", node=name, life=f"0.{START_US}", interval_s=0.005, check_interval_s=0.05,
@@ -181,13 +181,15 @@ async def test_the_first_is_told_at_once_and_the_last_after_the_debounce(
         await wait_until(lambda: hearer.wanted == {"600519.SH"})
         assert sorted(hearer.heard) == [("600519.SH", True), ("AAPL", False), ("AAPL", True)]
         assert hearer.times[-1] - hearer.times[0] >= 100
-        assert a.teller.told == 3 and a.teller.pending == 0
+        # Redis tells others before it answers.
+        await wait_until(lambda: a.teller.told >= 3 and not a.teller.pending)
+        assert a.teller.told == 3
         assert 0 < await redis.ttl(DEMANDED) <= 600
         await end_of_it(redis, hearer)
 
 
 async def test_who_comes_back_within_the_debounce_is_not_told_as_gone(redis_server: RedisServer) -> None:
-    async with a_hearer(redis_server) as hearer, a_node(redis_server, "a", debounce_s=0.5) as a:
+    async with a_hearer(redis_server) as hearer, a_node(redis_server, "a", debounce_s=2.5) as a:
         a.watch(1, "AAPL")
         await wait_until(lambda: hearer.about("AAPL"))
         a.watch(1)
@@ -298,6 +300,7 @@ async def test_only_the_node_whose_name_is_least_compares(redis_server: RedisSer
         for n in range(20):
             await somebody_else_watches(redis, f"C{n}")
         await wait_until(lambda: len(hearer.wanted) == 20)
+        await wait_until(lambda: a.teller.told + b.teller.told >= 20)  # Redis tells others before it answers
         assert (a.teller.told, b.teller.told) == (20, 0)
 
 

@@ -49,7 +49,7 @@ async def test_quotes_flow_until_ctrl_c_which_leaves_nothing_behind(tmp_path: Pa
     demo = Demo(tmp_path / "log", "--port", "0")
     try:
         url = await demo.url()
-        async with asyncio.timeout(20), QuoteClient(url) as quotes:
+        async with asyncio.timeout(60), QuoteClient(url) as quotes:
             await quotes.subscribe(["600519", "AAPL"])
             seen: set[str] = set()
             async for row in quotes:

@@ -102,7 +102,7 @@ class Bench:
         self.publisher = publisher
         self._channel = channel
         self._followers: list[Follower] = []
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[Follower, asyncio.Task[None]] = {}
 
     async def publish(self, *ticks: tuple[str, Any] | dict[str, Any]) -> list[int]:
         """Publish a batch; a pair is a code and its price."""
@@ -131,7 +131,13 @@ class Bench:
         return follower
 
     def run(self, follower: Follower) -> None:
-        self._tasks.append(asyncio.create_task(follower.log.run()))
+        self._tasks[follower] = asyncio.create_task(follower.log.run())
+
+    async def halt(self, follower: Follower) -> None:
+        """It looks at nothing until :meth:`run`."""
+        task = self._tasks.pop(follower)
+        task.cancel()
+        await asyncio.wait([task])
 
     async def catch_up(self, follower: Follower) -> None:
         """A new link: whatever was missed is read."""
@@ -149,11 +155,11 @@ class Bench:
             await self.redis.restore(key, 0, value)
 
     async def close(self) -> None:
-        for task in self._tasks:
+        for task in self._tasks.values():
             assert not task.done(), "a follower has ended"
             task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks)
+            await asyncio.wait(self._tasks.values())
         for follower in self._followers:
             await follower.redis.aclose()
 
@@ -515,9 +521,11 @@ async def test_a_replica_that_is_behind_is_waited_for(bench: Bench, caplog: pyte
         await asyncio.sleep(0.02)
     assert len(warnings_in(caplog)) == 1
 
+    await bench.halt(follower)  # it looks again and again, and must not find a master that is behind
     await bench.redis.execute_command("REPLICAOF", "NO", "ONE")
     await bench.go_back(ahead)
     await bench.redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+    bench.run(follower)
     await bench.catch_up(follower)
     assert follower.places() == {"A": (bench.publisher.epoch, 2)}
     assert follower.take_news() == []
@@ -873,6 +881,8 @@ async def test_numbers_that_are_none_cost_one_warning(
     await bench.said(("B", 1))
     await bench.redis.xtrim(KEYS.log, maxlen=0, approximate=False)
     await bench.redis.execute_command(*spoil)
+    follower.log.lose_step()
+    await wait_until(lambda: follower.log.state == "unreadable")
     for _ in range(3):
         follower.log.lose_step()
         await asyncio.sleep(0.02)

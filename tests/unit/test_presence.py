@@ -35,7 +35,7 @@ class Node:
         record = NodeRecord(0, 0, "0.3", 2, lease=lease_ms, owner=owner, place=place, pid=7, born="b")
         self.presence = Presence(
             redis, KEYS, node, record,
-            is_running=lambda found: found.pid in self.running, ttl_s=60, timeout_s=1.0,
+            is_running=lambda found: found.pid in self.running, ttl_s=60, timeout_s=20.0,
             on_lost=self.lost.append, on_removed=self.note_removed, clock_s=lambda: self.now_s,
         )  # fmt: skip
 
@@ -224,17 +224,20 @@ async def test_a_redis_that_came_back_has_the_record_again(
             return False
 
     await wait_until(is_there)
+    await wait_until(lambda: node.removed)  # said behind a further answer of Redis
     task.cancel()
     await asyncio.wait([task])
     assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]  # away; its record was lost
 
 
 async def test_a_clock_of_redis_that_has_gone_back_lets_nobody_wait_for_longer_than_a_lease(redis: Redis) -> None:
-    first, second = Node(redis, "a", lease_ms=10_000), Node(redis, "b", lease_ms=10_000)
+    looks: list[str] = []
+    first = Node(redis, "a", lease_ms=10_000)
+    second = Node(SlowRedis(redis, looks.append), "b", lease_ms=10_000)  # type: ignore[arg-type]
     await first.presence.take()
     await age(redis, -600_000)
     taking = asyncio.create_task(second.presence.take())
-    await asyncio.wait([taking], timeout=0.4)
+    await wait_until(lambda: len(looks) >= 3)
     assert not taking.done()
     second.now_s += 10
     await wait_until(taking.done)

@@ -47,7 +47,7 @@ async def publishing_lines(*flags: str) -> AsyncIterator[asyncio.subprocess.Proc
 
 
 async def heard(pubsub: PubSub) -> tuple[str, Any]:
-    message = await pubsub.get_message(timeout=5)
+    message = await pubsub.get_message(timeout=30)  # the program that publishes may have to start first
     assert message is not None
     return message["channel"], orjson.loads(message["data"])
 
@@ -153,7 +153,7 @@ async def test_lines_of_standard_input_wait_for_redis(redis_server: RedisServer)
         assert process.stdin is not None and process.stderr is not None
         process.stdin.write(b'{"code":"A","last":1}\n')
         async with redis_server.client() as client:
-            await wait_until(lambda: client.exists("qp:seq"))
+            await wait_until(lambda: client.exists("qp:seq"), 30)
         redis_server.kill()
         process.stdin.write(b'{"code":"A","last":2}\n')
         assert b"went away" in await asyncio.wait_for(process.stderr.readline(), 20)
@@ -188,7 +188,7 @@ async def test_ctrl_c_ends_a_stream_with_its_tally(redis_server: RedisServer):
         assert process.stdin is not None
         process.stdin.write(b'{"code":"A","last":1}\n')
         async with redis_server.client() as client:
-            await wait_until(lambda: client.exists("qp:seq"))
+            await wait_until(lambda: client.exists("qp:seq"), 30)
         process.send_signal(signal.SIGINT)
         assert process.stdout is not None and process.stderr is not None
         assert await asyncio.wait_for(process.stdout.read(), 20) == b"1 published\n"

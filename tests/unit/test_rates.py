@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quotepush.push.rates import BURST_S, Rates
@@ -24,6 +24,7 @@ def test_after_a_pause_ten_seconds_worth_may_come_at_once_and_at_least_one(per_s
     assert sum(ask(rates, "a", 1000.0 + 1 / per_s) for _ in range(10)) == 1
 
 
+@settings(deadline=None)
 @given(st.floats(0.01, 1000), st.floats(0, 1e7), st.integers(1, 300))
 def test_who_keeps_to_the_rate_never_waits(per_s: float, start_s: float, count: int) -> None:
     rates = Rates(per_s)

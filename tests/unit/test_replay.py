@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quotepush.errors import SettingsError
@@ -30,6 +30,7 @@ def csv_lines(header: bytes = HEADER) -> CsvLines:
     return lines
 
 
+@settings(deadline=None)
 @given(
     code=st.from_regex(r"[A-Za-z0-9._:=^-]{1,32}", fullmatch=True),
     ts=st.one_of(st.none(), st.integers(0, 10**14 - 1)),
@@ -54,6 +55,7 @@ def test_what_is_written_to_csv_is_read_back(
             csv_lines().parse(line.encode())
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_a_tick_or_a_line_fault(line: bytes):
     for parse in (csv_lines().parse, parse_json_line):
@@ -159,6 +161,7 @@ def test_bad_lines_are_reported_by_number_and_harm_no_other():
     assert [number for number, _ in rejected] == [11, 13]
 
 
+@settings(deadline=None)
 @given(text=st.binary(max_size=300), cuts=st.lists(st.integers(0, 300)))
 def test_lines_are_the_same_however_the_bytes_are_chunked(text: bytes, cuts: list[int]):
     splitter, lines, begin = LineSplitter(), [], 0
@@ -180,6 +183,7 @@ def test_endless_line_is_not_kept():
     assert len(line) == MAX_LINE_BYTES + 1
 
 
+@settings(deadline=None)
 @given(
     speed=st.floats(0.01, 1000),
     recorded=st.lists(st.integers(0, 10**13), min_size=1, max_size=20),

@@ -19,6 +19,7 @@ from quotepush.store.address import parse_address
 from quotepush.store.clients import Store, hang_up
 from quotepush.store.sentinel import Finder
 from tests.support.redis_sentinel import SentinelGroup, running_sentinels
+from tests.support.redis_server import RedisServer
 from tests.support.redis_tls import Certificates
 from tests.support.waiting import wait_until
 
@@ -62,13 +63,29 @@ async def written(client: Any, key: str) -> None:
     await wait_until(is_written, 15)
 
 
+async def replicated(master: RedisServer) -> None:
+    """A replica has all that was written to a master before."""
+    async with master.client() as direct:
+
+        async def is_replicated() -> bool:
+            await direct.set("last", "1")  # WAIT looks at what its own connection has written
+            return bool(await direct.wait(1, 1_000) == 1)
+
+        await wait_until(is_replicated, 30)
+
+
 async def test_a_client_writes_to_whoever_is_the_master(redis_sentinel: SentinelGroup, client: Any) -> None:
     await client.set("a", "1")
     async with redis_sentinel.master.client() as direct:
         assert await direct.get("a") == "1"
+    old = redis_sentinel.master
+    await replicated(old)
     await asyncio.to_thread(redis_sentinel.fail_over)
-    await written(client, "b")
     master = redis_sentinel.master
+    async with old.client() as direct:  # as the sentinels do, in ten seconds
+        await direct.replicaof("127.0.0.1", master.port)
+    await written(client, "b")
+    await replicated(master)
     master.kill()
     await asyncio.to_thread(redis_sentinel.wait_until_replaced, master)
     await written(client, "c")
@@ -214,8 +231,7 @@ async def test_a_publisher_without_a_loop_follows_the_master(redis_sentinel: Sen
     with BlockingPublisher(redis_sentinel.url, give_up_s=20) as publisher:
         assert await asyncio.to_thread(publish, publisher) == [1]
         old = redis_sentinel.master
-        async with old.client() as direct:
-            assert await direct.wait(1, 5_000) == 1, "the replica has it"
+        await replicated(old)
         old.kill()
         assert await asyncio.to_thread(publish, publisher) == [2]
 

@@ -349,7 +349,7 @@ async def test_questions_are_held_back_before_main_is_asked() -> None:
 
 
 async def test_bad_tokens_are_dearer_than_good_ones() -> None:
-    async with site(connects_per_ip_s=1.2, key=KEY) as s:  # twelve at once
+    async with site(connects_per_ip_s=0.7, key=KEY) as s:  # seven at once, and then none for seconds
         said = [(await s.upgrade(Authorization="Bearer bad"))[0] for _ in range(3)]
         assert said == [401, 401, 429]
 

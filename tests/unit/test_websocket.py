@@ -871,7 +871,7 @@ async def test_everybody_gets_heartbeats_with_the_state_of_the_feed() -> None:
 
 @on_uvloop
 async def test_a_peer_that_does_not_answer_pings_is_dropped_by_the_wheel() -> None:
-    async with served(heartbeat_ms=100, ping_interval_s=0.1, ping_timeout_s=1.0) as bench:
+    async with served(heartbeat_ms=100, ping_interval_s=0.1, ping_timeout_s=3.0) as bench:
         wheel = asyncio.create_task(bench.worker.turn_wheel())
         async with RawWebSocket(bench.port) as dead, connect(f"ws://127.0.0.1:{bench.port}/ws") as alive:
             # The raw client answers nothing by itself, the other one answers its pings.
