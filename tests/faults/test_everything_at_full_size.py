@@ -148,7 +148,7 @@ class Scene:
     # How it ends
 
     async def note_merged(self) -> None:
-        self.merged_by_main += await self.server.metric("rows_merged_main")
+        self.merged_by_main += await self.server.merged_by_main()
 
     async def everybody_has_the_newest_rows(self) -> list[Sight]:
         """The market stands still; return all that the clients have seen."""

@@ -92,7 +92,7 @@ async def noticed_nothing(server: QuotepushServer, clients: list[RecordingClient
     for client in clients:
         assert client.lives == 1
         assert client.states() == []
-    if not await server.metric("rows_merged_main"):
+    if not await server.merged_by_main():
         assert [client.merged for client in clients] == [0] * len(clients)
 
 
@@ -318,12 +318,12 @@ async def test_clients_that_stop_reading_cost_bounded_memory_and_nobody_else_s_t
             (conflating,) = [m for m in client.control if m.get("state") == "conflating"]
             assert conflating["pending"] > 0
         # From here on they get every row again.
-        merged, by_main = [client.merged for client in slow], await server.metric("rows_merged_main")
+        merged, by_main = [client.merged for client in slow], await server.merged_by_main()
         for price in range(1, 20):
             await redis.publish("quote.C00", orjson.dumps({"last": price}))
         for client in slow:
             await wait_until(lambda c=client: c.last("C00") == 19)
-        if await server.metric("rows_merged_main") == by_main:  # else main itself lagged
+        if await server.merged_by_main() == by_main:  # else main itself lagged
             assert [client.merged for client in slow] == merged
         await registry_equals(redis, connections_of([*others, *slow]))
         for client in slow:

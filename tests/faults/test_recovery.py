@@ -88,7 +88,7 @@ class Scene:
         assert await self.server.metric("log_gap_rows") == 0
         for client in self.clients:
             self.market.judge_whole(client.sight())
-        if not await self.server.metric("rows_merged_main"):
+        if not await self.server.merged_by_main():
             assert [client.merged for client in self.clients] == [0] * len(self.clients)
 
 

@@ -115,7 +115,7 @@ class Scene:
         for client in self.readers:
             client.check()
             assert (client.lives, client.is_open, client.states()) == (1, True, []), figures
-        if not await self.server.metric("rows_merged_main"):
+        if not await self.server.merged_by_main():
             assert [client.merged for client in self.readers] == [0] * READERS, figures
 
     def newest_seqs(self, worker: str) -> dict[str, int]:

@@ -45,11 +45,6 @@ async def publish_and_wait(server: QuotepushServer, redis: Redis, code: str, **f
     await wait_until(has_it, 20)
 
 
-async def merged(server: QuotepushServer) -> int:
-    """How many rows main has merged: one that is late does, as it should."""
-    return int(await server.metric("rows_merged_main"))
-
-
 async def get(server: QuotepushServer, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, Any]:
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     timeout = aiohttp.ClientTimeout(total=20)
@@ -91,7 +86,7 @@ async def test_a_stream_has_the_rows_of_a_websocket_beside_it(server: QuotepushS
         await wait_until(lambda: beside.last("600519.SH") == 29)
         rows = [row for message in stream.of("tick") for row in message["data"]]
         assert sorted(rows, key=str) == sorted(beside.ticks or (), key=str)
-        assert len(rows) == 56 - await merged(server)
+        assert len(rows) == 56 - await server.merged_by_main()
         kinds = [message["type"] for message in stream.messages if message["type"] != "heartbeat"]
         assert kinds[:3] == ["hello", "ack", "snapshot"]
         (ack,) = stream.of("ack")
@@ -147,7 +142,7 @@ async def test_who_comes_back_gets_what_it_has_missed_once(server: QuotepushServ
     await client.until("B", last)
     # The reader itself checks that no row came twice and that each goes on from the one before.
     assert [client.seen[code][-1] for code in "AB"] == [last, last]
-    assert len(client.seen["A"]) + len(client.seen["B"]) == 2 * last - await merged(server)
+    assert len(client.seen["A"]) + len(client.seen["B"]) == 2 * last - await server.merged_by_main()
     assert len(client.snapshots) == 2
     assert workers == {"0", "1"}
     await client.cut()
@@ -188,7 +183,7 @@ async def test_a_dead_worker_costs_a_stream_nothing(server: QuotepushServer, red
     await publish(redis, "A", last=21)
     await client.until("A", 21)
     assert client.seen["A"][-1] == 21
-    assert len(client.seen["A"]) == 21 - await merged(server)
+    assert len(client.seen["A"]) == 21 - await server.merged_by_main()
     assert len(client.snapshots) == 1
     await until_gone(redis, fd)
     await client.cut()

@@ -82,11 +82,6 @@ async def publish_and_wait(server: QuotepushServer, redis: Redis, code: str, **f
     await wait_until(has_it)
 
 
-async def merged_by_main(server: QuotepushServer) -> int:
-    """How many rows main has merged until now: one that is late does, as it should."""
-    return int(await server.metric("rows_merged_main"))
-
-
 def of_type(client: RecordingClient, kind: str) -> list[dict[str, Any]]:
     """The messages of one type that it was sent."""
     return [message for message in client.control if message["type"] == kind]
@@ -199,7 +194,7 @@ async def test_without_a_snapshot_the_first_tick_has_no_prev(server: QuotepushSe
 
 async def test_subscribing_again_leaves_no_hole(server: QuotepushServer, redis: Redis) -> None:
     again, other = new_codes(2)
-    before = await merged_by_main(server)
+    before = await server.merged_by_main()
     async with RecordingClient(server.ws_url, [again, other], history=True) as client:
         for price in range(1, 41):
             await publish(redis, again, last=price)
@@ -208,7 +203,7 @@ async def test_subscribing_again_leaves_no_hole(server: QuotepushServer, redis: 
                 ack = await client.subscribe(again.lower(), snapshot=price % 16 == 0)
                 assert ack["total"] == 2
         await wait_until(lambda: client.last(again) == client.last(other) == 40)
-        merged = await merged_by_main(server) - before
+        merged = await server.merged_by_main() - before
         assert client.merged <= merged
         assert 40 - merged <= sum(row["code"] == other for row in client.ticks or ()) <= 40
 

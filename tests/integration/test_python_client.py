@@ -77,7 +77,7 @@ class Steady:
 
     async def look_at(self, server: QuotepushServer) -> None:
         """Note whether main has merged rows; what it has counted ends with it."""
-        self.is_late |= bool(await server.metric("rows_merged_main"))
+        self.is_late |= bool(await server.merged_by_main())
 
     def check(self) -> None:
         """Every number is there once and in order, from the first one that came, but for those that main has merged."""

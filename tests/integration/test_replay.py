@@ -179,7 +179,7 @@ async def check_replay(
         assert await server.metric("ticks_refused") == 0
         rows = sum(client.received for client in clients)
         merged = sum(client.merged for client in clients)
-        late_rows = await server.metric("rows_merged_main")
+        late_rows = await server.merged_by_main()
         print(
             f"\n{path.name}: {recorded.ticks:,} ticks of {len(codes)} codes over {recorded.span_s:.0f} s at speed "
             f"{speed} to {count} clients: {took_s:.1f} s, {rows:,} rows delivered, {merged:,} merged or unchanged "
@@ -207,7 +207,7 @@ async def test_every_client_ends_with_the_merge_of_the_file_and_got_every_row_at
 ) -> None:
     speed = str(round(merge(RECORDING).span_s / 5))
     clients = await check_replay(quotepush_server, redis_server, RECORDING, *flags, speed=speed, count=CLIENTS)
-    if not await quotepush_server.metric("rows_merged_main"):  # a machine that is too slow merges as it should
+    if not await quotepush_server.merged_by_main():  # a machine that is too slow merges as it should
         recorded = merge(RECORDING)
         for client in clients:
             if not client.states():

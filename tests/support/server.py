@@ -190,6 +190,10 @@ class QuotepushServer:
                 total += float(match[2])
         return total
 
+    async def merged_by_main(self) -> int:
+        """How many rows main has merged since it started: one that is late does, as it should."""
+        return int(await self.metric("rows_merged_main"))
+
 
 def _is_alive(pid: int) -> bool:
     try:
