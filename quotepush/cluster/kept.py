@@ -133,8 +133,11 @@ class Taker:
         if not waiting:
             return {}
         async with asyncio.timeout(self._timeout_s):
-            if entries := [each.entry for each in waiting.values() if each is not None]:
-                await self._redis.rpush(self._key, *entries)
+            pipeline = self._redis.pipeline(transaction=False)
+            for each in waiting.values():
+                if each is not None:
+                    pipeline.rpush(self._key, each.entry)
+            await pipeline.execute()  # and then only the other: Redis may refuse these
             pipeline = self._redis.pipeline(transaction=False)
             for user, text in waiting:
                 pipeline.lrem(self._keys.kept(user), 0, text)
@@ -160,14 +163,15 @@ class Taker:
         Raises:
             RedisError, OSError, TimeoutError: Redis does not answer; the next call does it.
         """
-        if not self._done:
+        done = self._done[:]
+        if not done:
             return
         pipeline = self._redis.pipeline(transaction=False)
-        for entry in self._done:
+        for entry in done:
             pipeline.lrem(self._key, 0, entry)
         async with asyncio.timeout(self._timeout_s):
             await pipeline.execute()
-        self._done.clear()
+        del self._done[: len(done)]
 
     async def restore(self) -> dict[str, set[str]]:
         """Let wait again what was taken and not dropped; return its users, and the nodes where each is by now.
