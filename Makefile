@@ -16,10 +16,10 @@ demo: ## a private Redis, a simulated feed and the ticker page on port 8008; Ctr
 	@.venv/bin/quotepush demo $(ARGS)
 
 test: system lint types ## lint, types and the test suite, but for what takes long
-	$(RUN) pytest -n 2 --dist worksteal $(ARGS)
+	$(RUN) pytest -n 4 --dist worksteal $(ARGS)
 
-faults: system ## the tests that kill, pause or cut something, the long ones too
-	$(RUN) pytest -m fault $(ARGS)
+faults: system ## the tests that kill, pause or cut something, and all that take long
+	$(RUN) pytest -m "fault or long" $(ARGS)
 
 bench: dev ## measure speed and memory on this machine, e.g. ARGS="--load market --pin"; docs/performance.md
 	@.venv/bin/python tools/bench.py $(ARGS)

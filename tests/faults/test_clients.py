@@ -164,7 +164,7 @@ async def test_python_client_gets_every_row_once_whatever_happens_to_its_link(
 
 
 @pytest.mark.skipif(node() is None, reason="needs a Node with WebSocket and EventSource, 20.18 or later")
-@pytest.mark.parametrize("is_blocked", [False, True], ids=["socket", "stream"])
+@pytest.mark.parametrize("is_blocked", [False, pytest.param(True, marks=pytest.mark.long)], ids=["socket", "stream"])
 @pytest.mark.parametrize("rounds", ROUNDS)
 async def test_browser_client_gets_every_row_once_whatever_happens_to_its_link(
     rounds: int, is_blocked: bool, start_server: StartServer, feed: NumberedFeed

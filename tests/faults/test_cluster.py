@@ -106,6 +106,7 @@ async def test_a_dead_nodes_state_is_cleared_once_and_its_return_is_like_a_new_o
     assert await nodes.nodes["n1"].metric("nodes_cleared") + await nodes.nodes["n2"].metric("nodes_cleared") == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("only_main", [True, False], ids=["main", "all of it"])
 async def test_a_node_that_sleeps_for_longer_than_its_lease_is_back_with_all_its_connections(
     redis_server: RedisServer, nodes: SeveralNodes, redis: Redis, only_main: bool
@@ -190,6 +191,7 @@ async def test_a_node_that_sleeps_and_wakes_around_its_lease_again_and_again(
         await nodes.sends_are_right(backend, 1)
 
 
+@pytest.mark.long
 async def test_whoever_has_lost_its_name_while_it_slept_ends_and_touches_nothing_of_the_new_one(
     redis_server: RedisServer, nodes: SeveralNodes, redis: Redis
 ) -> None:
@@ -215,6 +217,7 @@ async def test_whoever_has_lost_its_name_while_it_slept_ends_and_touches_nothing
         await nodes.sends_are_right(backend, 1)
 
 
+@pytest.mark.long
 async def test_a_redis_that_was_emptied_is_filled_again(
     redis_server: RedisServer, nodes: SeveralNodes, redis: Redis
 ) -> None:
@@ -232,6 +235,7 @@ async def test_a_redis_that_was_emptied_is_filled_again(
     assert [await server.metric("nodes_cleared") for server in nodes.nodes.values()] == [0, 0, 0]
 
 
+@pytest.mark.long
 async def test_feed_and_registry_are_lost_each_on_its_own(redis_server: RedisServer, tmp_path: Path) -> None:
     registry = RedisServer(tmp_path / "registry")
     registry.start()
@@ -278,6 +282,7 @@ async def test_feed_and_registry_are_lost_each_on_its_own(redis_server: RedisSer
         registry.kill()
 
 
+@pytest.mark.long
 async def test_a_clock_that_jumps_kills_nobody_and_loses_nothing(
     redis_server: RedisServer, redis: Redis, tmp_path: Path
 ) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pytest
+
 from quotepush import Backend
 from quotepush.cluster.schedule import LEASE_S
 from tests.support.jobs import pass_time
@@ -14,6 +16,8 @@ from tests.support.redis_server import RedisServer
 from tests.support.server import QuotepushServer
 from tests.support.waiting import wait_until
 from tests.support.ws_client import RecordingClient, connected_clients
+
+pytestmark = [pytest.mark.fault, pytest.mark.long]
 
 Start = Callable[..., Awaitable[QuotepushServer]]
 

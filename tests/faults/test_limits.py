@@ -169,6 +169,7 @@ async def test_when_silent_sockets_have_used_up_all_files_the_clients_are_served
 # Ticks
 
 
+@pytest.mark.long
 async def test_a_flood_of_ticks_is_counted_to_the_last_and_the_feed_link_lives(
     start_server: StartServer, redis_server: RedisServer
 ) -> None:
@@ -216,6 +217,7 @@ async def test_ticks_that_come_while_main_stands_still_are_all_taken(
         print(f"\nmain stood still: {merged:,} of {count:,} rows merged, {by_main:,.0f} of them by main")
 
 
+@pytest.mark.long
 async def test_a_main_that_lags_longer_than_a_probe_may_take_keeps_the_link(
     start_server: StartServer, redis_server: RedisServer
 ) -> None:

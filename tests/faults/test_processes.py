@@ -128,6 +128,7 @@ async def test_a_killed_worker_is_replaced_and_only_its_own_clients_notice(
     assert_clean_log(server)
 
 
+@pytest.mark.long
 async def test_a_worker_that_is_killed_again_and_again_is_replaced_each_time(
     quotepush_server: QuotepushServer, redis_server: RedisServer, redis: Redis
 ) -> None:
@@ -146,6 +147,7 @@ async def test_a_worker_that_is_killed_again_and_again_is_replaced_each_time(
     assert_clean_log(server)
 
 
+@pytest.mark.long
 async def test_all_workers_are_killed_at_once(
     quotepush_server: QuotepushServer, redis_server: RedisServer, redis: Redis
 ) -> None:
@@ -159,6 +161,7 @@ async def test_all_workers_are_killed_at_once(
     assert_clean_log(server)
 
 
+@pytest.mark.long
 async def test_a_worker_that_is_silent_is_killed_and_replaced(
     start_server: StartServer, redis_server: RedisServer, redis: Redis
 ) -> None:
@@ -194,6 +197,7 @@ async def test_a_worker_that_was_stopped_for_a_moment_goes_on(
     assert_clean_log(server)
 
 
+@pytest.mark.long
 async def test_a_main_that_was_stopped_for_a_while_keeps_its_workers(
     start_server: StartServer, redis_server: RedisServer, redis: Redis
 ) -> None:
@@ -213,6 +217,7 @@ async def test_a_main_that_was_stopped_for_a_while_keeps_its_workers(
     assert_clean_log(server)
 
 
+@pytest.mark.long
 async def test_a_worker_told_to_end_says_goodbye_to_its_clients(
     quotepush_server: QuotepushServer, redis_server: RedisServer, redis: Redis
 ) -> None:
@@ -282,6 +287,7 @@ async def stalled_clients(server: QuotepushServer, count: int, **options: Any) -
     return clients
 
 
+@pytest.mark.long
 async def test_clients_that_stop_reading_cost_bounded_memory_and_nobody_else_s_time(
     start_server: StartServer, redis_server: RedisServer, redis: Redis
 ) -> None:
@@ -350,6 +356,7 @@ async def test_a_request_of_a_client_that_lags_is_answered_before_its_rows(
     assert_clean_log(server)
 
 
+@pytest.mark.long
 async def test_a_client_that_never_reads_again_is_cut_off(
     start_server: StartServer, redis_server: RedisServer, redis: Redis
 ) -> None:
@@ -376,6 +383,7 @@ async def test_a_client_that_never_reads_again_is_cut_off(
     assert_clean_log(server)
 
 
+@pytest.mark.long
 async def test_a_client_that_takes_a_little_now_and_then_is_not_cut_off(
     start_server: StartServer, redis_server: RedisServer
 ) -> None:
@@ -393,6 +401,7 @@ async def test_a_client_that_takes_a_little_now_and_then_is_not_cut_off(
         assert await server.metric("connections_closed") == 0
 
 
+@pytest.mark.long
 async def test_a_client_that_says_goodbye_and_never_reads_again_is_cut_off(
     start_server: StartServer, redis_server: RedisServer, redis: Redis
 ) -> None:
@@ -411,6 +420,7 @@ async def test_a_client_that_says_goodbye_and_never_reads_again_is_cut_off(
 # Clients that vanish
 
 
+@pytest.mark.long
 async def test_a_peer_that_answers_no_ping_is_dropped_and_one_that_does_is_kept(
     start_server: StartServer, redis: Redis
 ) -> None:
@@ -684,6 +694,7 @@ def many_files() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.long
 async def test_a_thousand_clients_come_at_once_and_go_at_once(
     quotepush_server: QuotepushServer, redis_server: RedisServer, redis: Redis, many_files: None
 ) -> None:
@@ -701,6 +712,7 @@ async def test_a_thousand_clients_come_at_once_and_go_at_once(
     assert_clean_log(server)
 
 
+@pytest.mark.long
 async def test_a_thousand_clients_come_back_at_once_when_the_server_does(
     quotepush_server: QuotepushServer, redis_server: RedisServer, redis: Redis, many_files: None
 ) -> None:

@@ -122,6 +122,7 @@ async def scene(start_server: StartServer, redis_server: RedisServer) -> AsyncIt
     await scene.nothing_was_lost()
 
 
+@pytest.mark.long
 async def test_links_to_redis_are_cut_again_and_again(scene: Scene) -> None:
     async with scene.redis.client() as redis:
         for kind in ("pubsub", "normal", "pubsub", "normal", "pubsub"):
@@ -138,6 +139,7 @@ async def test_redis_sleeps_for_some_seconds(scene: Scene) -> None:
     await scene.rows_flow()
 
 
+@pytest.mark.long
 async def test_redis_is_killed_and_has_kept_everything(scene: Scene) -> None:
     for _ in range(3):
         scene.redis.kill()
@@ -145,6 +147,7 @@ async def test_redis_is_killed_and_has_kept_everything(scene: Scene) -> None:
         await scene.rows_flow()
 
 
+@pytest.mark.long
 async def test_workers_are_killed(scene: Scene) -> None:
     for worker in ("0", "1", "0"):
         await scene.kill_a_worker(worker)
@@ -159,6 +162,7 @@ async def test_main_is_killed_and_started_again(scene: Scene) -> None:
     assert all(client.resumed["replay"] for client in scene.clients)
 
 
+@pytest.mark.long
 async def test_the_server_is_restarted(scene: Scene) -> None:
     for _ in range(2):
         assert await scene.server.stop() == 0
@@ -195,6 +199,7 @@ async def test_everything_at_once_and_again(scene: Scene) -> None:
 # What Redis itself has lost
 
 
+@pytest.mark.long
 async def test_redis_comes_back_empty(start_server: StartServer, redis_server: RedisServer) -> None:
     async with a_market(await start_server(**QUICK), redis_server) as scene:
         for _ in range(2):
@@ -212,6 +217,7 @@ def _epochs(client: ProvingClient) -> set[str]:
     return {epoch for epoch, _ in client.places.values()}
 
 
+@pytest.mark.long
 async def test_a_log_that_is_too_short_is_announced_to_everybody(
     start_server: StartServer, redis_server: RedisServer
 ) -> None:

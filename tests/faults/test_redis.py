@@ -111,6 +111,7 @@ async def test_redis_dies_and_comes_back_empty(scene: Scene) -> None:
     await scene.ends_well()
 
 
+@pytest.mark.long
 async def test_redis_dies_again_and_again(scene: Scene) -> None:
     for _ in range(4):
         links = await scene.server.metric("feed_links")
@@ -148,6 +149,7 @@ async def _has_made_links(server: QuotepushServer, links: float) -> bool:
     return await server.metric("feed_links") >= links
 
 
+@pytest.mark.long
 async def test_redis_sleeps_for_some_seconds(scene: Scene) -> None:
     scene.redis.pause()
     await scene.everybody_hears_that_the_feed_is("down")
@@ -278,6 +280,7 @@ async def test_a_worker_that_dies_while_redis_sleeps_is_replaced_before_redis_wa
         await scene.ends_well()
 
 
+@pytest.mark.long
 async def test_redis_remembers_a_worker_that_died_while_it_was_away(
     start_server: StartServer, redis_server: RedisServer
 ) -> None:

@@ -165,7 +165,7 @@ class Expected:
         return {fd for fd, groups in self.groups.items() if group in groups}
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 async def test_nobody_ever_hears_what_is_for_others_whatever_is_bound_joined_and_sent(
     nodes: SeveralNodes, backend: Backend, seed: int
 ) -> None:

@@ -230,6 +230,7 @@ async def test_masters_of_a_cluster_die_and_hang(start: Start, tmp_path: Path) -
             assert (await server.admin("/readyz"))[0] == 200
 
 
+@pytest.mark.long
 @pytest.mark.fault
 async def test_slots_of_a_cluster_move_while_their_keys_are_used(start: Start, tmp_path: Path) -> None:
     told: list[str] = []

@@ -80,6 +80,7 @@ def left_over(tmp_path: Path) -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and is_started_in(tmp_path, int(name))]
 
 
+@pytest.mark.long
 def test_every_server_delivers_each_tick_to_each_subscriber_and_nothing_keeps_running(tmp_path: Path):
     results = results_of(tmp_path, *SMALL, "--loaders", "2", "--baseline", "aiohttp,websockets")
 
@@ -132,6 +133,7 @@ def test_without_openssl_tls_is_refused_in_one_line(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_clients_that_subscribe_again_and_again_and_mains_own_figures_stand_in_the_result(tmp_path: Path):
     (result,) = results_of(tmp_path, "--load", "subscribe", "--codes", "60", "--asking", "30", "--rate", "600",
                            "--seconds", "2")  # fmt: skip
@@ -145,6 +147,7 @@ def test_clients_that_subscribe_again_and_again_and_mains_own_figures_stand_in_t
     assert result["feed"]["missed"] == result["feed"]["links_cut"] == 0
 
 
+@pytest.mark.long
 def test_pauses_of_main_and_workers_are_noted_with_our_thresholds_and_with_pythons(tmp_path: Path):
     ours, pythons = results_of(tmp_path, *SMALL, "--gc")
 
@@ -429,6 +432,7 @@ def test_loads_that_flood_and_that_subscribe_ask_main_how_it_keeps_up():
     assert LOADS["surge"].rate == LOADS["flood"].rate == 200_000
 
 
+@pytest.mark.long
 def test_each_format_is_counted_on_the_wire(tmp_path: Path):
     process = subprocess.run(
         [sys.executable, str(BENCH.parent / "bench" / "wire.py"), "0.5"],
@@ -444,6 +448,7 @@ def test_each_format_is_counted_on_the_wire(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_rows_are_measured_while_jobs_are_due(tmp_path: Path):
     ended = subprocess.run(
         [sys.executable, str(BENCH.parent / "bench" / "jobs.py"), "40"],
@@ -455,6 +460,7 @@ def test_rows_are_measured_while_jobs_are_due(tmp_path: Path):
     assert all(0 < float(age_ms) < 60_000 for age_ms in ages_ms[:2])
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_messages_of_backends_are_measured_until_the_last_client_has_them(tmp_path: Path):
     ended = subprocess.run(
