@@ -146,19 +146,23 @@ async def move_mail(
     await taker.restore()  # these are older
     mail = Mail(redis, keys, node, ttl_s=kept_ttl_s, timeout_s=timeout_s)
     moved = 0
-    stays: list[Command] = []
-    while page := await mail.page(b"-", _PAGE):
+    stays: set[bytes] = set()
+    after = b"-"
+    while page := await mail.page(after, _PAGE):
+        after = b"(" + page[-1][0]
         for entry, text in page:
             command = _wanted(mail, entry, text)
-            if command is not None and command.to is not None and command.to.users:
-                _, refused = await put_back(redis, keys, command, command.to.users, kept_max, timeout_s)
-                if refused:
-                    stays.append(msgspec.structs.replace(command, to=To(users=list(refused))))
-                await mail.remove([entry])  # should we be broken off, nobody puts it back again
-                moved += 1
-        await mail.remove([entry for entry, _ in page])
-    for command in stays:
-        await mail.add(command)
+            if command is None or command.to is None or not command.to.users:
+                continue
+            _, refused = await put_back(redis, keys, command, command.to.users, kept_max, timeout_s)
+            if refused.keys() == set(command.to.users):
+                stays.add(entry)
+                continue
+            if refused:  # for them it stays, behind the others
+                await mail.add(msgspec.structs.replace(command, to=To(users=list(refused))))
+            await mail.remove([entry])  # should we be broken off, nobody puts it back again
+            moved += 1
+        await mail.remove([entry for entry, _ in page if entry not in stays])
     if stays or taker.refused:
         log.warning("inbox: Redis refuses to let some messages of %s wait for their users; they stay with it", node)
     return moved
