@@ -57,7 +57,7 @@ class Door:
     def cut(self, *, reset: bool = False) -> None:
         """Cut every connection that is open; with ``reset`` the client sees a reset and not the end of the stream."""
         for writer in self._writers:
-            if reset:
+            if reset and not writer.transport.is_closing():  # it may have ended in this very turn
                 writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             writer.transport.abort()
 
